@@ -1,0 +1,396 @@
+"""The command `lesa`: thin glue; whatever is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+EMBEDDED = "models/emoji-flux"
+USER_ERRORS = (ValueError, LookupError, OSError, RuntimeError, ImportError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; errors that a user can cause end as one line, and 2."""
+    options = _parser().parse_args(arguments)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        options.command(options)
+    except KeyboardInterrupt:
+        print("lesa: stopped", file=sys.stderr)
+        return 130
+    except USER_ERRORS as error:
+        if options.traceback or isinstance(error, (KeyError, IndexError)):
+            raise
+        print(f"lesa: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# --- commands
+
+
+def _demo(options: argparse.Namespace) -> None:
+    _compare(options, reuse=False)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    _compare(options, reuse=True)
+
+
+def _compare(options: argparse.Namespace, reuse: bool) -> None:
+    from lesa import benchmark, report
+
+    out = _folder(options.out)
+    source = options.prompts or Path(options.model) / "prompts" / "heldout.txt"
+    prompts = _prompts(source, options.pairs)
+    seeds = range(len(prompts))
+    pipe, predictors = _pipeline(options), _predictors(options.model, options.predictors)
+    methods = benchmark.line_up(options.steps, options.schedules, predictors, reuse=reuse)
+    facts = dict(batch_size=options.batch_size, recognise=benchmark.recogniser(options.model))
+    comparison = benchmark.compare(pipe, methods, prompts, seeds, timed=options.timed, **facts)
+    if options.bound:
+        benchmark.add_bounds(comparison, pipe, prompts, seeds, options.schedules, **facts)
+    report.write_results(out / "results.json", comparison, model=str(options.model))
+    report.sheet(comparison).save(out / "pictures.png")
+    print(f"\n{len(prompts)} prompts of {source}, {options.steps} steps\n\n{report.table(comparison.results())}\n")
+    if options.differences:
+        print(f"{report.differences(comparison, options.differences)}\n")
+    print(f"{out / 'results.json'}\n{out / 'pictures.png'}")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    import torch
+
+    from lesa.runtime import accelerate
+
+    pipe = _pipeline(options)
+    seeded = dict(generator=torch.Generator().manual_seed(options.seed))
+    if options.full:
+        pipe(options.prompt, **seeded).images[0].save(options.out)
+    else:
+        with accelerate(pipe, _forecaster(options.forecaster), schedule=options.schedule) as run:
+            pipe(options.prompt, **seeded).images[0].save(options.out)
+        print(run.summary())
+    print(options.out)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from lesa import plan
+    from lesa.predictor import Predictor
+
+    predictor = Predictor.from_pretrained(options.predictor)
+    stream = options.stream or predictor.origin.streams[0]
+    print(plan.compile(predictor.for_stream(stream), predictor.grid, predictor.schedule))
+
+
+def _collect(options: argparse.Namespace) -> None:
+    from lesa.collect import collect
+
+    prompts = _prompts(options.prompts, options.limit)
+    store = collect(
+        _pipeline(options),
+        prompts,
+        options.seeds,
+        options.out,
+        model=options.model,
+        tokens=options.tokens,
+        batch_size=options.batch_size,
+        num_inference_steps=options.steps,
+        **options.call,
+    )
+    print(f"{len(store)} runs in {options.out}, digest {store.digest()}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from lesa import report, tap, training
+    from lesa.collect import record
+    from lesa.runtime import accelerate
+    from lesa.trajectory import Store, Trajectory
+
+    out, pipe, store = _folder(options.out), _pipeline(options), Store.open(options.data)
+    reference = list(store)
+    prompts = _prompts(options.validation_prompts, options.validation)
+
+    def runs(prompts: Sequence[str], seeds: Sequence[int]) -> list[Trajectory]:
+        recorded: list[Trajectory] = []
+        for k in range(0, len(prompts), options.batch_size):
+            part = slice(k, k + options.batch_size)
+            recorded += record(pipe, prompts[part], seeds[part], reference[0].tokens, **store.collection.call)
+        return recorded
+
+    def rollout(predictor: Any) -> tuple[list[Trajectory], list[Trajectory]]:
+        with accelerate(pipe, predictor):
+            trained = runs([run.prompt for run in reference], [run.seed for run in reference])
+            return trained, runs(prompts, range(len(prompts)))
+
+    predictor = _untrained(options, pipe, store, reference)
+    if options.loss == "steps":
+        training.least_squares(predictor, reference)
+        predictor.save_pretrained(out)
+        return print(out)
+    config = training.Config(
+        loss=options.loss, rounds=options.rounds, updates=tuple(options.updates), seed=options.seed
+    )
+    head = tap.head(pipe.transformer, predictor.origin.tap)
+    validation = runs(prompts, range(len(prompts)))
+    result = training.train(predictor, reference, validation, head, rollout, config, out / "rounds")
+    result.predictor.save_pretrained(out)
+    earlier = result.ground_truth
+    earlier.origin = replace(earlier.origin, training={**earlier.origin.training, "phase": "ground-truth"})
+    earlier.save_pretrained(out / "ground-truth")
+    report.training_curve(result.curve, out / "training.png")
+    print("\n".join(f"round {k}: drift {score:.2f} dB" for k, score in enumerate(result.scores)))
+    print(out)
+
+
+def _untrained(options: argparse.Namespace, pipe: Any, store: Any, reference: Sequence[Any]) -> Any:
+    import diffusers
+    import torch
+
+    from lesa.predictor import L2P, LESA, Origin, configuration
+    from lesa.tap import tap_of
+
+    if not reference:
+        raise ValueError(f"training needs recorded runs, and {options.data} holds none; run lesa collect.")
+    settings = {name: getattr(options, name) for name in ("loss", "rounds", "updates", "seed", "history")}
+    origin = Origin(
+        model=store.collection.model,
+        transformer=type(pipe.transformer).__name__,
+        config=configuration(pipe.transformer),
+        tap=tap_of(pipe.transformer),
+        grid=tuple(reference[0].grid.tolist()),
+        schedule=str(options.schedule),
+        streams=reference[0].streams,
+        data=store.digest(),
+        training=settings,
+        versions={"torch": torch.__version__, "diffusers": diffusers.__version__, "lesa": _version()},
+    )
+    kind = LESA if options.method == "lesa" else L2P
+    return kind(origin, remembers_forecasts=options.history == "all")
+
+
+# --- what commands share
+
+
+def _pipeline(options: argparse.Namespace) -> Any:
+    """Load the model with the call arguments given; sets `options.steps` to the steps of its runs."""
+    import torch
+    from transformers.utils import logging
+
+    from lesa.pipelines import CALL_FILE, load, with_call
+
+    if options.dtype and not isinstance(getattr(torch, options.dtype, None), torch.dtype):
+        raise ValueError(f"a dtype is one of torch's, such as bfloat16, got {options.dtype!r}.")
+    logging.disable_progress_bar()  # of the weights of each component; that of the components stays
+    own = Path(options.model) / CALL_FILE
+    steps = json.loads(own.read_text()).get("num_inference_steps", 50) if own.exists() else 50
+    options.steps = options.steps or steps
+    pipe = load(options.model, **({"torch_dtype": getattr(torch, options.dtype)} if options.dtype else {}))
+    pipe.to(options.device)
+    pipe.set_progress_bar_config(disable=True)
+    return with_call(pipe, {**options.call, "num_inference_steps": options.steps})
+
+
+def _predictors(model: str, named: Sequence[str] | None) -> list[Any]:
+    """Load the predictors named, or else those shipped with the model."""
+    from lesa.predictor import CONFIG_FILE, SHIPPED_FOLDER, Predictor
+
+    shipped = sorted(path.parent for path in Path(model).glob(f"{SHIPPED_FOLDER}/*/{CONFIG_FILE}"))
+    folders = shipped if named is None else named
+    if not folders:
+        print(f"no predictor lies in {Path(model) / SHIPPED_FOLDER}: rows without training only", file=sys.stderr)
+    return [Predictor.from_pretrained(folder) for folder in folders]
+
+
+def _forecaster(text: str | None) -> Any:
+    """Read 'reuse', 'taylor:2' or 'lagrange:1', or load a predictor; None is the one shipped with the model."""
+    from lesa.forecasters import Lagrange, Reuse, Taylor
+    from lesa.predictor import Predictor
+
+    name, _, number = (text or "").partition(":")
+    if name == "reuse":
+        return Reuse()
+    if name in ("taylor", "lagrange") and number.isdigit():
+        return {"taylor": Taylor, "lagrange": Lagrange}[name](int(number))
+    return Predictor.from_pretrained(text) if text else None
+
+
+def _prompts(path: str | Path, limit: int | None) -> list[str]:
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    prompts = [line for line in lines if line][:limit]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts; write one a line.")
+    return prompts
+
+
+def _folder(path: str | Path) -> Path:
+    """Make a folder at once: a place that cannot be written to is better known before the work."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
+def _print_version(_options: argparse.Namespace) -> None:
+    print(f"lesa {_version()}")
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("lesa-cache")
+
+
+# --- the parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="lesa", description="Faster diffusers pipelines: the features of skipped steps are forecast.")
+    parser.add_argument(
+        "--version", action="store_const", const=_print_version, dest="command", help="print the version"
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    parser.set_defaults(command=lambda _: parser.print_help())
+    commands = parser.add_subparsers(metavar="COMMAND")
+    _add_comparisons(commands)
+    _add_training(commands)
+
+    generate = _command(commands, "generate", _generate, "draw a picture, accelerated")
+    generate.add_argument("prompt", metavar="PROMPT")
+    generate.add_argument("--out", default="picture.png", metavar="FILE")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument(
+        "--forecaster", help="a predictor's folder, reuse, taylor:1, lagrange:2 ...; default: shipped"
+    )
+    generate.add_argument(
+        "--schedule", type=_schedule, help="which steps are full, e.g. paper:7; default: the predictor's"
+    )
+    generate.add_argument("--full", action="store_true", help="every step full, for comparison")
+
+    plan = commands.add_parser("plan", help="print the rows of a predictor")
+    plan.add_argument("predictor", metavar="PREDICTOR", help="its folder")
+    plan.add_argument("--stream", help="cond or uncond; default: its first")
+    plan.set_defaults(command=_plan)
+    return parser
+
+
+def _add_comparisons(commands: Any) -> None:
+    demo = _command(commands, "demo", _demo, "compare the methods on a few held-out prompts and draw a sheet", EMBEDDED)
+    demo.set_defaults(bound=False, differences=None, predictors=None)
+    bench = _command(
+        commands, "bench", _bench, "compare the methods on many pairs, with paired differences and the bound"
+    )
+    bench.add_argument("--predictors", nargs="+", metavar="FOLDER", help="default: those shipped with the model")
+    bench.add_argument(
+        "--differences", metavar="METHOD", default="LESA", help="the one to compare with the rest (LESA)"
+    )
+    bench.add_argument("--no-bound", dest="bound", action="store_false", help="leave out the bound, which records runs")
+    for command, pairs, timed, out in ((demo, 48, 6, "out/demo"), (bench, 200, 10, "out/bench")):
+        command.add_argument("--prompts", metavar="FILE", help="one a line; default: the model's held-out prompts")
+        command.add_argument(
+            "--pairs", type=_count, default=pairs, help=f"how many prompts, the k-th with seed k ({pairs})"
+        )
+        command.add_argument("--timed", type=int, default=timed, help=f"how many of them are timed ({timed})")
+        command.add_argument("--schedules", type=_schedules, default="paper:7,paper:10", help="paper:7,paper:10")
+        command.add_argument("--batch-size", type=_count, default=16)
+        command.add_argument("--out", default=out, metavar="FOLDER", help=f"for results.json and pictures.png ({out})")
+
+
+def _add_training(commands: Any) -> None:
+    collect = _command(commands, "collect", _collect, "record runs with every step full, to train on; resumable")
+    collect.add_argument("--prompts", required=True, metavar="FILE", help="one a line")
+    collect.add_argument("--limit", type=_count, help="take the first prompts only")
+    collect.add_argument("--seeds", type=_seeds, default="0", help="each prompt runs with each: 0,3,7 or 0:4 (0)")
+    collect.add_argument("--tokens", type=_count, help="tokens kept of each run; default: a hundredth, or up to 41")
+    collect.add_argument("--batch-size", type=_count, default=16)
+    collect.add_argument("--out", required=True, metavar="FOLDER")
+
+    train = _command(commands, "train", _train, "train a predictor on collected runs; resumable")
+    train.add_argument("--data", required=True, metavar="FOLDER", help="what lesa collect wrote")
+    train.add_argument("--validation-prompts", required=True, metavar="FILE", help="one a line; they choose the round")
+    train.add_argument("--validation", type=_count, default=32, help="how many of them, the k-th with seed k (32)")
+    train.add_argument("--schedule", type=_schedule, default="paper:7", help="which steps are full (paper:7)")
+    train.add_argument("--method", choices=("lesa", "l2p"), default="lesa")
+    train.add_argument("--history", choices=("full", "all"), default="full", help="of full steps, or of forecasts too")
+    train.add_argument("--loss", choices=("latents", "features", "steps"), default="latents")
+    train.add_argument("--rounds", type=int, default=4, help="of the closed-loop phase (4)")
+    train.add_argument("--updates", type=int, nargs=2, default=(200, 200), help="in each phase or round (200 200)")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--batch-size", type=_count, default=16)
+    train.add_argument("--out", required=True, metavar="FOLDER")
+
+
+def _command(commands: Any, name: str, run: Any, words: str, model: str | None = None) -> argparse.ArgumentParser:
+    """Add a command that runs a model."""
+    parser = commands.add_parser(name, help=words, description=words)
+    if model is None:
+        parser.add_argument("model", metavar="MODEL", help="folder or hub name of a diffusers pipeline")
+    else:
+        parser.add_argument("--model", default=model, help=f"folder of a diffusers pipeline ({model})")
+    parser.add_argument("--steps", type=_count, help="default: the model's own, or 50")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", help="e.g. bfloat16; default: that of diffusers")
+    parser.add_argument("--call", type=_call, default={}, help="""more arguments of its call, e.g. '{"height": 512}'""")
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _told(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Let a reader's own words reach the user, where argparse would say 'invalid value' only."""
+
+    def reader(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return reader
+
+
+@_told
+def _schedule(text: str) -> Any:
+    from lesa.schedule import Schedule
+
+    return Schedule.parse(text)
+
+
+@_told
+def _schedules(text: str) -> list[Any]:
+    return [_schedule(part) for part in re.split(r",(?=[a-z])", text)]
+
+
+@_told
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"a whole number, at least 1, is needed, got {text!r}")
+    return int(text)
+
+
+@_told
+def _seeds(text: str) -> list[int]:
+    first, colon, end = text.partition(":")
+    return list(range(int(first), int(end))) if colon else [int(seed) for seed in text.split(",")]
+
+
+@_told
+def _call(text: str) -> dict[str, Any]:
+    arguments = json.loads(text)
+    if not isinstance(arguments, dict):
+        raise ValueError(f"a JSON object of arguments is needed, got {text!r}")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Forecasters: they turn (grid, step, past) into a row of numbers, and never see a feature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lesa.grid import matches, validate
+from lesa.row import Row
+
+
+class Forecaster(Protocol):
+    """What every forecaster has; deriving from this class gives the defaults of `wants` and `for_stream`.
+
+    `memory` is how many past features one forecast may combine; `remembers_forecasts` says whether its own forecasts
+    enter the history (LESA and L2P) or full steps only (reuse, Taylor).
+    """
+
+    memory: int
+    remembers_forecasts: bool
+
+    def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
+        """Return the row of `step`: one coefficient for each step of `past`, the history's steps, oldest first."""
+        ...
+
+    def wants(self, grid: Tensor, step: int) -> int:
+        """Return how many past features the row of `step` is made for; with fewer it is a makeshift."""
+        return self.memory
+
+    def for_stream(self, name: str) -> Forecaster:
+        """Return the forecaster of one stream ('cond' or 'uncond'); without streams of its own, itself."""
+        return self
+
+
+class Reuse(Forecaster):
+    """Repeat the newest feature, as FORA does."""
+
+    memory = 1
+    remembers_forecasts = False
+
+    def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
+        """Return 1 for the newest past step and 0 for the others."""
+        return Row(torch.eye(len(past), dtype=torch.float64)[-1], _zero())
+
+    def __repr__(self) -> str:
+        return "Reuse()"
+
+
+class Taylor(Forecaster):
+    """Continue the full steps' features by a Taylor series in the step index (TaylorSeer, arXiv 2503.06923).
+
+    With d_0 = h and d_{j+1} = (d_j - previous d_j) / gap, the gap being that of the two newest full steps,
+    h_{s+k} = sum_j d_j k^j / j!. Backward differences are no derivatives: it is exact for straight lines only, whatever
+    the order.
+
+    Raises: ValueError if `order` is negative.
+    """
+
+    remembers_forecasts = False
+
+    def __init__(self, order: int = 1) -> None:
+        self.order = _not_negative("order", order)
+        self.memory = self.order + 1
+
+    def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
+        """Run the recursion on the identity; with fewer past steps than order + 1 the order drops."""
+        differences: list[Tensor] = []
+        for k, feature in enumerate(torch.eye(len(past), dtype=torch.float64)):
+            newer = [feature]
+            for previous in differences[: self.order]:
+                newer.append((newer[-1] - previous) / (past[k] - past[k - 1]))
+            differences = newer
+        ahead = step - past[-1]
+        terms = [difference * ahead**j / math.factorial(j) for j, difference in enumerate(differences)]
+        return Row(torch.stack(terms).sum(0), _zero())
+
+    def __repr__(self) -> str:
+        return f"Taylor(order={self.order})"
+
+
+class Lagrange(Forecaster):
+    """Extrapolate the polynomial in t through the newest full steps' features, exact to its degree on any grid.
+
+    c_k = prod_{j != k} (t - t_j) / (t_k - t_j).
+
+    Raises: ValueError if `degree` is negative.
+    """
+
+    remembers_forecasts = False
+
+    def __init__(self, degree: int = 1) -> None:
+        self.degree = _not_negative("degree", degree)
+        self.memory = self.degree + 1
+
+    def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
+        """Return the Lagrange weights; with fewer past steps than degree + 1 the degree drops."""
+        times = grid[list(past[-self.memory :])]
+        itself = torch.eye(len(times), dtype=torch.bool)
+        ratios = (grid[step] - times) / (times[:, None] - times).masked_fill(itself, 1.0)
+        coefficients = torch.zeros(len(past), dtype=torch.float64)
+        coefficients[-len(times) :] = ratios.masked_fill(itself, 1.0).prod(1)
+        return Row(coefficients, _zero())
+
+    def __repr__(self) -> str:
+        return f"Lagrange(degree={self.degree})"
+
+
+class PlannedRow(NamedTuple):
+    """The row of one skipped step as plain numbers: h = sum_k coefficients[k] h_{past[k]} + offset."""
+
+    past: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    offset: float
+
+
+class LinearRows(Forecaster):
+    """Hold free rows: a number for every past step of every skipped step (L2P, arXiv 2604.26365), or a frozen plan's.
+
+    They are bound to one grid and to the past that each of them was made for. `memory` is the longest of these when
+    not given.
+
+    Raises: ValueError if there are no rows, or one of them has not one coefficient for each past step.
+    """
+
+    def __init__(
+        self,
+        grid: Sequence[float] | Tensor,
+        rows: Mapping[int, PlannedRow],
+        *,
+        memory: int | None = None,
+        remembers_forecasts: bool = True,
+    ) -> None:
+        if not rows:
+            raise ValueError("linear rows hold at least one row, got none; without skipped steps use Reuse().")
+        for step, row in rows.items():
+            if len(row.coefficients) != len(row.past):
+                raise ValueError(
+                    f"a row has one coefficient for each past step, got {len(row.coefficients)} for {len(row.past)} "
+                    f"at step {step}; repair this row."
+                )
+        self.grid = validate(grid)
+        self.rows = dict(rows)
+        self.memory = memory or max(len(row.past) for row in rows.values())
+        self.remembers_forecasts = remembers_forecasts
+
+    def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
+        """Look the row up.
+
+        Raises: ValueError if it was made for another grid or past, or there is none for `step`.
+        """
+        if not matches(self.grid, grid):
+            raise ValueError(
+                f"these rows are bound to their grid of {len(self.grid) - 1} steps, got another one of "
+                f"{len(grid) - 1}; run on that grid, or train rows for this one."
+            )
+        if step not in self.rows:
+            raise ValueError(
+                f"there are rows for steps {sorted(self.rows)}, got skipped step {step}; use their schedule."
+            )
+        made_for, coefficients, offset = self.rows[step]
+        if tuple(past) != made_for:
+            raise ValueError(
+                f"the row of step {step} combines steps {list(made_for)}, got a history of {list(past)}; "
+                "use the schedule that these rows were made for."
+            )
+        return Row(_numbers(coefficients), _numbers(offset))
+
+    def wants(self, grid: Tensor, step: int) -> int:
+        """Return the number of past features that the row of `step` combines."""
+        return len(self.rows[step].past)
+
+    def __repr__(self) -> str:
+        return f"LinearRows({len(self.rows)} rows, memory={self.memory})"
+
+
+def _numbers(numbers: float | Sequence[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def _zero() -> Tensor:
+    return _numbers(0.0)
+
+
+def _not_negative(name: str, number: int) -> int:
+    if not isinstance(number, int) or number < 0:
+        raise ValueError(f"{name} is a whole number, at least 0, got {number}; raise it.")
+    return number

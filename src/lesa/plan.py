@@ -1,0 +1,216 @@
+"""Plans: the rows of one run, compiled before it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from lesa.forecasters import Forecaster, LinearRows, PlannedRow
+from lesa.grid import validate
+from lesa.schedule import Schedule, draw
+
+FORMAT = "lesa-plan-1"
+SHOWN_TERMS = 8
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """The rows of one run and one stream: what every skipped step is made of.
+
+    `times` is the grid, `full` the full steps, `start` the step that the run begins at. `rows` holds the row of every
+    skipped step; each combines exactly the steps that the history holds by then, oldest first: the newest `memory` of
+    the full steps, or, if it `remembers_forecasts`, of all steps. `truncated` names the skipped steps whose rows are
+    makeshifts, because the history was shorter than the forecaster wanted.
+
+    Raises: ValueError if these do not fit together.
+    """
+
+    times: tuple[float, ...]
+    full: tuple[int, ...]
+    start: int
+    memory: int
+    remembers_forecasts: bool
+    rows: dict[int, PlannedRow]
+    truncated: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        validate(self.times)
+        if Schedule.at(self.full).full_steps(self.steps, self.start)[0] != self.full[0]:
+            raise ValueError(
+                f"the first full step is the run's first, {self.start}, got {self.full[0]}; compile it again."
+            )
+        pasts = dict(histories(self.steps, self.full, self.start, self.memory, self.remembers_forecasts))
+        if pasts.keys() != self.rows.keys():
+            raise ValueError(
+                f"a plan has one row for each skipped step, got rows for {sorted(self.rows)} and skipped steps "
+                f"{sorted(pasts)}; compile it again."
+            )
+        for step, past in pasts.items():
+            _check(step, past, self.rows[step])
+
+    @property
+    def grid(self) -> Tensor:
+        """The grid, float64 (S + 1,)."""
+        return torch.tensor(self.times, dtype=torch.float64)
+
+    @property
+    def steps(self) -> int:
+        """The number of steps S of the grid."""
+        return len(self.times) - 1
+
+    @property
+    def step_ratio(self) -> float:
+        """Steps of the run for each full step of it."""
+        return (self.steps - self.start) / len(self.full)
+
+    def unroll(self) -> Tensor:
+        """Return every step's feature as a combination of the full steps' features: the closed loop as algebra.
+
+        Shape (S, S + 1): column k is the feature of full step k, the last column the offset. Columns of skipped steps
+        are 0, and so are the rows of steps before `start`.
+        """
+        unrolled = torch.zeros(self.steps, self.steps + 1, dtype=torch.float64)
+        for step in range(self.start, self.steps):
+            if step not in self.rows:
+                unrolled[step, step] = 1.0
+                continue
+            past, coefficients, offset = self.rows[step]
+            unrolled[step] = torch.tensor(coefficients, dtype=torch.float64) @ unrolled[list(past)]
+            unrolled[step, -1] += offset
+        return unrolled
+
+    def noise_gain(self) -> Tensor:
+        """Return sum|c| of every step's row, shape (S,): by how much it can amplify the rounding noise of its past.
+
+        It is 1 at full steps and 0 before `start`.
+        """
+        gain = torch.zeros(self.steps, dtype=torch.float64)
+        gain[list(self.full)] = 1.0
+        for step, row in self.rows.items():
+            gain[step] = math.fsum(map(abs, row.coefficients))
+        return gain
+
+    def freeze(self) -> LinearRows:
+        """Return these rows as a forecaster of their own, bound to this grid and schedule.
+
+        Raises: ValueError if no step is skipped.
+        """
+        return LinearRows(self.times, self.rows, memory=self.memory, remembers_forecasts=self.remembers_forecasts)
+
+    def to_json(self) -> str:
+        """Write the plan as JSON, without loss."""
+        rows = {step: row._asdict() for step, row in self.rows.items()}
+        return json.dumps({"format": FORMAT, **asdict(self), "rows": rows})
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what `to_json` wrote.
+
+        Raises: ValueError if it is no JSON, no plan of this format, or the numbers in it do not fit together.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("format") != FORMAT:
+                raise ValueError("its format is another")
+            for name in ("times", "full", "truncated"):
+                data[name] = tuple(data[name])
+            data["rows"] = {
+                int(step): PlannedRow(tuple(row["past"]), tuple(row["coefficients"]), row["offset"])
+                for step, row in data["rows"].items()
+            }
+            return cls(**data)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"a plan is the JSON of format {FORMAT!r}, got other text ({error!r}); write it again."
+            ) from error
+
+    def __repr__(self) -> str:
+        gain = self.noise_gain()
+        lines = [
+            f"Plan of {self.steps - self.start} steps, {len(self.full)} full (step ratio {self.step_ratio:.2f}), "
+            f"noise gain up to {float(gain.max()):.3g}, {len(self.truncated)} rows with a short history",
+            draw(self.full, self.steps, self.start),
+        ]
+        for step, row in self.rows.items():
+            short = "  short history" if step in self.truncated else ""
+            lines.append(f"{step:4d} = {_formula(row)}  (gain {float(gain[step]):.3g}){short}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def compile(
+    forecaster: Forecaster, grid: Sequence[float] | Tensor, schedule: Schedule, start: int = 0, strict: bool = False
+) -> Plan:
+    """Ask `forecaster` for the row of every step that `schedule` skips in a run on `grid` that begins at `start`.
+
+    Example:
+        >>> from lesa.forecasters import Taylor
+        >>> compile(Taylor(), [1, 0.8, 0.6, 0.4, 0.2, 0], Schedule.every(3, warmup=2))
+        Plan of 5 steps, 3 full (step ratio 1.67), noise gain up to 5, 0 rows with a short history
+        ##..#
+           2 = +2 h1 -1 h0  (gain 3)
+           3 = +3 h1 -2 h0  (gain 5)
+
+    Raises: ValueError if the grid or the schedule does not fit, a row has not one finite coefficient for each past
+        step, or, with `strict`, a row has a shorter history than the forecaster wants.
+    """
+    grid = validate(grid)
+    steps = len(grid) - 1
+    full = schedule.full_steps(steps, start)
+    rows: dict[int, PlannedRow] = {}
+    truncated: list[int] = []
+    for step, past in histories(steps, full, start, forecaster.memory, forecaster.remembers_forecasts):
+        row = forecaster.row(grid, step, past)
+        rows[step] = PlannedRow(past, tuple(row.coefficients.flatten().tolist()), float(row.offset))
+        wanted = forecaster.wants(grid, step)
+        if len(past) >= wanted:
+            continue
+        truncated.append(step)
+        if strict:
+            raise ValueError(
+                f"step {step} is skipped but {forecaster!r} wants {wanted} past features there, got {len(past)}; "
+                f"make more of the steps before it full, or pass strict=False."
+            )
+    return Plan(
+        tuple(grid.tolist()), full, start, forecaster.memory, forecaster.remembers_forecasts, rows, tuple(truncated)
+    )
+
+
+def histories(
+    steps: int, full: Sequence[int], start: int, memory: int, remembers_forecasts: bool
+) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Walk a run and yield every skipped step with the steps whose features the history holds by then."""
+    history: deque[int] = deque(maxlen=memory)
+    for step in range(start, steps):
+        skipped = step not in full
+        if skipped:
+            yield step, tuple(history)
+        if remembers_forecasts or not skipped:
+            history.append(step)
+
+
+def _check(step: int, past: tuple[int, ...], row: PlannedRow) -> None:
+    if row.past != past:
+        raise ValueError(
+            f"the history at step {step} holds steps {list(past)}, got a row for {list(row.past)}; compile it again."
+        )
+    if len(row.coefficients) != len(past):
+        raise ValueError(
+            f"a row has one coefficient for each past step, got {len(row.coefficients)} for {len(past)} at step "
+            f"{step}; put zeros where a past step is unused."
+        )
+    if not all(map(math.isfinite, (*row.coefficients, row.offset))):
+        raise ValueError(f"the numbers of a row are finite, got {row.coefficients} + {row.offset} at step {step}.")
+
+
+def _formula(row: PlannedRow) -> str:
+    terms = [f"{c:+.4g} h{k}" for k, c in zip(row.past, row.coefficients, strict=True) if c][::-1]
+    hidden = [f"and {len(terms) - SHOWN_TERMS} more"] if len(terms) > SHOWN_TERMS else []
+    offset = [f"{row.offset:+.4g}"] if row.offset else []
+    return " ".join([*terms[:SHOWN_TERMS], *hidden, *offset]) or "0"

@@ -1,0 +1,509 @@
+"""Predictors: the forecasters that are learned, how they are saved, and which one is shipped for a pipeline."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lesa.forecasters import Forecaster
+from lesa.grid import matches, stage_of, validate
+from lesa.kan import KAN, KANLayer, bspline_basis
+from lesa.row import Row
+from lesa.schedule import Schedule
+from lesa.tap import Tap
+from lesa.trajectory import write_atomically
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+FORMAT = "lesa-predictor-1"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+SHIPPED_FOLDER = "lesa"
+"""A pipeline's own folder holds its predictors in this one; each is named by its method and schedule."""
+
+ROUNDING = 1e-6
+HELD = 1e-3
+"""How far a KAN may miss the alphas that it takes up."""
+NEAR_REUSE = 0.02
+
+CARD = """---
+{{ card_data }}
+---
+
+# {{ predictor }}
+
+A predictor of the kind `{{ predictor.method }}` for {{ predictor.origin.model }} ({{ predictor.origin.transformer }}, \
+{{ predictor.grid | length - 1 }} steps), on the schedule `{{ predictor.schedule }}`: it forecasts the transformer's
+feature on the steps that the schedule skips.
+
+```python
+import lesa
+
+predictor = lesa.Predictor.from_pretrained("the folder or repository of this file")
+with lesa.accelerate(pipe, predictor):
+    image = pipe("a prompt").images[0]
+```
+
+`config.json` says what it was trained on and for. It fits nothing else.
+"""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a predictor was trained for and on: it fits nothing else.
+
+    `model` names the pipeline, `transformer` is the class of its transformer and `config` that class's configuration;
+    `grid` is the S + 1 times, `schedule` reads as `Schedule.parse` takes it, `data` is the digest of the recorded runs.
+    """
+
+    model: str
+    transformer: str
+    config: dict[str, Any]
+    tap: Tap
+    grid: tuple[float, ...]
+    schedule: str
+    streams: tuple[str, ...] = ("cond",)
+    data: str = ""
+    training: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> Origin:
+        """Read what `dataclasses.asdict` gave after a round trip through JSON."""
+        blocks, module = entries["tap"]
+        as_tuples = {name: tuple(entries[name]) for name in ("grid", "streams")}
+        return cls(**{**entries, **as_tuples, "tap": Tap(tuple(blocks), module)})
+
+
+def configuration(transformer: nn.Module) -> dict[str, Any]:
+    """Return what a diffusers transformer was built with, without the entries that diffusers keeps for itself."""
+    entries = {k: v for k, v in dict(getattr(transformer, "config", {})).items() if not k.startswith("_")}
+    return json.loads(json.dumps(entries, default=str))
+
+
+class Predictor(
+    nn.Module, Forecaster, ModelHubMixin, library_name="lesa", tags=["diffusers", "lesa"], model_card_template=CARD
+):
+    """A learned forecaster, bound to one model, tap, grid and schedule.
+
+    `save_pretrained` and `push_to_hub` are those of huggingface_hub; what they write and `Predictor.from_pretrained`
+    reads is `model.safetensors` and `config.json`. As a forecaster it stands for its first stream; `for_stream` gives
+    the others.
+    """
+
+    method: ClassVar[str]
+    memory: int
+    remembers_forecasts: bool
+
+    def __init__(self, origin: Origin):
+        super().__init__()
+        self.origin = origin
+        self.grid = validate(origin.grid)
+        self.schedule = Schedule.parse(origin.schedule)
+        self.full = self.schedule.full_steps(len(self.grid) - 1)
+
+    @abstractmethod
+    def rows(self, pasts: Mapping[int, Sequence[int]], stream: str) -> dict[int, Row]:
+        """Return the rows of several steps of this predictor's grid, differentiable; `pasts` as in `row`."""
+
+    @abstractmethod
+    def numbers(self, stream: str) -> list[nn.Parameter]:
+        """Return the parameters of one stream."""
+
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of the constructor besides `origin`, as JSON can hold them."""
+
+    def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
+        """Return the row of the first stream.
+
+        Raises: ValueError if this is not the grid of the predictor.
+        """
+        return self.for_stream(self.origin.streams[0]).row(grid, step, past)
+
+    def for_stream(self, name: str) -> Forecaster:
+        """Return the forecaster of one stream.
+
+        Raises: ValueError if the predictor was not trained for it.
+        """
+        if name not in self.origin.streams:
+            raise ValueError(
+                f"this predictor was trained for the streams {', '.join(self.origin.streams)}, got {name!r}; train one "
+                "on runs with the guidance that you use."
+            )
+        return _Stream(self, name)
+
+    def check_grid(self, grid: Tensor) -> None:
+        """Raise ValueError unless this is the grid that the predictor was trained for."""
+        if not matches(grid, self.grid):
+            raise ValueError(
+                f"this predictor was trained for {_grid_words(self.grid)}, got {_grid_words(grid)}; call the pipeline "
+                f"with num_inference_steps={len(self.grid) - 1} and the image size it was trained for, or train one."
+            )
+
+    def check_model(self, transformer: nn.Module, tap: Tap) -> None:
+        """Raise ValueError unless the predictor fits this transformer, tapped there.
+
+        Of its configuration the entries that both know have to agree: new releases of diffusers add entries.
+        """
+        name, config, mine = type(transformer).__name__, configuration(transformer), self.origin
+        advice = "take the predictor of this model, or train one."
+        if name != mine.transformer:
+            raise ValueError(
+                f"this predictor was trained for {mine.model}, a {mine.transformer}, got a {name}; {advice}"
+            )
+        other = sorted(k for k in config.keys() & mine.config.keys() if config[k] != mine.config[k])
+        if other:
+            differences = ", ".join(f"{k}={config[k]} instead of {mine.config[k]}" for k in other[:3])
+            raise ValueError(
+                f"this predictor was trained for {mine.model}, got another {name} ({differences}); {advice}"
+            )
+        if tap != mine.tap:
+            raise ValueError(
+                f"this predictor was trained for the feature at {tuple(mine.tap)}, got the tap {tuple(tap)}; "
+                "accelerate with the predictor's tap, or train one for this."
+            )
+
+    def slopes(self) -> Tensor:
+        """Return alpha of the line through the two newest full steps before each step, (S,); 0 where there are fewer.
+
+        With it h_s = h_new + alpha (h_new - h_old).
+        """
+        slopes = torch.zeros(len(self.grid) - 1)
+        for step in range(len(slopes)):
+            newest = [k for k in self.full if k < step][-2:]
+            if len(newest) == 2:
+                slopes[step] = (step - newest[1]) / (newest[1] - newest[0])
+        return slopes
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """Load the predictor in a folder or a repository of the hub; options as of `hf_hub_download`.
+
+        Raises: FileNotFoundError if there is none; ValueError if it is damaged or of another kind.
+        """
+        source = str(pretrained_model_name_or_path)
+        config, weights = (_fetch(source, name, options) for name in (CONFIG_FILE, WEIGHTS_FILE))
+        predictor = _read(source, config.read_bytes(), weights.read_bytes())
+        if not isinstance(predictor, cls):
+            raise ValueError(
+                f"{source} holds a {type(predictor).__name__}, not a {cls.__name__}; load it as a Predictor."
+            )
+        return predictor
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        weights = to_bytes({name: _without_loss(t) for name, t in sorted(self.state_dict().items())})
+        entries = dict(format=FORMAT, method=self.method, options=self.options(), **asdict(self.origin))
+        entries["sha256"] = _digest(entries, weights)
+        write_atomically(save_directory / WEIGHTS_FILE, weights)
+        write_atomically(save_directory / CONFIG_FILE, (json.dumps(entries, indent=1) + "\n").encode())
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """Describe the predictor for people; `save_pretrained` writes it where there is no README.md yet."""
+        return super().generate_model_card(*args, predictor=self, **kwargs)
+
+
+class _Stream(Forecaster):
+    """One stream of a predictor."""
+
+    def __init__(self, predictor: Predictor, name: str):
+        self._predictor, self._name = predictor, name
+        self.memory, self.remembers_forecasts = predictor.memory, predictor.remembers_forecasts
+
+    def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
+        self._predictor.check_grid(grid)
+        return self._predictor.rows({step: past}, self._name)[step]
+
+    def wants(self, grid: Tensor, step: int) -> int:
+        return self._predictor.wants(grid, step)
+
+    def __repr__(self) -> str:
+        return f"{self._predictor!r}.for_stream({self._name!r})"
+
+
+class Expert(nn.Module):
+    """The part of LESA for one stage: h_s = h_{s-1} + alpha (sum_k w_k h_{s-k} + b), alpha = KAN(t_s - grid).
+
+    `weight` is (K,), oldest first, and starts as the difference of the newest two; `bias` is a scalar.
+    """
+
+    def __init__(self, memory: int, kan: KAN):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(memory))
+        self.bias = nn.Parameter(torch.zeros(()))
+        self.kan = kan
+        with torch.no_grad():
+            self.weight[-1], self.weight[-2] = 1.0, -1.0
+
+    def row(self, alpha: Tensor, held: int) -> Row:
+        """Return the row over `held` past features; with fewer than K of them, of the newest weights."""
+        used = min(held, len(self.weight))
+        coefficients = functional.pad(alpha * self.weight[len(self.weight) - used :], (held - used, 0))
+        newest = torch.zeros_like(coefficients)
+        newest[-1] = 1.0
+        return Row(coefficients + newest, alpha * self.bias)
+
+
+class LESA(Predictor):
+    """The stage-aware predictor of LESA (arXiv 2602.20497): one expert for each stage and stream.
+
+    `bounds` are the falling times between stages and `memories` how many past features each stage's expert combines.
+    With `remembers_forecasts`, as in the paper, these are full and forecast ones; without, full steps only. A new
+    predictor is near reuse in the first case (the newest difference after a full step is a correction, no slope) and
+    the straight line through the newest two full steps in the second.
+
+    `hidden`, `grid_size` and `span` shape the KANs, and `spline_noise` is how rough their curves start. The paper's
+    (`LESA.paper`) cannot tell neighbouring steps apart: at 50 steps of FLUX it misses arbitrary alphas by more than
+    their own size, since the first steps are 0.006 apart, its knots 1.2, and its curves nearly flat. Rough curves on
+    knots 0.05 apart hold them to the last digits, with a tenth of the parameters.
+
+    A new predictor is the same every time.
+
+    Raises: ValueError if `bounds` do not fall, or there is not one memory, of at least 2, for each stage.
+    """
+
+    method = "lesa"
+
+    def __init__(
+        self,
+        origin: Origin,
+        *,
+        bounds: Sequence[float] = (0.9, 0.5),
+        memories: Sequence[int] = (4, 8, 8),
+        remembers_forecasts: bool = False,
+        hidden: Sequence[int] = (32,),
+        grid_size: int = 40,
+        span: Sequence[float] = (-1.0, 1.0),
+        spline_noise: float = 40.0,
+    ):
+        super().__init__(origin)
+        if len(memories) != len(bounds) + 1 or min(memories) < 2:
+            raise ValueError(f"{len(bounds) + 1} stages need as many memories of at least 2, got {list(memories)}.")
+        if sorted(bounds, reverse=True) != list(bounds):
+            raise ValueError(f"the bounds between stages fall, as times do, got {list(bounds)}; sort them.")
+        self.bounds, self.memories = tuple(bounds), tuple(memories)
+        self.stages = [stage_of(float(time), self.bounds) for time in self.grid[:-1]]
+        self.memory, self.remembers_forecasts = max(memories), remembers_forecasts
+        self._kan = dict(hidden=list(hidden), grid_size=grid_size, span=list(span), spline_noise=spline_noise)
+        widths = [len(self.grid), *hidden, 1]
+
+        def expert(memory: int) -> Expert:
+            return Expert(memory, KAN(widths, grid_size, span=(span[0], span[1]), spline_noise=spline_noise))
+
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            self.experts = nn.ModuleDict({s: nn.ModuleList(map(expert, memories)) for s in origin.streams})
+        self._start()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        for parameter in self.parameters():  # most of them stay: numbers of 16 bits halve the file
+            parameter.copy_(parameter.half())
+        alphas = self.slopes()
+        for stream in self.origin.streams:
+            self._absorb(alphas.fill_(NEAR_REUSE) if self.remembers_forecasts else alphas, stream)
+
+    @classmethod
+    def paper(cls, origin: Origin, **options: Any) -> LESA:
+        """The predictor as published: history with forecasts, KANs of widths [S + 1, 256, 256, 1], grid 5 on [-3, 3].
+
+        Train it with `Config(free_alphas=False)`.
+        """
+        kan = dict(hidden=(256, 256), grid_size=5, span=(-3.0, 3.0), spline_noise=0.02)
+        return cls(origin, **{"remembers_forecasts": True, **kan, **options})
+
+    def options(self) -> dict[str, Any]:
+        own = dict(bounds=list(self.bounds), memories=list(self.memories), remembers_forecasts=self.remembers_forecasts)
+        return {**own, **self._kan}
+
+    def stage_experts(self, stream: str) -> list[Expert]:
+        """Return the experts of one stream, the noisiest stage's first."""
+        experts = self.experts[stream]
+        assert isinstance(experts, nn.ModuleList)
+        return cast("list[Expert]", list(experts))
+
+    def numbers(self, stream: str) -> list[nn.Parameter]:
+        return list(self.experts[stream].parameters())
+
+    def wants(self, grid: Tensor, step: int) -> int:
+        """Return the K of the step's stage."""
+        return self.memories[self.stages[step]]
+
+    def rows(self, pasts: Mapping[int, Sequence[int]], stream: str, alphas: Tensor | None = None) -> dict[int, Row]:
+        """Return the rows of several steps, with these `alphas`, shape (S,), in place of the KANs' if given."""
+        experts = self.stage_experts(stream)
+        alphas = self.alphas(stream, sorted(pasts)) if alphas is None else alphas
+        return {step: experts[self.stages[step]].row(alphas[step], len(past)) for step, past in pasts.items()}
+
+    def alphas(self, stream: str, steps: Sequence[int] | None = None) -> Tensor:
+        """Return alpha of every step, shape (S,), as the KANs give it; 0 where `steps` leaves one out."""
+        result = torch.zeros(len(self.stages))
+        wanted = range(len(result)) if steps is None else steps
+        for stage, expert in enumerate(self.stage_experts(stream)):
+            mine = [step for step in wanted if self.stages[step] == stage]
+            if mine:
+                found = expert.kan(self._differences(mine)).squeeze(-1)
+                result = result.index_put((torch.tensor(mine),), found)
+        return result
+
+    def absorb(self, alphas: Tensor, stream: str) -> None:
+        """Set the last layer of every stage's KAN so that it gives these alphas, shape (S,).
+
+        Raises: ValueError if the KANs cannot.
+        """
+        self._absorb(alphas, stream)
+        with torch.no_grad():
+            error = float((self.alphas(stream) - alphas).abs().max())
+        if not error <= HELD * max(1.0, float(alphas.abs().max())):
+            raise ValueError(
+                f"the KANs of this predictor cannot hold these alphas, they miss one by {error:.2g}; train the KANs "
+                "themselves (free_alphas=False), or give them rougher curves on more knots (spline_noise, grid_size)."
+            )
+
+    @torch.no_grad()
+    def _absorb(self, alphas: Tensor, stream: str) -> None:
+        """Make the smallest change that fits: a KAN is linear in its last layer, which has more numbers than S."""
+        for stage, expert in enumerate(self.stage_experts(stream)):
+            mine = [step for step, other in enumerate(self.stages) if other == stage]
+            if not mine:
+                continue
+            *first, last = cast("list[KANLayer]", list(expert.kan))
+            x = nn.Sequential(*first)(self._differences(mine))
+            splines = bspline_basis(x, last.knots, last.order) * last.scale.T
+            inputs = torch.cat([functional.silu(x).unsqueeze(-1), splines], dim=-1).double()
+            missing = (alphas[mine] - last(x).squeeze(-1)).double()
+            change = (torch.linalg.pinv(inputs.flatten(1), rtol=ROUNDING) @ missing).view(inputs.shape[1:]).float()
+            last.base[0] += change[:, 0]
+            last.spline[0] += change[:, 1:]
+
+    def _differences(self, steps: Sequence[int]) -> Tensor:
+        """The KAN's input, t_s - grid, shape (len(steps), S + 1)."""
+        return (self.grid[list(steps), None] - self.grid).float()
+
+    def __repr__(self) -> str:
+        return f"LESA({self.origin.model!r}, schedule={self.origin.schedule!r})"
+
+
+class L2P(Predictor):
+    """Free linear rows, one number for each past feature of each skipped step (L2P, arXiv 2604.26365).
+
+    They start at the straight line through the newest two full steps, or at reuse if it `remembers_forecasts` or
+    without `slope`. Other than LESA they hold for the past that their schedule makes, and for no other.
+
+    Raises: ValueError if `memory` is less than 1.
+    """
+
+    method = "l2p"
+
+    def __init__(self, origin: Origin, *, memory: int = 4, remembers_forecasts: bool = False, slope: bool = True):
+        super().__init__(origin)
+        if memory < 1:
+            raise ValueError(f"a row combines at least 1 past feature, got memory {memory}; raise it.")
+        self.memory, self.remembers_forecasts = memory, remembers_forecasts
+        start = torch.zeros(len(self.grid) - 1, memory)
+        start[:, -1] = 1.0
+        if slope and memory > 1 and not remembers_forecasts:
+            start[:, -2:] += self.slopes()[:, None] * torch.tensor([-1.0, 1.0])
+        self.coefficients = nn.ParameterDict({s: nn.Parameter(start.clone()) for s in origin.streams})
+
+    def options(self) -> dict[str, Any]:
+        return dict(memory=self.memory, remembers_forecasts=self.remembers_forecasts)
+
+    def numbers(self, stream: str) -> list[nn.Parameter]:
+        return [self.coefficients[stream]]
+
+    def wants(self, grid: Tensor, step: int) -> int:
+        """Return 1: a row is made for what the schedule leaves in the history."""
+        return 1
+
+    def rows(self, pasts: Mapping[int, Sequence[int]], stream: str) -> dict[int, Row]:
+        table = self.coefficients[stream]
+        for step, past in pasts.items():
+            held = [k for k in range(step) if self.remembers_forecasts or k in self.full][-self.memory :]
+            if step in self.full or held != list(past):
+                raise ValueError(
+                    f"these rows were trained for {self.schedule!r}, got step {step} after the steps {list(past)}; run "
+                    "them on that schedule, from the first step on."
+                )
+        return {step: Row(table[step, self.memory - len(past) :], table.new_zeros(())) for step, past in pasts.items()}
+
+    def __repr__(self) -> str:
+        return f"L2P({self.origin.model!r}, schedule={self.origin.schedule!r})"
+
+
+def shipped_for(pipe: Any) -> Predictor:
+    """Load the predictor that lies beside a pipeline's own files, the first by name if there are several.
+
+    Raises: LookupError if there is none.
+    """
+    source = str(getattr(getattr(pipe, "config", None), "_name_or_path", "") or type(pipe).__name__)
+    found = sorted(path.parent for path in Path(source).glob(f"{SHIPPED_FOLDER}/*/{CONFIG_FILE}"))
+    if not found:
+        raise LookupError(
+            f"no predictor is shipped for {source}. Train one (lesa collect, lesa train), name one "
+            "(lesa.Predictor.from_pretrained(...)), or take a forecaster that needs no training, e.g. "
+            "lesa.accelerate(pipe, lesa.Taylor(order=1), schedule=lesa.Schedule.paper(7))."
+        )
+    return Predictor.from_pretrained(found[0])
+
+
+def _read(source: str, config: bytes, weights: bytes) -> Predictor:
+    """Make a predictor of its two files, which nobody must have changed."""
+    try:
+        entries = json.loads(config)
+        if entries.get("format") != FORMAT:
+            raise ValueError(f"its format is {entries.get('format')!r}, not {FORMAT!r}")
+        if entries.pop("sha256", None) != _digest(entries, weights):
+            raise ValueError("its files are not as they were saved")
+        kind = {known.method: known for known in (LESA, L2P)}[entries.pop("method")]
+        options = entries.pop("options")
+        del entries["format"]
+        predictor = kind(Origin.from_dict(entries), **options)
+        predictor.load_state_dict({name: t.float() for name, t in from_bytes(weights).items()})
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{source} holds no whole predictor of lesa ({error}); fetch or train it again.") from error
+    return predictor.eval()
+
+
+def _fetch(source: str, name: str, options: Mapping[str, Any]) -> Path:
+    if Path(source).is_dir():
+        if not (Path(source) / name).exists():
+            raise FileNotFoundError(
+                f"{source} holds no {name}, so no predictor of lesa; name its folder, or train one."
+            )
+        return Path(source) / name
+    try:
+        return Path(hf_hub_download(source, name, **options))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{source} is neither a folder here nor a predictor on the hub ({error}); check its name."
+        ) from error
+
+
+def _without_loss(tensor: Tensor) -> Tensor:
+    """Store half the bytes where no number changes by it."""
+    half = tensor.half()
+    return (half if torch.equal(half.to(tensor.dtype), tensor) else tensor).contiguous()
+
+
+def _digest(entries: Mapping[str, Any], weights: bytes) -> str:
+    """Return the SHA-256 of a predictor, however its JSON is laid out."""
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode() + weights).hexdigest()
+
+
+def _grid_words(grid: Tensor) -> str:
+    first = ", ".join(f"{float(t):.4f}" for t in grid[:3])
+    return f"{len(grid) - 1} steps ({first}, ...)"

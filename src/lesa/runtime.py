@@ -1,0 +1,377 @@
+"""Accelerate a pipeline: join tap, plan and history, per stream."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from lesa import grid as grids
+from lesa import plan as plans
+from lesa import predictor as predictors
+from lesa.forecasters import Forecaster
+from lesa.plan import Plan
+from lesa.row import History
+from lesa.schedule import Schedule
+from lesa.tap import Tap, attach, hear_streams, tap_of
+
+DEFAULT_STREAM = "cond"
+PLANS_KEPT = 64
+
+
+class SchedulerClock:
+    """Reads run, step and grid from a pipeline's scheduler; a run lasts until its sigmas are set anew."""
+
+    def __init__(self, pipe: Any):
+        self._pipe = pipe
+
+    def now(self) -> tuple[object, int]:
+        """Return an object that differs between runs, and the step.
+
+        Raises: RuntimeError if the scheduler is in no run.
+        """
+        scheduler = self._pipe.scheduler
+        step = grids.step_of(scheduler)
+        if step is None and getattr(scheduler, "num_inference_steps", None):
+            step = 0  # the pipeline has set its sigmas and says nothing of where it begins
+        if step is None or step >= len(scheduler.sigmas) - 1:
+            raise RuntimeError(
+                "the accelerated transformer was called while its pipeline's scheduler is in no run; call the pipeline "
+                "that was accelerated, or, for a loop of your own, lesa.accelerate(transformer, ..., grid=grid)."
+            )
+        return scheduler.sigmas, step
+
+    def grid(self) -> Tensor:
+        return grids.from_scheduler(self._pipe.scheduler)
+
+
+class LoopClock:
+    """Is told the step by a loop of one's own; a run lasts until the step falls or its first one is said again."""
+
+    def __init__(self, grid: Sequence[float] | Tensor):
+        self._grid = grids.validate(grid)
+        self._step: int | None = None
+        self._first: tuple[int, str] | None = None
+        self._run = object()
+
+    def set(self, step: int, stream: str) -> None:
+        steps = len(self._grid) - 1
+        if not 0 <= step < steps:
+            raise ValueError(f"the grid has steps 0 to {steps - 1}, got step {step}.")
+        if self._step is None or step < self._step or (step, stream) == self._first:
+            self._run, self._first = object(), (step, stream)
+        self._step = step
+
+    def now(self) -> tuple[object, int]:
+        if self._step is None:
+            raise RuntimeError("the loop says which step it is at before each call of the transformer: run.at(step).")
+        return self._run, self._step
+
+    def grid(self) -> Tensor:
+        return self._grid
+
+
+@dataclass
+class StreamSummary:
+    """What one stream did in all runs so far.
+
+    Steps are counted over all runs; `short_rows` are the forecasts that had fewer past features than they are made for;
+    `bytes_held` is the history's device memory; `forecast_seconds` is host time (a GPU may still be at work after it).
+    """
+
+    runs: int = 0
+    full_steps: int = 0
+    skipped_steps: int = 0
+    short_rows: int = 0
+    bytes_held: int = 0
+    forecast_seconds: float = 0.0
+
+    @property
+    def step_ratio(self) -> float:
+        """Steps for each full step."""
+        return (self.full_steps + self.skipped_steps) / max(self.full_steps, 1)
+
+
+class Summary(dict[str, StreamSummary]):
+    """Stream name to `StreamSummary`; prints as a table."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no run yet"
+        lines = ["stream      runs    full  skipped  step ratio       held  in forecasts"]
+        for name, s in self.items():
+            lines.append(
+                f"{name:<10} {s.runs:>5} {s.full_steps:>7} {s.skipped_steps:>8} {s.step_ratio:>11.2f} "
+                f"{_bytes(s.bytes_held):>10} {s.forecast_seconds:>11.3f} s"
+            )
+            if s.short_rows:
+                lines.append(f"{'':<10} {s.short_rows} forecasts had fewer past features than they are made for")
+        return "\n".join(lines)
+
+
+class Stream:
+    """One stream: the plan and history of its present run, and what it has done so far."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.run: object = None
+        self.plan: Plan
+        self.history: History | None = None
+        self.done = StreamSummary()
+        self._step = -1
+        self._thread = 0
+
+    def start(self, run: object, plan: Plan) -> None:
+        """Begin a run, in the thread that calls."""
+        self.run, self.plan = run, plan
+        self._step = plan.start - 1
+        self._thread = threading.get_ident()
+        self.done.runs += 1
+        if self.history is not None:
+            self.history.clear()
+
+    def enter(self, step: int) -> bool:
+        """Go on to `step`; tells whether it is full.
+
+        Raises: RuntimeError if it is not the one that comes next, or the run is another thread's.
+        """
+        self._check_thread()
+        if step == self._step:
+            raise RuntimeError(
+                f"the transformer was called twice at step {step} of stream {self.name!r}; calls of one step are told "
+                "apart by names alone: transformer.cache_context(name) in a pipeline, run.at(step, name) in a loop."
+            )
+        if step != self._step + 1:
+            raise RuntimeError(f"stream {self.name!r} must go on at step {self._step + 1}, got step {step}.")
+        self._step = step
+        return step not in self.plan.rows
+
+    def exchange(self, feature: Tensor) -> Tensor:
+        """Keep the feature of a full step and pass it on; on a skipped step return the forecast in its place.
+
+        Raises: RuntimeError if the feature changed its kind since the run began, or the run is another thread's.
+        """
+        self._check_thread()
+        if self._step in self.plan.rows:
+            return self._forecast(feature)
+        self.done.full_steps += 1
+        if self.plan.rows:
+            self._history_for(feature).append(self._step, feature)
+        return feature
+
+    def _forecast(self, feature: Tensor) -> Tensor:
+        began = time.perf_counter()
+        history, (_, coefficients, offset) = self.history, self.plan.rows[self._step]
+        assert history is not None, "a run begins with a full step"
+        forecast = history.forecast(coefficients, offset)
+        if forecast.shape != feature.shape or forecast.device != feature.device:
+            raise self._changed(feature)
+        if self.plan.remembers_forecasts:
+            history.append(self._step, forecast)
+        self.done.skipped_steps += 1
+        self.done.short_rows += self._step in self.plan.truncated
+        self.done.forecast_seconds += time.perf_counter() - began
+        return forecast
+
+    def _history_for(self, feature: Tensor) -> History:
+        if self.history is None or not self.history.fits(self.plan.memory, feature):
+            if self._step > self.plan.start:
+                raise self._changed(feature)
+            self.history = None  # gone before the next one is made
+            self.history = History(self.plan.memory, like=feature)
+            self.done.bytes_held = self.history.nbytes
+        return self.history
+
+    def _changed(self, feature: Tensor) -> RuntimeError:
+        return RuntimeError(
+            f"a feature keeps its shape, dtype and device during a run, got {tuple(feature.shape)}, {feature.dtype}, "
+            f"{feature.device} at step {self._step} of stream {self.name!r}; start the run anew."
+        )
+
+    def _check_thread(self) -> None:
+        if self._thread != threading.get_ident():
+            raise RuntimeError(
+                f"stream {self.name!r} is in a run of another thread; give each thread a pipeline, with a transformer, "
+                "of its own."
+            )
+
+
+class _Here(threading.local):
+    """What one thread is at: the name that it said last, and the stream whose feature is to pass."""
+
+    name = DEFAULT_STREAM
+    stream: Stream
+
+
+class Executor:
+    """Applies plans: listens at the tap, and finds the stream, the step and its row for each call."""
+
+    def __init__(self, clock: SchedulerClock | LoopClock, forecaster: Forecaster, schedule: Schedule, strict: bool):
+        self.clock = clock
+        self.streams: dict[str, Stream] = {}
+        self.here = _Here()
+        self._lock = threading.Lock()
+
+        @lru_cache(PLANS_KEPT)
+        def compiled(name: str, start: int, times: tuple[float, ...]) -> Plan:
+            return plans.compile(forecaster.for_stream(name), times, schedule, start, strict)
+
+        self._compiled = compiled
+
+    def begin(self) -> bool:
+        with self._lock:
+            (run, step), name = self.clock.now(), self.here.name
+            stream = self.streams.get(name) or Stream(name)
+            if stream.run is not run:
+                stream.start(run, self._compiled(name, step, tuple(self.clock.grid().tolist())))
+                self.streams[name] = stream
+            self.here.stream = stream
+            return stream.enter(step)
+
+    def exchange(self, feature: Tensor) -> Tensor:
+        with self._lock:
+            return self.here.stream.exchange(feature)
+
+    @contextmanager
+    def within(self, name: str) -> Iterator[None]:
+        """Let the calls of this thread be a stream's."""
+        outer, self.here.name = self.here.name, name
+        try:
+            yield
+        finally:
+            self.here.name = outer
+
+
+class Run:
+    """An accelerated transformer; what `accelerate` returns. As a context manager it ends the acceleration."""
+
+    def __init__(self, transformer: nn.Module, executor: Executor, tap: Tap):
+        self._transformer = transformer
+        self._executor = executor
+        with ExitStack() as undo:
+            undo.callback(attach(transformer, tap, executor))
+            undo.callback(hear_streams(transformer, executor.within))
+            self._undo = undo.pop_all()
+
+    def at(self, step: int, stream: str = DEFAULT_STREAM) -> None:
+        """Say at which step, and in which stream, a denoising loop of one's own calls the transformer next.
+
+        A new run begins when the step falls, or when the call that began the present one is said again.
+
+        Raises: ValueError if the grid has no such step; RuntimeError if a pipeline's scheduler tells the step.
+        """
+        if not isinstance(self._executor.clock, LoopClock):
+            raise RuntimeError("the pipeline's scheduler tells the step; run.at(...) is for loops without a pipeline.")
+        self._executor.clock.set(step, stream)
+        self._executor.here.name = stream
+
+    def plan(self, stream: str = DEFAULT_STREAM) -> Plan:
+        """Return the plan of a stream's newest run.
+
+        Raises: LookupError if the stream has not run yet.
+        """
+        streams = self._executor.streams
+        if stream not in streams:
+            raise LookupError(f"plans are compiled as runs begin; so far of {sorted(streams)}, not of {stream!r}.")
+        return streams[stream].plan
+
+    def summary(self) -> Summary:
+        """Return, per stream, what was done since the acceleration began."""
+        return Summary({name: replace(stream.done) for name, stream in self._executor.streams.items()})
+
+    def close(self) -> None:
+        """Leave the transformer as it was, and free the histories; does nothing the second time."""
+        with _lock:
+            if self._transformer.__dict__.get(_RUN) is self:
+                del self._transformer.__dict__[_RUN]
+            self._undo.close()
+        for stream in self._executor.streams.values():
+            stream.history = None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+
+_RUN = "_lesa_run"  # kept on the transformer itself, so that they are freed together
+_lock = threading.RLock()
+
+
+def accelerate(
+    pipe: Any,
+    forecaster: Forecaster | None = None,
+    *,
+    schedule: Schedule | None = None,
+    grid: Sequence[float] | Tensor | None = None,
+    tap: Tap | None = None,
+    strict: bool = False,
+) -> Run:
+    """Make a pipeline, or a transformer in a loop of one's own, run its blocks on the full steps of a schedule only.
+
+        with lesa.accelerate(pipe, lesa.Taylor(order=1), schedule=lesa.Schedule.paper(7)) as run:
+            image = pipe("small red apple on blue, left").images[0]
+        print(run.summary())
+
+    It holds from the call on (`lesa.enable` is the same function) until the `with` block ends or `lesa.disable` is
+    called; then the model is as it was. Without a forecaster the predictor shipped for the pipeline is taken; without
+    a schedule, the forecaster's own. A transformer alone needs the `grid` of its loop, S + 1 falling times, and
+    `run.at(step)` before each call. With `strict`, a forecast from fewer past features than it is made for is an error.
+
+    Raises: ValueError if the schedule, the grid or the tap is missing or does not fit, or if the transformer is
+        accelerated already; LookupError if no predictor is shipped for the pipeline. The pipeline's first call raises
+        ValueError, before its first step is done, if its grid does not fit.
+    """
+    transformer = _transformer_of(pipe)
+    if (transformer is pipe) != (grid is not None):
+        raise ValueError("grid= is for a transformer in a loop of your own, and needed there; a pipeline has its own.")
+    forecaster = predictors.shipped_for(pipe) if forecaster is None else forecaster
+    schedule = schedule or getattr(forecaster, "schedule", None)
+    if schedule is None:
+        raise ValueError(
+            f"{forecaster!r} does not say which steps are full; pass a schedule, e.g. schedule=lesa.Schedule.paper(7)."
+        )
+    tap = tap or tap_of(transformer)
+    if isinstance(forecaster, predictors.Predictor):
+        forecaster.check_model(transformer, tap)
+    clock = SchedulerClock(pipe) if grid is None else LoopClock(grid)
+    with _lock:
+        if _RUN in transformer.__dict__:
+            raise ValueError("a transformer is accelerated once, but this one is already; call lesa.disable first.")
+        run = Run(transformer, Executor(clock, forecaster, schedule, strict), tap)
+        transformer.__dict__[_RUN] = run
+    return run
+
+
+enable = accelerate
+
+
+def disable(pipe: Any) -> None:
+    """Leave an accelerated pipeline or transformer as it was; does nothing if it is not accelerated."""
+    run = _transformer_of(pipe).__dict__.get(_RUN)
+    if run is not None:
+        run.close()
+
+
+def _transformer_of(pipe: Any) -> nn.Module:
+    transformer = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "transformer", None)
+    if not isinstance(transformer, nn.Module):
+        raise ValueError(
+            f"a pipeline with a transformer, or a transformer, is accelerated; got a {type(pipe).__name__}."
+        )
+    return transformer
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} GB"

@@ -1,0 +1,191 @@
+"""Where a transformer's feature is read and written back.
+
+The feature is what enters the final norm (or the last projection, where a model has no such norm): with the blocks
+bypassed and that tensor put back, everything else of the transformer's own forward does what it does in a full step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+
+class Tap(NamedTuple):
+    """Name a transformer class's lists of blocks to bypass, and the module whose first input is the feature."""
+
+    blocks: tuple[str, ...]
+    module: str
+
+
+TAPS = {
+    "FluxTransformer2DModel": Tap(("transformer_blocks", "single_transformer_blocks"), "norm_out"),
+}
+PROJECTION = "proj_out"
+"""What diffusers calls the projection that follows the final norm."""
+COMPILE_BLOCKS = "compile its repeated blocks instead: transformer.compile_repeated_blocks(fullgraph=True)."
+
+
+def tap_of(transformer: nn.Module) -> Tap:
+    """Find the tap of a transformer by the name of its class or of a parent class.
+
+    Raises: ValueError if the class is unknown, or if the transformer is compiled as a whole.
+    """
+    _refuse_compiled(transformer)
+    for parent in type(transformer).__mro__:
+        if parent.__name__ in TAPS:
+            return TAPS[parent.__name__]
+    raise ValueError(
+        f"a tap is known for {', '.join(sorted(TAPS))}, got a {type(transformer).__name__}; pass "
+        "tap=lesa.Tap(blocks=(...), module=...) with the names of its block lists and of its final norm."
+    )
+
+
+def head(transformer: nn.Module, tap: Tap) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what the transformer does after its tap: a call that turns features and conditioning into outputs.
+
+    For FLUX it is proj_out(norm_out(feature, conditioning)). Features are (..., n, C), of any n tokens, conditioning is
+    (..., D), both with the same leading dimensions; all is done in the dtype of the transformer's weights.
+
+    Raises: ValueError if the transformer has no such modules; the call does if leading dimensions differ.
+    """
+    module, projection = getattr(transformer, tap.module, None), getattr(transformer, PROJECTION, None)
+    if module is None or projection is None or module is projection:
+        raise ValueError(
+            f"a head is a final norm and {PROJECTION!r}, got a {type(transformer).__name__} tapped at {tap.module!r}; "
+            "write the call that turns its features into outputs by hand."
+        )
+    dtype = next(projection.parameters()).dtype
+
+    def outputs(features: Tensor, conditioning: Tensor) -> Tensor:
+        *leading, tokens, channels = features.shape
+        if list(conditioning.shape[:-1]) != leading:
+            raise ValueError(
+                "features (..., n, C) and conditioning (..., D) have the same leading dimensions, got shapes "
+                f"{tuple(features.shape)} and {tuple(conditioning.shape)}; expand one of them."
+            )
+        flat = features.to(dtype).reshape(-1, tokens, channels)
+        normed = module(flat, conditioning.to(dtype).reshape(len(flat), -1))
+        return projection(normed).reshape(*leading, tokens, -1)
+
+    return outputs
+
+
+class Listener(Protocol):
+    """What a tap talks to: one call before each run of the transformer, one where the feature passes."""
+
+    def begin(self) -> bool:
+        """Tell whether the blocks run this time."""
+        ...
+
+    def exchange(self, feature: Tensor) -> Tensor:
+        """Take the feature that passes and return the one that goes on."""
+        ...
+
+
+def attach(transformer: nn.Module, tap: Tap, listener: Listener) -> Callable[[], None]:
+    """Put a listener at the tap; returns the call that takes it away and leaves the transformer as it was.
+
+    Raises: ValueError if the transformer has no such lists of blocks or no such module, or is compiled as a whole.
+    """
+    _check(transformer, tap)
+    here = _Passage()
+
+    def before(*_: Any) -> None:
+        here.blocks_run = listener.begin()
+        here.awaited = True
+
+    def at_tap(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if not here.awaited:  # called by someone else than the transformer's forward
+            return None
+        here.reset()
+        if args:
+            return (listener.exchange(args[0]), *args[1:]), kwargs
+        name, feature = next(iter(kwargs.items()))
+        return args, {**kwargs, name: listener.exchange(feature)}
+
+    def after(_module: nn.Module, _args: tuple, output: Any) -> None:
+        passed_by, failed = here.awaited, output is None
+        here.reset()
+        if passed_by and not failed:
+            raise RuntimeError(
+                f"a {type(transformer).__name__} ran but no feature passed its {tap.module!r}; correct the tap, or, if "
+                f"the transformer was compiled as a whole, {COMPILE_BLOCKS}"
+            )
+
+    with ExitStack() as undo:
+        module = getattr(transformer, tap.module)
+        undo.callback(transformer.register_forward_pre_hook(before).remove)
+        undo.callback(module.register_forward_pre_hook(at_tap, with_kwargs=True).remove)
+        undo.callback(transformer.register_forward_hook(after, always_call=True).remove)
+        for name in tap.blocks:
+            blocks = getattr(transformer, name)
+            undo.callback(setattr, blocks, "__class__", type(blocks))
+            blocks.__class__ = _gated(type(blocks), here)
+        return undo.pop_all().close
+
+
+def _check(transformer: nn.Module, tap: Tap) -> None:
+    _refuse_compiled(transformer)
+    lists = all(isinstance(getattr(transformer, name, None), nn.ModuleList) for name in tap.blocks)
+    if not (lists and isinstance(getattr(transformer, tap.module, None), nn.Module)):
+        raise ValueError(
+            f"a tap names block lists and a module of its transformer, got {tuple(tap)} for a "
+            f"{type(transformer).__name__}; correct the tap."
+        )
+
+
+def _refuse_compiled(transformer: nn.Module) -> None:
+    if type(transformer).__name__ == "OptimizedModule" or getattr(transformer, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            f"a transformer that skips its blocks is not compiled as a whole, but this one is; {COMPILE_BLOCKS}"
+        )
+
+
+class _Passage(threading.local):
+    """How far the present call of a transformer is, for the thread that asks alone."""
+
+    blocks_run = True
+    awaited = False  # the feature is yet to pass
+
+    def reset(self) -> None:
+        self.blocks_run, self.awaited = True, False
+
+
+def _gated(kind: type[nn.ModuleList], here: _Passage) -> type[nn.ModuleList]:
+    """Make a kind of block list that yields no block on skipped steps.
+
+    The list itself stays in place, with its length, indices and parameters: only a loop over it finds nothing to run.
+    """
+
+    def __iter__(self):
+        return kind.__iter__(self) if here.blocks_run else iter(())
+
+    return type(kind.__name__, (kind,), {"__iter__": __iter__, "__module__": kind.__module__})
+
+
+def hear_streams(transformer: Any, within: Callable[[str], AbstractContextManager]) -> Callable[[], None]:
+    """Enter `within(name)` wherever a pipeline says its stream's name with `transformer.cache_context(name)`.
+
+    It needs none of diffusers' private interfaces, and does nothing where a transformer has no `cache_context`. Returns
+    the call that undoes it.
+    """
+    if not hasattr(transformer, "cache_context"):
+        return lambda: None
+    original, shadowed = transformer.cache_context, transformer.__dict__.get("cache_context")
+
+    @contextmanager
+    def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with within(name), original(name, *args, **kwargs):
+            yield
+
+    def undo() -> None:
+        del transformer.__dict__["cache_context"]
+        if shadowed is not None:
+            transformer.__dict__["cache_context"] = shadowed
+
+    transformer.__dict__["cache_context"] = cache_context
+    return undo

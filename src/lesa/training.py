@@ -1,0 +1,456 @@
+"""Train a predictor in two phases, ground-truth and closed-loop.
+
+Training sees tensors only: what runs recorded, the head as a callable, and a callable that records the runs of a
+predictor. The rows of a run are a matrix, so a whole closed loop unrolls as one product, differentiable to the rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lesa.grid import matches
+from lesa.plan import histories
+from lesa.predictor import L2P, LESA, Predictor
+from lesa.row import Row
+from lesa.trajectory import Trajectory, write_atomically
+
+Head = Callable[[Tensor, Tensor], Tensor]
+"""(features (..., n, C), conditioning (..., D)) -> outputs (..., n, C_out)"""
+Rollout = Callable[[Predictor], tuple[Sequence[Trajectory], Sequence[Trajectory]]]
+"""Record the runs of a predictor: on the training prompts and on the validation prompts, in their order."""
+
+LOSSES = ("latents", "features")
+TINY = 1e-12
+CURVE_FILE, SETTINGS_FILE = "curve.json", "training.json"
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a predictor is trained.
+
+    `loss` is 'latents' (the deviation of the latents that the head makes of a forecast, in logarithms, so that it is
+    the mean PSNR that rises) or 'features' (the paper's L1 between forecast and recorded feature). `updates` is a
+    number of optimiser steps for each of: the ground-truth phase, and every one of the `rounds` of the closed-loop
+    phase. `batch` is in runs. `free_alphas` fits LESA's alphas themselves and lets the KAN take them up after; without,
+    the KAN is trained, as in the paper. Every `check_every` updates the validation runs are looked at.
+
+    Raises: ValueError if one of these is out of range.
+    """
+
+    loss: str = "latents"
+    updates: tuple[int, int] = (200, 200)
+    rounds: int = 4
+    batch: int = 16
+    learning_rate: float = 0.02
+    free_alphas: bool = True
+    check_every: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"a loss is one of {', '.join(LOSSES)}, got {self.loss!r}; name one of these.")
+        if len(self.updates) != 2 or min(self.updates) < 0 or self.rounds < 0:
+            raise ValueError(
+                f"updates are two numbers from 0 on, and rounds one, got {self.updates} and {self.rounds}; raise them."
+            )
+        if self.batch < 1 or self.check_every < 1:
+            raise ValueError(
+                f"batch and check_every are at least 1, got {self.batch} and {self.check_every}; raise them."
+            )
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"a learning rate is positive, got {self.learning_rate}; the default is 0.02.")
+
+    @classmethod
+    def paper(cls) -> Config:
+        """The paper's loss and learning rate; its updates are one prompt and one step each, ours whole runs."""
+        return cls(loss="features", learning_rate=1e-4, free_alphas=False)
+
+
+class Runs(NamedTuple):
+    """Runs of several prompts on one grid, one stream, as they were recorded.
+
+    `features` (P, S, n, C), or those of some steps only; `outputs` (P, S, n, C_out), `conditioning` (P, S, D).
+    """
+
+    features: Tensor
+    outputs: Tensor
+    conditioning: Tensor
+
+    @classmethod
+    def stack(cls, trajectories: Sequence[Trajectory], stream: str, steps: Sequence[int] | None = None) -> Runs:
+        """Join trajectories of one collection, keeping the features of these steps (all, if none are named).
+
+        Raises: ValueError if there are none or they differ in grid or tokens or recorded no such stream.
+        """
+        if not trajectories:
+            raise ValueError("training needs recorded runs, got none; collect some first.")
+        _check_alike(trajectories, trajectories[0], stream)
+        kept = slice(None) if steps is None else list(steps)
+        return cls(
+            torch.stack([t.features[stream][kept] for t in trajectories]),
+            torch.stack([t.outputs[stream] for t in trajectories]),
+            torch.stack([t.conditioning[stream] for t in trajectories]),
+        )
+
+    def pick(self, chosen: Tensor) -> Runs:
+        return Runs(*(t[chosen] for t in self))
+
+    def at(self, steps: Sequence[int]) -> Runs:
+        """Keep the features of these steps only."""
+        return self._replace(features=self.features[:, list(steps)])
+
+    def finite(self) -> bool:
+        return all(bool(t.isfinite().all()) for t in self)
+
+
+class Problem:
+    """What one stream's rows are fitted to: the head, the schedule's shape and the loss.
+
+    Raises: ValueError if the predictor's schedule skips no step.
+    """
+
+    def __init__(self, predictor: Predictor, stream: str, head: Head, loss: str):
+        self.steps = len(predictor.grid) - 1
+        self.full = predictor.full
+        self.pasts = dict(histories(self.steps, self.full, 0, predictor.memory, predictor.remembers_forecasts))
+        self.skipped = list(self.pasts)
+        if not self.skipped:
+            raise ValueError(f"there is nothing to forecast where {predictor.schedule!r} skips no step; skip some.")
+        self.durations = predictor.grid.diff().float()[:, None, None]  # x_{s+1} = x_s + (t_{s+1} - t_s) v
+        self.stream, self.head, self.loss_name = stream, head, loss
+
+    def loss(self, rows: Mapping[int, Row], runs: Runs, reference: Runs, closed_loop: bool) -> Tensor:
+        """Return the mean over prompts of how far the forecasts on `runs` lead away from the reference runs.
+
+        In closed loop `runs` holds the features of the full steps alone.
+        """
+        forecasts = self.forecasts(rows, runs.features, closed_loop)
+        if self.loss_name == "features":
+            return (forecasts - reference.features[:, self.skipped]).abs().mean()
+        outputs = self.head(forecasts, runs.conditioning[:, self.skipped]).float()
+        outputs = runs.outputs.float().index_copy(1, torch.tensor(self.skipped), outputs)
+        moves = self.durations * (outputs - reference.outputs)
+        if not closed_loop:
+            return moves.square().mean(dim=(1, 2, 3)).add(TINY).log().mean()
+        drifts = moves.cumsum(1).square().mean(dim=(2, 3))
+        return 0.5 * (drifts[:, -1].add(TINY).log() + drifts.mean(1).add(TINY).log()).mean()
+
+    def forecasts(self, rows: Mapping[int, Row], features: Tensor, closed_loop: bool) -> Tensor:
+        """Return the skipped steps' forecasts (P, skipped, n, C): from all steps' features, or in closed loop."""
+        matrix, offsets = self.matrix(rows, closed_loop)
+        matrix = matrix[:, list(self.full)] if closed_loop else matrix
+        return torch.einsum("sk,pknc->psnc", matrix, features.float()) + offsets[:, None, None]
+
+    def matrix(self, rows: Mapping[int, Row], closed_loop: bool) -> tuple[Tensor, Tensor]:
+        """Stack rows into a matrix (skipped, S) over the steps' features and offsets (skipped,).
+
+        In closed loop the forecasts among the past are replaced by what they are made of: only full steps are left.
+        """
+        identity = torch.eye(self.steps + 1)  # the last column is the offset
+        unrolled = list(identity[: self.steps])
+        for step, past in self.pasts.items():
+            sources = torch.stack([unrolled[k] if closed_loop else identity[k] for k in past])
+            unrolled[step] = rows[step].coefficients @ sources + rows[step].offset * identity[-1]
+        stacked = torch.stack([unrolled[step] for step in self.skipped])
+        return stacked[:, :-1], stacked[:, -1]
+
+
+@dataclass
+class Curve:
+    """How the training went: one entry per check, in order."""
+
+    entries: list[dict] = field(default_factory=list)
+
+    def add(self, phase: str, round_: int, update: int, validation_loss: float, stream: str = "cond") -> None:
+        entry = dict(phase=phase, round=round_, update=update, validation_loss=validation_loss, stream=stream)
+        self.entries.append(entry)
+
+
+class Result(NamedTuple):
+    """A trained predictor, what it was after the ground-truth phase, and how the training went.
+
+    `scores` holds the drift in dB of every round's real runs on the validation prompts; the first is after the
+    ground-truth phase, and the predictor is that of the lowest.
+    """
+
+    predictor: Predictor
+    ground_truth: Predictor
+    scores: list[float]
+    curve: Curve
+
+
+def drift(runs: Sequence[Trajectory], reference: Sequence[Trajectory]) -> float:
+    """Return how far real runs ended from their reference runs: mean over runs of 10 log10(|dx|^2 / |x|^2), in dB.
+
+    It is infinite if one of them ended in numbers that are not finite.
+
+    Raises: ValueError if they are not runs of the same prompts and seeds, in the same order.
+    """
+    decibels = []
+    _check_pairs(runs, reference)
+    for run, wanted in zip(runs, reference, strict=True):
+        error = (run.latents[-1] - wanted.latents[-1]).double().square().mean()
+        ratio = float(error / wanted.latents[-1].double().square().mean())
+        decibels.append(10 * math.log10(ratio + TINY) if math.isfinite(ratio) else math.inf)
+    return sum(decibels) / len(decibels)
+
+
+def train(
+    predictor: Predictor,
+    reference: Sequence[Trajectory],
+    validation: Sequence[Trajectory],
+    head: Head,
+    rollout: Rollout,
+    config: Config = Config(),
+    folder: str | Path | None = None,
+) -> Result:
+    """Fit a predictor's rows: first to recorded runs, then in closed loop to what its own runs record.
+
+    `reference` and `validation` are runs with every step full. Round 0 is the ground-truth phase. Each closed-loop
+    round fits the predictor on the runs of all rounds before it, the reference runs among them; after every round the
+    predictor's runs are recorded, and the round whose runs end nearest to the validation prompts' reference runs is
+    returned. With a `folder`, every round's predictor is kept there, and a stopped training goes on after the newest
+    (it records the runs of finished rounds again). The predictor given stays as it is.
+
+    Raises: ValueError if the runs do not fit the predictor or each other, or the folder holds another training.
+    """
+    predictor = copy.deepcopy(predictor)
+    fits = [_Fit(predictor, name, reference, validation, head, config) for name in predictor.origin.streams]
+    kept = _Rounds(Path(folder) if folder else None, _settings(predictor, reference, validation, config))
+    curve, scores, finished = Curve(), [], []
+    for round_ in range(config.rounds + 1):
+        if not kept.load(round_, predictor, curve):
+            for fit in fits:
+                fit.run(round_, curve)
+            kept.save(round_, predictor, curve)
+        finished.append(copy.deepcopy(predictor).eval())
+        trained, validated = rollout(finished[-1])
+        scores.append(drift(validated, validation))
+        for fit in fits:
+            fit.add(trained, validated)
+        del trained, validated  # they hold the features of all steps, and the next round's fit needs few
+    best = scores.index(min(scores))
+    return Result(finished[best], finished[0], scores, curve)
+
+
+class _Fit:
+    """One stream's problem, the runs it is fitted on, and the fit itself."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        stream: str,
+        reference: Sequence[Trajectory],
+        validation: Sequence[Trajectory],
+        head: Head,
+        config: Config,
+    ):
+        self.predictor, self.config = predictor, config
+        self.problem = Problem(predictor, stream, head, config.loss)
+        self.reference, self.validation = reference, validation
+        self.truth = (Runs.stack(reference, stream), Runs.stack(validation, stream))
+        _check_alike([*reference, *validation], reference[0], stream)
+        predictor.check_grid(reference[0].grid)
+        if skipping := [run for run in (*reference, *validation) if len(run.full) < run.steps]:
+            raise ValueError(f"reference runs have every step full, got {skipping[0]!r}; record it unaccelerated.")
+        if config.free_alphas and isinstance(predictor, LESA):  # better known before the training than after
+            rough = torch.rand(self.problem.steps, generator=torch.Generator().manual_seed(0))
+            copy.deepcopy(predictor).absorb(rough, stream)
+        full = self.problem.full
+        self.sets = [(self.truth[0].at(full), self.truth[1].at(full))]
+
+    def add(self, trained: Sequence[Trajectory], validated: Sequence[Trajectory]) -> None:
+        """Take a round's runs in; of runs that ended in numbers that are not finite nothing can be learned."""
+        problem = self.problem
+        for runs, wanted in ((trained, self.reference), (validated, self.validation)):
+            _check_pairs(runs, wanted)
+            _check_alike(runs, wanted[0], problem.stream)
+            if other := [run for run in runs if run.full != problem.full]:
+                raise ValueError(f"a round's runs are accelerated by {self.predictor!r}, got {other[0]!r}; do so.")
+        stacked = [Runs.stack(runs, problem.stream, problem.full) for runs in (trained, validated)]
+        if all(runs.finite() for runs in stacked):
+            self.sets.append((stacked[0], stacked[1]))
+
+    def run(self, round_: int, curve: Curve) -> None:
+        """Fit the rows on the runs of all rounds and keep the update with the best loss on the validation runs."""
+        config, closed_loop = self.config, round_ > 0
+        generator = torch.Generator().manual_seed(config.seed + round_)
+        unknowns = _Unknowns(self.predictor, self.problem, config.free_alphas)
+        optimiser = torch.optim.Adam(unknowns.parameters, lr=config.learning_rate, betas=(0.9, 0.98))
+        updates = config.updates[int(closed_loop)]
+        best, best_loss = unknowns.values(), math.inf
+        phase = "closed-loop" if closed_loop else "ground-truth"
+        bar = tqdm(range(updates + 1), desc=f"{phase} {round_ or ''}".strip(), unit="update")
+        for update in bar:
+            optimiser.param_groups[0]["lr"] = _falling(config.learning_rate, update, updates)
+            if update % config.check_every == 0 or update == updates:
+                checked = self._check(unknowns, closed_loop)
+                curve.add(phase, round_, update, checked, self.problem.stream)
+                bar.set_postfix(validation=f"{checked:.4f}")
+                if checked < best_loss:
+                    best, best_loss = unknowns.values(), checked
+            if update < updates:
+                self._update(unknowns, optimiser, generator, closed_loop)
+        unknowns.settle(best)
+
+    def _update(
+        self, unknowns: _Unknowns, optimiser: torch.optim.Optimizer, generator: torch.Generator, closed_loop: bool
+    ) -> None:
+        """Take one optimiser step on a batch of the runs of one round."""
+        sets = self._sets(closed_loop)
+        runs, _ = sets[int(torch.randint(len(sets), (), generator=generator))]
+        chosen = torch.randperm(len(runs.outputs), generator=generator)[: self.config.batch]
+        optimiser.zero_grad()
+        self.problem.loss(unknowns.rows(), runs.pick(chosen), self.truth[0].pick(chosen), closed_loop).backward()
+        nn.utils.clip_grad_norm_(unknowns.parameters, 1.0)
+        optimiser.step()
+
+    @torch.no_grad()
+    def _check(self, unknowns: _Unknowns, closed_loop: bool) -> float:
+        """Return the mean loss on the validation runs of all rounds."""
+        rows = unknowns.rows()
+        losses = [self.problem.loss(rows, runs, self.truth[1], closed_loop) for _, runs in self._sets(closed_loop)]
+        return float(torch.stack(losses).mean())
+
+    def _sets(self, closed_loop: bool) -> list[tuple[Runs, Runs]]:
+        return self.sets if closed_loop else [self.truth]
+
+
+class _Unknowns:
+    """The numbers that are fitted: a stream's parameters, with LESA's alphas in the KANs' place if they are free."""
+
+    def __init__(self, predictor: Predictor, problem: Problem, free_alphas: bool):
+        self.predictor, self.problem = predictor, problem
+        self.parameters: list[Tensor] = list(predictor.numbers(problem.stream))
+        self.alphas: Tensor | None = None
+        if free_alphas and isinstance(predictor, LESA):
+            self.alphas = predictor.alphas(problem.stream).detach().requires_grad_()
+            experts = predictor.stage_experts(problem.stream)
+            self.parameters = [self.alphas, *(p for expert in experts for p in (expert.weight, expert.bias))]
+
+    def rows(self) -> dict[int, Row]:
+        alphas = {} if self.alphas is None else {"alphas": self.alphas}
+        return self.predictor.rows(self.problem.pasts, self.problem.stream, **alphas)
+
+    def values(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def settle(self, values: Sequence[Tensor]) -> None:
+        """Set the predictor to these values."""
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+        if self.alphas is not None and isinstance(self.predictor, LESA):
+            self.predictor.absorb(self.alphas, self.problem.stream)
+
+
+def _falling(learning_rate: float, update: int, updates: int) -> float:
+    """Let the learning rate fall to 0 along half a cosine."""
+    return learning_rate * 0.5 * (1 + math.cos(math.pi * update / max(updates, 1)))
+
+
+def least_squares(predictor: L2P, reference: Sequence[Trajectory]) -> None:
+    """Set free rows to the least squares fit of each step's recorded feature.
+
+    No row over the same past, without an offset, has a smaller feature error on these runs.
+
+    Raises: ValueError if the runs do not fit the predictor or each other.
+    """
+    for stream in predictor.origin.streams:
+        features = Runs.stack(reference, stream).features
+        predictor.check_grid(reference[0].grid)
+        problem = Problem(predictor, stream, lambda x, _: x, "features")
+        table = predictor.coefficients[stream]
+        for step, past in problem.pasts.items():
+            known = torch.stack([features[:, k].flatten() for k in past], dim=1).double()
+            solved = torch.linalg.lstsq(known, features[:, step].double().flatten()[:, None]).solution[:, 0]
+            table.data[step, predictor.memory - len(past) :] = solved.to(table.dtype)
+
+
+class _Rounds:
+    """The predictors of a training's rounds on disk, each with the curve so far: a stopped training goes on."""
+
+    def __init__(self, folder: Path | None, settings: dict[str, Any]):
+        self._folder = folder
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / SETTINGS_FILE
+        there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else settings
+        if other := sorted(name for name in {*there, *settings} if there.get(name) != settings.get(name)):
+            raise ValueError(f"{folder} holds a training with other {', '.join(other)}; name another, or delete it.")
+        write_atomically(file, json.dumps(settings, indent=1).encode())
+
+    def load(self, round_: int, predictor: Predictor, curve: Curve) -> bool:
+        """Set predictor and curve to what they were after a round; False if it or one before it is not there whole."""
+        if self._folder is None:
+            return False
+        place = self._place(round_)
+        try:
+            entries = json.loads((place / CURVE_FILE).read_text(encoding="utf-8"))
+            predictor.load_state_dict(Predictor.from_pretrained(place).state_dict())
+            curve.entries = entries
+        except (FileNotFoundError, ValueError):
+            shutil.rmtree(self._place(round_ + 1), ignore_errors=True)  # what follows is of no use
+            return False
+        return True
+
+    def save(self, round_: int, predictor: Predictor, curve: Curve) -> None:
+        """Keep a round: its folder gets its name when it is whole."""
+        if self._folder is None:
+            return
+        part = self._folder / "part"
+        for place in (part, self._place(round_)):
+            shutil.rmtree(place, ignore_errors=True)
+        predictor.save_pretrained(part)
+        write_atomically(part / CURVE_FILE, json.dumps(curve.entries).encode())
+        part.rename(self._place(round_))
+
+    def _place(self, round_: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"round-{round_}"
+
+
+def _settings(
+    predictor: Predictor, reference: Sequence[Trajectory], validation: Sequence[Trajectory], config: Config
+) -> dict[str, Any]:
+    """Describe a training as far as it changes its rounds; a longer one may go on with a shorter one's."""
+    settings = {
+        **asdict(predictor.origin),
+        **asdict(config),
+        "method": predictor.method,
+        "options": predictor.options(),
+        "runs": [[run.prompt, run.seed] for run in reference],
+        "validation": [[run.prompt, run.seed] for run in validation],
+    }
+    unimportant = ("versions", "training", "rounds")
+    return json.loads(json.dumps({name: value for name, value in settings.items() if name not in unimportant}))
+
+
+def _check_alike(runs: Sequence[Trajectory], first: Trajectory, stream: str) -> None:
+    for other in runs:
+        if not (matches(first.grid, other.grid) and torch.equal(first.tokens, other.tokens)):
+            raise ValueError(f"all runs share grid and tokens, {other!r} differs from {first!r}; collect them alike.")
+        if stream not in other.features:
+            raise ValueError(
+                f"{other!r} recorded no stream {stream!r}; collect with the guidance that the predictor is for."
+            )
+
+
+def _check_pairs(runs: Sequence[Trajectory], reference: Sequence[Trajectory]) -> None:
+    if [(run.prompt, run.seed) for run in runs] != [(run.prompt, run.seed) for run in reference]:
+        raise ValueError("runs come one for each reference run, in their order, got others; record the same prompts.")
+    for run, wanted in zip(runs, reference, strict=True):
+        if not torch.allclose(run.latents[0].float(), wanted.latents[0].float(), rtol=0.02, atol=0.02):
+            raise ValueError(f"{run!r} starts from other noise than its reference run; record both with one pipeline.")

@@ -1,0 +1,245 @@
+"""The comparison of methods, its stopwatch with a clock of ours, and the bound by hand."""
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lesa import benchmark, plan
+from lesa.benchmark import BOUND, REFERENCE, Comparison, Method, Pair, Record, Watch
+from lesa.collect import record
+from lesa.forecasters import Reuse, Taylor
+from lesa.metrics import psnr
+from lesa.pipelines import with_call
+from lesa.schedule import Schedule
+
+PROMPTS = ["small red apple on white, left", "large blue fish on grey, right", "large green pear on white, left"]
+SEEDS = [0, 1, 5]
+STEPS = 8
+EVERY_OTHER = Schedule.every(2)
+REUSE = benchmark.forecast("reuse", Reuse(), EVERY_OTHER)
+FEWER = benchmark.fewer_steps(4)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_flux) -> Any:
+    mine = copy.copy(tiny_flux)
+    return with_call(mine, dict(height=32, width=32, num_inference_steps=STEPS, max_sequence_length=16))
+
+
+@pytest.fixture(scope="module")
+def comparison(pipe) -> Comparison:
+    def recognise(prompts, pictures):
+        return ["red" in prompt for prompt in prompts]
+
+    unchanged = benchmark.forecast("nothing skipped", Taylor(1), Schedule.every(1))
+    methods = [FEWER, REUSE, unchanged]
+    return benchmark.compare(pipe, methods, PROMPTS, SEEDS, batch_size=2, timed=3, shown=2, recognise=recognise)
+
+
+def result_of(comparison: Comparison, method: str) -> benchmark.Result:
+    return next(result for result in comparison.results() if result.method == method)
+
+
+def test_full_steps_are_counted_and_ratios_follow(comparison):
+    counted = {result.method: (result.full_steps, result.step_ratio) for result in comparison.results()}
+    assert counted == {"all full": (8, 1.0), "fewer steps": (4, 2.0), "reuse": (4, 2.0), "nothing skipped": (8, 1.0)}
+
+
+def test_what_equals_the_reference_counts_as_identical(comparison):
+    for name in ("all full", "nothing skipped"):
+        assert (result_of(comparison, name).psnr, result_of(comparison, name).ssim) == (60.0, 1.0)
+    assert result_of(comparison, "reuse").psnr < 60.0
+
+
+def test_every_method_runs_the_same_pairs(comparison):
+    expected = list(zip(PROMPTS, SEEDS, strict=True))
+    for records in comparison.records.values():
+        assert [(one.prompt, one.seed) for one in records] == expected
+
+
+def test_a_batched_record_is_what_the_pair_gives_alone(pipe, comparison):
+    pair = Pair(PROMPTS[2], SEEDS[2])
+    (reference,), _ = benchmark.draw(pipe, REFERENCE, [pair])
+    (picture,), _ = benchmark.draw(pipe, REUSE, [pair])
+    assert comparison.records[REUSE.key][2].psnr == pytest.approx(psnr(picture, reference), abs=0.01)
+    plain = pipe(PROMPTS[2], generator=torch.Generator().manual_seed(SEEDS[2])).images[0]
+    assert np.array_equal(reference, np.asarray(plain))
+
+
+def test_only_the_first_pictures_are_kept(comparison):
+    assert {len(pictures) for pictures in comparison.pictures.values()} == {2}
+    assert comparison.pictures[REFERENCE.key][0].shape == (32, 32, 3)
+
+
+def test_recognised_pictures_are_a_share_of_all(comparison):
+    assert result_of(comparison, "reuse").prompted == pytest.approx(1 / 3)
+
+
+def test_the_pipeline_is_left_as_it_was(pipe, comparison):
+    transformer = pipe.transformer
+    assert not transformer._forward_pre_hooks and not transformer._forward_hooks
+    assert not transformer.single_transformer_blocks[-1]._forward_pre_hooks
+
+
+def test_results_can_be_written_as_json(comparison):
+    assert json.loads(json.dumps([vars(result) for result in comparison.results()]))[0]["method"] == "all full"
+
+
+def test_speedups_are_of_the_medians():
+    key = ("ours", "every:2")
+    one = Record(*key, "a prompt", 0, 30.0, 0.9)
+    timings = {REFERENCE.key: benchmark.Timing(8.0, 9.0), key: benchmark.Timing(2.0, 3.0)}
+    made = Comparison({REFERENCE.key: [one], key: [one]}, {REFERENCE.key: 10, key: 4}, timings)
+    result = made.results()[1]
+    assert (result.seconds, result.speedup, result.call_seconds, result.call_speedup) == (2.0, 4.0, 3.0, 3.0)
+    assert result.step_ratio == 2.5 and result.prompted is None
+
+
+def test_differences_are_paired():
+    def records(name, values):
+        return [Record(name, "s", str(value), 0, value, 1.0) for value in values]
+
+    made = Comparison({("a", "s"): records("a", [31.0, 41.0]), ("b", "s"): records("b", [30.0, 40.0])})
+    assert made.difference(("a", "s"), ("b", "s")) == pytest.approx((1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("methods", "prompts", "seeds", "words"),
+    [([], [], [], "each prompt"), ([], PROMPTS, [0], "each prompt"), ([REUSE, REUSE], PROMPTS, SEEDS, "differ")],
+)
+def test_comparisons_that_cannot_be_are_refused(pipe, methods, prompts, seeds, words):
+    with pytest.raises(ValueError, match=words):
+        benchmark.compare(pipe, methods, prompts, seeds)
+
+
+# --- time, on a clock that only the hooks below move
+
+
+class Clock:
+    now = 0.0
+
+    def advance(self, seconds: float) -> Any:
+        def hook(*_):
+            self.now += seconds
+
+        return hook
+
+
+@pytest.fixture
+def clock(pipe, monkeypatch) -> Iterator[Clock]:
+    """A step of the transformer takes 3 s, encoding 100 s, decoding 1000 s; the rest takes no time."""
+    clock = Clock()
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    decoder = pipe.vae.decoder.register_forward_hook(clock.advance(1000.0))
+    hooks = [
+        pipe.transformer.register_forward_hook(clock.advance(3.0)),
+        pipe.text_encoder_2.register_forward_hook(clock.advance(100.0)),
+        decoder,
+    ]
+    yield clock
+    for hook in hooks:
+        hook.remove()
+
+
+def test_the_loop_is_timed_without_encoding_and_decoding(pipe, clock):
+    times = benchmark.time_methods(pipe, [REFERENCE, FEWER], [Pair(PROMPTS[0], 0)])
+    assert times[REFERENCE.key] == (24.0, 1124.0)
+    assert times[FEWER.key] == (12.0, 1112.0)
+
+
+def test_methods_take_turns_and_each_turn_warms_up(pipe, monkeypatch):
+    calls: list[tuple[str, int]] = []
+    inside: list[str] = []
+
+    def method(name):
+        @contextmanager
+        def switch(_pipe):
+            inside.append(name)
+            yield
+            inside.pop()
+
+        return Method(name, "s", switch=switch)
+
+    def timed(_pipe, _method, pair):
+        calls.append((inside[-1], pair.seed))
+        return benchmark.Timing(1.0, 2.0)
+
+    monkeypatch.setattr(benchmark, "_time", timed)
+    pairs = [Pair("p", seed) for seed in range(3)]
+    benchmark.time_methods(pipe, [method("a"), method("b")], pairs)
+    assert calls == [("a", 0), ("a", 0), ("a", 1), ("b", 0), ("b", 0), ("b", 1), ("a", 2), ("a", 2), ("b", 2), ("b", 2)]
+
+
+def test_a_warm_up_is_not_in_the_median(pipe, monkeypatch):
+    seconds = iter([100.0, 1.0, 3.0, 100.0, 2.0])
+    monkeypatch.setattr(benchmark, "_time", lambda *_: benchmark.Timing(next(seconds), 0.0))
+    times = benchmark.time_methods(pipe, [REFERENCE], [Pair("p", seed) for seed in range(3)])
+    assert times[REFERENCE.key].loop == 2.0
+
+
+def test_a_step_is_full_if_a_block_ran_in_any_of_its_streams(pipe):
+    watch = Watch(pipe)
+    with watch.counting():
+        pipe(PROMPTS[0], negative_prompt="fish", true_cfg_scale=2.0, callback_on_step_end=watch.on_step_end)
+    assert watch.full_steps == STEPS
+
+
+def test_the_machine_is_described():
+    described = benchmark.machine()
+    assert described["torch"] == torch.__version__ and described["cores"] >= 1 and described["cpu"]
+    assert described["date"].startswith("20")
+
+
+# --- the bound
+
+
+def test_the_bound_is_what_lies_outside_the_full_outputs():
+    grid = torch.tensor([1.0, 0.6, 0.5, 0.0])
+    outputs = torch.tensor([[1.0, 0.0], [2.0, 4.0], [5.0, 6.0]]).view(1, 3, 1, 2)
+    # skipped: -0.1 (2, 4) - 0.5 (5, 6) = (-2.7, -3.4), of which (1, 0) gives the first number
+    error = benchmark.bound_error(outputs, grid, [0])
+    torch.testing.assert_close(error, torch.tensor([[[0.0, 3.4]]], dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_the_bound_is_zero_where_skipped_outputs_are_shared_mixtures_of_full_ones():
+    random = torch.Generator().manual_seed(0)
+    full = torch.randn(3, 2, 5, 4, generator=random, dtype=torch.float64)
+    outputs = torch.stack([full[:, 0], 0.3 * full[:, 0] + 2 * full[:, 1], full[:, 1], -full[:, 0]], dim=1)
+    error = benchmark.bound_error(outputs, torch.tensor([1.0, 0.8, 0.4, 0.3, 0.0]), [0, 2])
+    assert error.abs().max() < 1e-12 and error.shape == (3, 5, 4)
+
+
+@pytest.mark.parametrize("forecaster", [Reuse(), Taylor(1), Taylor(2)])
+def test_no_plan_on_recorded_outputs_beats_the_bound(forecaster):
+    grid = torch.linspace(1, 0, 13, dtype=torch.float64)
+    random = torch.Generator().manual_seed(1)
+    outputs = torch.randn(4, 12, 6, 3, generator=random, dtype=torch.float64).cumsum(1)
+    made = plan.compile(forecaster, grid, Schedule.paper(4))
+    forecasts = torch.einsum("sk,pknc->psnc", made.unroll()[:, :-1], outputs)
+    error = torch.einsum("s,psnc->pnc", grid.diff(), forecasts - outputs)
+    assert benchmark.bound_error(outputs, grid, made.full).norm() < error.norm()
+
+
+def test_final_latents_decode_to_the_picture_of_their_run(pipe):
+    pairs = benchmark.pair_up(PROMPTS[:2], SEEDS[:2])
+    pictures, _ = benchmark.draw(pipe, REFERENCE, pairs)
+    latents = torch.stack([run.latents[-1] for run in record(pipe, PROMPTS[:2], SEEDS[:2], torch.arange)])
+    for decoded, picture in zip(benchmark.decode(pipe, pairs, latents), pictures, strict=True):
+        assert np.array_equal(decoded, picture)
+
+
+def test_bounds_join_a_comparison(pipe, comparison):
+    mine = copy.deepcopy(comparison)
+    schedules = [EVERY_OTHER, Schedule.every(1)]
+    benchmark.add_bounds(mine, pipe, PROMPTS, SEEDS, schedules, batch_size=2)
+    some, none = [result for result in mine.results() if result.method == BOUND]
+    assert (some.full_steps, none.full_steps) == (4, 8)
+    assert result_of(mine, "reuse").psnr < some.psnr < none.psnr == 60.0
+    assert [(one.prompt, one.seed) for one in mine.records[BOUND, "every:2"]] == list(zip(PROMPTS, SEEDS, strict=True))

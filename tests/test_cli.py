@@ -1,0 +1,175 @@
+"""The command from end to end on a tiny pipeline: collect, train, compare, draw; and its errors."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lesa import cli
+from lesa.cli import main
+
+STEPS = 10
+CALL = dict(height=32, width=32, num_inference_steps=STEPS, max_sequence_length=16)
+PROMPTS = {
+    "heldout": ["small red apple on white, left", "large blue fish on grey, right", "large green pear on white, left"],
+    "train": ["small blue pear on grey, left", "large red fish on white, right", "small green fish on grey, right"],
+    "validation": ["large red apple on grey, left"],
+}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_flux, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-flux")
+    tiny_flux.save_pretrained(folder)
+    (folder / "call.json").write_text(json.dumps(CALL))
+    (folder / "prompts").mkdir()
+    for split, prompts in PROMPTS.items():
+        (folder / "prompts" / f"{split}.txt").write_text("\n".join(prompts) + "\n\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "runs"
+    prompts = model / "prompts" / "train.txt"
+    assert (
+        main(["collect", str(model), "--prompts", str(prompts), "--limit", "2", "--seeds", "0:2", "--out", str(folder)])
+        == 0
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predictor(model, runs, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("predictors") / "lesa"
+    assert train(model, runs, folder) == 0
+    return folder
+
+
+def train(model: Path, runs: Path, out: Path, *more: str) -> int:
+    validation = model / "prompts" / "validation.txt"
+    arguments = ["--data", runs, "--validation-prompts", validation, "--schedule", "paper:4", "--out", out]
+    settings = ["--rounds", "1", "--updates", "3", "3"]
+    return main(["train", str(model), *map(str, arguments), *settings, *more])
+
+
+def rows(folder: Path) -> dict[str, dict]:
+    return {row["method"]: row for row in json.loads((folder / "results.json").read_text())["rows"]}
+
+
+def test_demo_compares_on_held_out_prompts(model, tmp_path, capsys):
+    out = tmp_path / "out" / "demo"
+    options = ["--pairs", "2", "--timed", "1", "--schedules", "paper:4,at:0,3,6", "--out", str(out)]
+    assert main(["demo", "--model", str(model), *options]) == 0
+    printed = capsys.readouterr()
+    written = json.loads((out / "results.json").read_text())
+    names = ["fewer steps", "Taylor-1 (our tap)", "Taylor-2 (our tap)"]
+    assert [row["method"] for row in written["rows"]] == ["all full", *names, *names]
+    assert [row["full_steps"] for row in written["rows"]] == [10, 5, 5, 5, 3, 3, 3]
+    assert all(row["seconds"] > 0 for row in written["rows"])
+    assert written["prompts"] == PROMPTS["heldout"][:2]
+    assert printed.out.count("| Taylor-1 (our tap) |") == 2 and "no predictor" in printed.err
+    assert Image.open(out / "pictures.png").width > 7 * 128
+
+
+def test_bench_sets_a_trained_predictor_beside_the_others(model, predictor, tmp_path, capsys):
+    options = ["--pairs", "2", "--timed", "0", "--schedules", "paper:4", "--out", str(tmp_path)]
+    named = ["--predictors", str(predictor), str(predictor / "ground-truth")]
+    assert main(["bench", str(model), *options, *named]) == 0
+    printed = capsys.readouterr().out
+    assert {"reuse", "LESA", "LESA (phase 1)", "bound (output tap)"} < set(rows(tmp_path))
+    assert rows(tmp_path)["LESA"]["full_steps"] == 5 and rows(tmp_path)["LESA"]["seconds"] is None
+    for other in ("LESA (phase 1)", "reuse", "fewer steps", "Taylor-1 (our tap)", "bound (output tap)"):
+        assert f"LESA - {other}" in printed
+
+
+def test_free_rows_are_trained_per_step(model, runs, tmp_path, capsys):
+    assert train(model, runs, tmp_path / "l2p", "--method", "l2p", "--loss", "steps") == 0
+    assert main(["plan", str(tmp_path / "l2p")]) == 0
+    assert "Plan of 10 steps, 5 full" in capsys.readouterr().out
+
+
+def test_training_leaves_a_curve_and_goes_on_where_it_stopped(model, runs, predictor, capsys):
+    assert (predictor / "training.png").exists()
+    before = (predictor / "model.safetensors").read_bytes()
+    assert train(model, runs, predictor) == 0
+    assert (predictor / "model.safetensors").read_bytes() == before
+    assert "update/s" not in capsys.readouterr().err  # nothing was fitted again
+
+
+def test_generate_draws_with_and_without_acceleration(model, predictor, tmp_path, capsys):
+    def picture(*options: str) -> np.ndarray:
+        out = tmp_path / "picture.png"
+        assert main(["generate", str(model), PROMPTS["heldout"][0], "--seed", "3", "--out", str(out), *options]) == 0
+        return np.asarray(Image.open(out))
+
+    full = picture("--full")
+    assert "skipped" not in capsys.readouterr().out
+    assert np.array_equal(full, picture("--forecaster", "taylor:1", "--schedule", "every:1"))
+    reused = picture("--forecaster", "reuse", "--schedule", "every:5")
+    assert "cond           1      2        8        5.00" in capsys.readouterr().out
+    assert not np.array_equal(full, reused)
+    trained = picture("--forecaster", str(predictor))
+    assert np.square(trained - full.astype(float)).mean() < np.square(reused - full.astype(float)).mean()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bench"], "MODEL"),
+        (["generate", "MODEL", "a prompt"], "no predictor is shipped"),
+        (["generate", "MODEL", "a prompt", "--schedule", "sometimes"], "a schedule reads"),
+        (["generate", "MODEL", "a prompt", "--forecaster", "/nowhere"], "nowhere"),
+        (["generate", "MODEL", "a prompt", "--dtype", "float7"], "float7"),
+        (["generate", "MODEL", "a prompt", "--call", "height=3"], "--call"),
+        (["generate", "MODEL", "a prompt", "--call", '{"colour": 3}'], "got colour"),
+        (["generate", "/nowhere/at/all", "a prompt"], "/nowhere/at/all"),
+        (["bench", "MODEL", "--prompts", "/nowhere.txt"], "/nowhere.txt"),
+        (["bench", "MODEL", "--prompts", "EMPTY"], "holds no prompts"),
+        (["bench", "MODEL", "--pairs", "0"], "at least 1"),
+        (["bench", "MODEL", "--out", "EMPTY"], "EMPTY"),
+        (["collect", "MODEL", "--prompts", "EMPTY", "--out", "OUT"], "holds no prompts"),
+        (["train", "MODEL", "--data", "OUT", "--validation-prompts", "EMPTY", "--out", "OUT"], "lesa collect"),
+        (["plan", "/nowhere"], "nowhere"),
+    ],
+)
+def test_errors_are_one_line_and_2(model, tmp_path, monkeypatch, capfd, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    Path("EMPTY").touch()
+    try:
+        code = main([str(model) if argument == "MODEL" else argument for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lesa")]
+    assert code == 2 and words in line and "Traceback" not in line
+
+
+def test_a_traceback_is_shown_when_asked_for(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        main(["--traceback", "plan", str(tmp_path)])
+
+
+def test_a_stop_is_no_error(monkeypatch, capsys):
+    def stopped(_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_plan", stopped)
+    assert main(["plan", "anything"]) == 130
+    assert capsys.readouterr().err == "lesa: stopped\n"
+
+
+def test_without_a_command_there_is_help(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n    {name} " in printed for name in ("demo", "bench", "collect", "train", "generate", "plan"))
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("0", [0]), ("2:5", [2, 3, 4]), ("7,1", [7, 1])])
+def test_seeds_are_read(text, seeds):
+    assert cli._seeds(text) == seeds
+
+
+def test_schedules_may_hold_commas():
+    assert [str(one) for one in cli._schedules("paper:7,at:0,3,9,ratio:5")] == ["paper:7", "at:0,3,9", "ratio:5"]

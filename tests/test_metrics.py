@@ -1,0 +1,91 @@
+"""Metrics against numbers worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lesa.metrics import IDENTICAL, Interval, interval, paired_interval, psnr, relative_error, ssim
+
+RANDOM = np.random.default_rng(0)
+PICTURE = RANDOM.integers(0, 256, (32, 24, 3), dtype=np.uint8)
+
+
+def flat(level: int) -> np.ndarray:
+    return np.full((16, 16, 3), level, dtype=np.uint8)
+
+
+def test_psnr_of_a_constant_difference():
+    assert psnr(flat(100), flat(110)) == pytest.approx(20 * math.log10(25.5))
+    assert psnr(flat(0), flat(255)) == 0.0
+
+
+def test_psnr_does_not_wrap_around_in_uint8():
+    assert psnr(flat(250), flat(5)) == psnr(flat(5), flat(250)) < 1.0
+
+
+def test_identical_pictures_count_as_60_db_and_nothing_beats_them():
+    almost = PICTURE.copy()
+    almost[0, 0, 0] ^= 1
+    assert psnr(PICTURE, PICTURE) == IDENTICAL == 60.0
+    assert psnr(almost, PICTURE) == 60.0
+    assert psnr(flat(101), flat(100)) == pytest.approx(48.1308, abs=1e-4)
+
+
+def test_ssim_of_flat_pictures_is_its_luminance_term():
+    c1 = (0.01 * 255) ** 2
+    expected = (2 * 100 * 120 + c1) / (100**2 + 120**2 + c1)
+    assert ssim(flat(100), flat(120)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_ssim_orders_pictures_by_their_noise():
+    def noisy(spread):
+        return (PICTURE + RANDOM.normal(0, spread, PICTURE.shape)).clip(0, 255).astype(np.uint8)
+
+    assert ssim(PICTURE, PICTURE) == 1.0
+    assert 1.0 > ssim(noisy(10), PICTURE) > ssim(noisy(40), PICTURE)
+
+
+@pytest.mark.parametrize("measure", [psnr, ssim])
+@pytest.mark.parametrize("other", [PICTURE / 255, PICTURE[:-1], PICTURE[..., 0]])
+def test_pictures_that_are_no_8_bit_pair_are_refused(measure, other):
+    with pytest.raises(ValueError, match="uint8 of one shape"):
+        measure(PICTURE, other)
+
+
+def test_relative_error():
+    feature = torch.tensor([3.0, 4.0])
+    assert relative_error(torch.tensor([3.0, 5.0]), feature) == pytest.approx(0.2)
+    assert relative_error(feature, feature) == 0.0
+
+
+def test_the_interval_of_a_mean_is_that_of_the_normal_law():
+    values = np.random.default_rng(1).normal(5.0, 2.0, 400)
+    mean, low, high = interval(values)
+    error = values.std() / math.sqrt(len(values))
+    assert mean == pytest.approx(values.mean())
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.1 * error)
+    assert high == pytest.approx(mean + 1.96 * error, abs=0.1 * error)
+
+
+def test_intervals_repeat():
+    assert interval([1.0, 2.0, 4.0]) == interval([1.0, 2.0, 4.0])
+
+
+def test_a_paired_difference_ignores_what_both_share():
+    shared = np.random.default_rng(2).normal(30, 5, 100)
+    mean, low, high = paired_interval(shared + 0.5, shared)
+    assert (mean, low, high) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_unpaired_or_missing_values_are_refused():
+    with pytest.raises(ValueError, match="equally many"):
+        paired_interval([1.0, 2.0], [1.0])
+    with pytest.raises(ValueError, match="at least one pair"):
+        interval([])
+
+
+def test_intervals_can_be_printed():
+    assert f"{Interval(1.234, -0.5, 2.0)}" == "1.23 [-0.50, 2.00]"
+    assert f"{Interval(1.234, -0.5, 2.0):+.1f}" == "+1.2 [-0.5, +2.0]"

@@ -1,0 +1,451 @@
+"""A predictor's rows are the paper's recurrence, and a saved one comes back whole or not at all."""
+
+import json
+import math
+import os
+import pickle
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lesa.forecasters import Taylor
+from lesa.plan import Plan, compile
+from lesa.predictor import L2P, LESA, Origin, Predictor, configuration, shipped_for
+from lesa.schedule import Schedule
+from lesa.tap import Tap
+
+STEPS = 50
+BOUNDS = (0.9, 0.5)
+TAP = Tap(("transformer_blocks", "single_transformer_blocks"), "norm_out")
+FILES = ["README.md", "config.json", "model.safetensors"]
+
+
+def flux_grid(steps: int, mu: float = 1.15) -> torch.Tensor:
+    """FLUX's grid: equal steps, shifted by mu."""
+    times = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    shifted = math.exp(mu) / (math.exp(mu) + (1 / times - 1))
+    return torch.cat([shifted, torch.zeros(1, dtype=torch.float64)])
+
+
+GRID = flux_grid(STEPS)
+
+
+class FluxTransformer2DModel(nn.Module):
+    """What a predictor looks at of a transformer: its class's name and its configuration."""
+
+    def __init__(self, **config):
+        super().__init__()
+        self.config = {"num_layers": 2, "axes_dims_rope": (4, 4, 4), "_class_name": "Flux", **config}
+
+
+def origin(**changes) -> Origin:
+    facts = Origin(
+        model="models/tiny",
+        transformer="FluxTransformer2DModel",
+        config=configuration(FluxTransformer2DModel()),
+        tap=TAP,
+        grid=tuple(GRID.tolist()),
+        schedule="paper:7",
+        streams=("cond", "uncond"),
+        data="0123",
+        training={"loss": "latents", "updates": [200, 200], "prompt": "ein großer Fisch"},
+        versions={"torch": "2"},
+    )
+    return replace(facts, **changes)
+
+
+def shaken(predictor, scale: float = 0.2):
+    """Give a predictor random numbers everywhere, so that nothing is zero and streams and stages differ."""
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in predictor.named_parameters():
+            if ".kan." not in name:
+                parameter += scale * torch.randn(parameter.shape, generator=random)
+        if isinstance(predictor, LESA):
+            for stream in predictor.origin.streams:
+                predictor.absorb(0.3 * torch.randn(len(predictor.grid) - 1, generator=random), stream)
+    return predictor
+
+
+PREDICTORS = {
+    "lesa": lambda **k: LESA(origin(**k)),
+    "lesa-all": lambda **k: LESA(origin(**k), remembers_forecasts=True),
+    "lesa-other": lambda **k: LESA(origin(**k), bounds=(0.8,), memories=(2, 6), hidden=(8, 8), grid_size=30),
+    "l2p": lambda **k: L2P(origin(**k)),
+    "l2p-all": lambda **k: L2P(origin(**k), memory=6, remembers_forecasts=True),
+}
+each_predictor = pytest.mark.parametrize("make", PREDICTORS.values(), ids=PREDICTORS)
+
+
+# --- rows
+
+
+def published(predictor: LESA, stream: str, full, features):
+    """LESA as METHOD.md has it: h_s = h_{s-1} + alpha (sum_k w_k h_{s-k} + b), step by step with lists of features."""
+    history, felt = [], []
+    for step in range(len(GRID) - 1):
+        time = float(GRID[step])
+        expert = predictor.experts[stream][0 if time > BOUNDS[0] else 1 if time > BOUNDS[1] else 2]
+        alpha = expert.kan((time - GRID).float()[None]).double()[0, 0]
+        feature = features[step]
+        if step not in full:
+            newest = history[::-1][: len(expert.weight)]  # h_{s-1}, h_{s-2}, ...
+            weights = expert.weight.double().flip(0)
+            z = sum(w * h for w, h in zip(weights, newest, strict=False)) + expert.bias.double()
+            feature = history[-1] + alpha * z
+        if step in full or predictor.remembers_forecasts:
+            history.append(feature)
+        felt.append(feature)
+    return torch.stack(felt)
+
+
+@pytest.mark.parametrize("stream", ["cond", "uncond"])
+@pytest.mark.parametrize("remembers_forecasts", [True, False])
+@pytest.mark.parametrize("schedule", ["paper:7", "every:5", "at:0,1,9,20,21,40"])
+@torch.no_grad()
+def test_the_rows_of_lesa_are_the_papers_recurrence(stream, remembers_forecasts, schedule):
+    predictor = shaken(LESA(origin(schedule=schedule), remembers_forecasts=remembers_forecasts), 0.1)
+    features = torch.randn(STEPS, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    plan = compile(predictor.for_stream(stream), GRID, predictor.schedule)
+    unrolled = plan.unroll()
+    got = torch.einsum("sk,knc->snc", unrolled[:, :-1], features) + unrolled[:, -1, None, None]
+    expected = published(predictor, stream, plan.full, features)
+    assert expected.abs().max() < 1e4  # nothing blew up, so the comparison means something
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(published(predictor, "uncond" if stream == "cond" else "cond", plan.full, features), got)
+
+
+def test_short_histories_are_counted():
+    plan = compile(LESA(origin(schedule="every:5")).for_stream("cond"), GRID, Schedule.every(5))
+    assert plan.truncated == tuple(step for step in plan.rows if step < 35)  # then 8 full steps are held
+    plan = compile(LESA.paper(origin()).for_stream("cond"), GRID, Schedule.paper(7))
+    assert plan.truncated == tuple(s for s in (4, 5, 6, 7) if GRID[s] <= 0.9)
+
+
+def test_a_forecaster_stands_for_its_first_stream():
+    predictor = shaken(LESA(origin()))
+    past = [0, 1, 2, 3]
+    first, other = (predictor.for_stream(name).row(GRID, 6, past) for name in ("cond", "uncond"))
+    assert torch.equal(predictor.row(GRID, 6, past).coefficients, first.coefficients)
+    assert not torch.allclose(first.coefficients, other.coefficients)
+
+
+@pytest.mark.parametrize("kind", [LESA, L2P])
+@pytest.mark.parametrize("schedule", ["paper:7", "every:5", "at:0,8,15,20,27,35,41,45,47,49"])
+def test_a_new_predictor_of_full_steps_is_taylor_1(kind, schedule):
+    schedule = Schedule.parse(schedule)
+    new = compile(kind(origin(schedule=str(schedule))), GRID, schedule)
+    taylor = compile(Taylor(1), GRID, schedule)
+    torch.testing.assert_close(new.unroll(), taylor.unroll(), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("make", [LESA, LESA.paper, L2P])
+def test_a_new_predictor_that_remembers_forecasts_is_near_reuse(make):
+    predictor = make(origin(), remembers_forecasts=True)
+    plan = compile(predictor, GRID, predictor.schedule)
+    for step, row in plan.rows.items():
+        assert row.coefficients[-1] == pytest.approx(1.0, abs=0.03), step
+        assert sum(map(abs, row.coefficients[:-1])) < 0.03
+        assert row.offset == 0
+    assert plan.noise_gain().max() < 1.05
+
+
+def test_a_new_predictor_is_the_same_every_time_and_leaves_the_random_state():
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    first = LESA(origin()).state_dict()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(6)
+    second = LESA(origin()).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_streams_and_stages_have_parameters_of_their_own():
+    for predictor in (LESA(origin()), L2P(origin())):
+        mine = [{id(p) for p in predictor.numbers(stream)} for stream in ("cond", "uncond")]
+        assert not mine[0] & mine[1]
+        assert mine[0] | mine[1] == {id(p) for p in predictor.parameters()}
+    assert [len(expert.weight) for expert in LESA(origin()).stage_experts("cond")] == [4, 8, 8]
+
+
+def test_the_papers_predictor_has_its_size():
+    paper = LESA.paper(origin(streams=("cond",)))
+    assert 2.3e6 < sum(p.numel() for p in paper.parameters()) < 2.5e6
+    assert sum(len(e.weight) + e.bias.numel() for e in paper.stage_experts("cond")) == 23
+    assert paper.remembers_forecasts
+
+
+@pytest.mark.parametrize(("steps", "mu"), [(50, 1.15), (28, 1.15), (50, 0.5), (100, 1.8), (8, 3.0)])
+def test_a_kan_takes_up_any_alphas(steps, mu):
+    predictor = LESA(origin(grid=tuple(flux_grid(steps, mu).tolist()), schedule="every:3"))
+    random = torch.Generator().manual_seed(0)
+    for _ in range(3):  # one after the other: errors must not add up
+        alphas = 2 * torch.randn(steps, generator=random)
+        predictor.absorb(alphas, "uncond")
+        with torch.no_grad():
+            assert (predictor.alphas("uncond") - alphas).abs().max() < 1e-5
+            assert (predictor.alphas("cond") - predictor.slopes()).abs().max() < 1e-5  # the other stays
+
+
+def test_the_papers_kan_cannot_hold_any_alphas():
+    paper, ours = LESA.paper(origin()), LESA(origin())
+    alphas = torch.randn(STEPS, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"cannot hold these alphas, they miss one by .*; train the KANs themselves"):
+        paper.absorb(alphas, "cond")
+    with torch.no_grad():
+        assert (paper.alphas("cond") - alphas).abs().max() > alphas.std()  # as the docstring of LESA says
+    assert 10 * sum(p.numel() for p in ours.parameters()) < sum(p.numel() for p in paper.parameters())
+
+
+def test_rows_are_differentiable_to_every_number():
+    for predictor in (shaken(LESA(origin())), shaken(L2P(origin()))):
+        pasts = {step: row.past for step, row in compile(predictor, GRID, predictor.schedule).rows.items()}
+        rows = predictor.rows(pasts, "cond")
+        sum(row.coefficients.square().sum() + row.offset.square() for row in rows.values()).backward()
+        assert all(p.grad is not None for p in predictor.numbers("cond"))
+        assert all(p.grad is None for p in predictor.numbers("uncond"))
+        alphas = torch.full((STEPS,), 0.5, requires_grad=True)
+        if isinstance(predictor, LESA):
+            given = predictor.rows(pasts, "cond", alphas)
+            (gradient,) = torch.autograd.grad(sum(row.coefficients.sum() for row in given.values()), alphas)
+            assert gradient.nonzero().flatten().tolist() == sorted(pasts)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LESA(origin(), memories=(4, 8)), "3 stages need as many memories of at least 2, got .4, 8."),
+        (lambda: LESA(origin(), memories=(4, 8, 1)), "at least 2"),
+        (lambda: LESA(origin(), bounds=(0.5, 0.9)), "bounds between stages fall"),
+        (lambda: L2P(origin(), memory=0), "at least 1 past feature"),
+        (lambda: LESA(origin(schedule="at:1,5")), "first step of a run is full"),
+        (lambda: LESA(origin(schedule="at:0,50")), "below 50"),
+        (lambda: L2P(origin(schedule="paper")), "a schedule reads"),
+        (lambda: L2P(origin(grid=(1.0, 0.5))), "last time of a grid is 0"),
+    ],
+)
+def test_what_does_not_fit_is_an_error_at_construction(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# --- what it fits
+
+
+@each_predictor
+def test_another_grid_or_stream_is_an_error_before_the_run(make):
+    predictor = make()
+    with pytest.raises(ValueError, match=r"trained for 50 steps .*, got 28 steps .*num_inference_steps=50"):
+        compile(predictor, flux_grid(28), Schedule.paper(7))
+    with pytest.raises(ValueError, match=r"got 50 steps .*image size"):
+        compile(predictor, flux_grid(50, mu=0.7), Schedule.paper(7))
+    with pytest.raises(ValueError, match=r"streams cond, uncond, got 'negative'; train one"):
+        predictor.for_stream("negative")
+
+
+def test_free_rows_are_for_their_schedule_only():
+    for predictor in (L2P(origin()), L2P(origin(), memory=5, remembers_forecasts=True)):
+        compile(predictor, GRID, Schedule.paper(7))
+        for schedule, start in ((Schedule.paper(8), 0), (Schedule.every(7), 0), (Schedule.paper(7), 5)):
+            with pytest.raises(ValueError, match=r"trained for Schedule.parse\('paper:7'\), got step"):
+                compile(predictor, GRID, schedule, start)
+
+
+def test_another_model_or_tap_is_an_error():
+    predictor = LESA(origin())
+    predictor.check_model(FluxTransformer2DModel(), TAP)
+    predictor.check_model(FluxTransformer2DModel(new_in_diffusers=True), TAP)
+    with pytest.raises(
+        ValueError, match=r"models/tiny, got another .* \(num_layers=3 instead of 2\); take the predictor"
+    ):
+        predictor.check_model(FluxTransformer2DModel(num_layers=3), TAP)
+    with pytest.raises(ValueError, match=r"axes_dims_rope=\[4, 4, 8\] instead of \[4, 4, 4\]"):
+        predictor.check_model(FluxTransformer2DModel(axes_dims_rope=(4, 4, 8)), TAP)
+    other = type("QwenImageTransformer2DModel", (FluxTransformer2DModel,), {})
+    with pytest.raises(ValueError, match=r"a FluxTransformer2DModel, got a QwenImageTransformer2DModel; take"):
+        predictor.check_model(other(), TAP)
+    with pytest.raises(ValueError, match=r"'norm_out'\), got the tap .*'proj_out'\); accelerate with"):
+        predictor.check_model(FluxTransformer2DModel(), Tap(TAP.blocks, "proj_out"))
+
+
+# --- saved and loaded
+
+
+@each_predictor
+def test_a_predictor_comes_back_as_it_was_saved(make, tmp_path, monkeypatch):
+    predictor = shaken(make())
+    monkeypatch.setattr(Predictor, "push_to_hub", lambda *_, **__: pytest.fail("nobody asked for it"))
+    predictor.save_pretrained(tmp_path / "one")
+    assert sorted(os.listdir(tmp_path / "one")) == FILES
+
+    def no_pickle(*_, **__):
+        pytest.fail("a predictor is loaded without pickle")
+
+    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(module, name, no_pickle)
+    again = Predictor.from_pretrained(tmp_path / "one")
+    assert type(again) is type(predictor) and not again.training
+    assert again.origin == predictor.origin and again.options() == json.loads(json.dumps(predictor.options()))
+    ours, theirs = predictor.state_dict(), again.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
+    for stream in ("cond", "uncond"):
+        plan = compile(predictor.for_stream(stream), GRID, predictor.schedule)
+        assert compile(again.for_stream(stream), GRID, again.schedule) == plan  # to the bit
+        assert Plan.from_json(plan.to_json()) == plan
+    again.save_pretrained(tmp_path / "two")
+    for name in FILES:
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_the_json_says_what_the_predictor_fits(tmp_path):
+    LESA(origin(), memories=(3, 5, 7)).save_pretrained(tmp_path)
+    entries = json.loads((tmp_path / "config.json").read_text())
+    assert entries["format"] == "lesa-predictor-1" and entries["method"] == "lesa"
+    assert entries["model"] == "models/tiny" and entries["transformer"] == "FluxTransformer2DModel"
+    assert entries["config"] == {"num_layers": 2, "axes_dims_rope": [4, 4, 4]}
+    assert entries["tap"] == [["transformer_blocks", "single_transformer_blocks"], "norm_out"]
+    assert entries["grid"] == GRID.tolist() and entries["schedule"] == "paper:7"
+    assert entries["streams"] == ["cond", "uncond"] and entries["data"] == "0123"
+    assert entries["options"]["bounds"] == [0.9, 0.5] and entries["options"]["memories"] == [3, 5, 7]
+    assert entries["versions"] == {"torch": "2"} and len(entries["sha256"]) == 64
+    card = (tmp_path / "README.md").read_text()
+    assert "models/tiny" in card and "50 steps" in card and "`paper:7`" in card and "More Information" not in card
+
+
+def test_weights_take_16_bits_where_nothing_is_lost(tmp_path):
+    predictor = LESA(origin())
+    with torch.no_grad():
+        predictor.stage_experts("cond")[0].weight[0] = 1e-9
+        predictor.stage_experts("cond")[1].weight[0] = 1e6
+    predictor.save_pretrained(tmp_path)
+    stored, state = load_file(tmp_path / "model.safetensors"), predictor.state_dict()
+    assert all(torch.equal(stored[name].float(), state[name]) for name in state)
+    assert {stored[f"experts.cond.{k}.weight"].dtype for k in (0, 1)} == {torch.float32}
+    assert stored["experts.cond.2.weight"].dtype == stored["experts.cond.2.kan.0.spline"].dtype == torch.float16
+    assert (tmp_path / "model.safetensors").stat().st_size < 0.6 * 4 * sum(p.numel() for p in predictor.parameters())
+
+
+def test_a_predictor_is_loaded_by_its_own_class_or_the_base_class(tmp_path):
+    L2P(origin()).save_pretrained(tmp_path)
+    assert isinstance(L2P.from_pretrained(tmp_path), L2P)
+    with pytest.raises(ValueError, match=r"holds a L2P, not a LESA; load it as a Predictor"):
+        LESA.from_pretrained(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("predictor")
+    shaken(LESA(origin())).save_pretrained(folder)
+    return folder
+
+
+def rewrite(folder, change):
+    file = folder / "config.json"
+    entries = json.loads(file.read_text())
+    change(entries)
+    file.write_text(json.dumps(entries))
+
+
+def weights_damage(change):
+    def damage(folder):
+        file = folder / "model.safetensors"
+        file.write_bytes(change(file.read_bytes()))
+
+    return damage
+
+
+def other_weights(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["experts.cond.0.weight"] += 1e-3
+    save_file(tensors, folder / "model.safetensors")
+
+
+DAMAGE = {
+    "weights cut off": weights_damage(lambda data: data[: len(data) // 2]),
+    "weights empty": weights_damage(lambda data: b""),
+    "one bit of the weights": weights_damage(lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]),
+    "other weights": other_weights,
+    "JSON cut off": lambda f: (f / "config.json").write_text((f / "config.json").read_text()[:-30]),
+    "JSON empty": lambda f: (f / "config.json").write_text(""),
+    "JSON list": lambda f: (f / "config.json").write_text("[]"),
+    "no text": lambda f: (f / "config.json").write_bytes(b"\xff\xfe\xff"),
+    "other format": lambda f: rewrite(f, lambda e: e.update(format="lesa-predictor-0")),
+    "no format": lambda f: rewrite(f, lambda e: e.pop("format")),
+    "another library's": lambda f: (f / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}'),
+    "other schedule": lambda f: rewrite(f, lambda e: e.update(schedule="paper:8")),
+    "other grid": lambda f: rewrite(f, lambda e: e["grid"].__setitem__(3, 0.97)),
+    "other model": lambda f: rewrite(f, lambda e: e["config"].update(num_layers=3)),
+    "other method": lambda f: rewrite(f, lambda e: e.update(method="l2p")),
+    "other options": lambda f: rewrite(f, lambda e: e["options"].update(remembers_forecasts=True)),
+    "entry missing": lambda f: rewrite(f, lambda e: e.pop("grid")),
+    "entry added": lambda f: rewrite(f, lambda e: e.update(extra=1)),
+    "no digest": lambda f: rewrite(f, lambda e: e.pop("sha256")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_predictor_is_an_error(saved, tmp_path, damage):
+    folder = shutil.copytree(saved, tmp_path / "predictor")
+    Predictor.from_pretrained(folder)
+    damage(folder)
+    with pytest.raises(ValueError, match=r"predictor holds no whole predictor of lesa \(.+\); fetch or train it again"):
+        Predictor.from_pretrained(folder)
+
+
+def test_the_layout_of_the_json_does_not_matter(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "predictor")
+    rewrite(folder, lambda entries: None)
+    assert (folder / "config.json").read_bytes() != (saved / "config.json").read_bytes()
+    Predictor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(saved, tmp_path, name):
+    folder = shutil.copytree(saved, tmp_path / "predictor")
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"holds no {name}, so no predictor of lesa; name its folder"):
+        Predictor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("source", ["no/such/folder", "/no/such/folder", "nobody/nothing"])
+def test_a_missing_folder_is_named(source):
+    with pytest.raises(FileNotFoundError, match=rf"{source} is neither a folder here nor a predictor on the hub"):
+        Predictor.from_pretrained(source, local_files_only=True)
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing_that_loads(saved, tmp_path, monkeypatch):
+    folder = shutil.copytree(saved, tmp_path / "predictor")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        L2P(origin()).save_pretrained(folder)
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        Predictor.from_pretrained(folder)
+
+
+def test_the_shipped_predictor_lies_beside_the_model(tmp_path):
+    pipe = SimpleNamespace(config=SimpleNamespace(_name_or_path=str(tmp_path)))
+    for name, kind in (("lesa-paper7", LESA), ("b", L2P)):
+        kind(origin(schedule="paper:8" if name == "b" else "paper:7")).save_pretrained(tmp_path / "lesa" / name)
+    (tmp_path / "lesa" / "a").mkdir()
+    assert isinstance(shipped_for(pipe), L2P)
+    shutil.rmtree(tmp_path / "lesa" / "b")
+    assert shipped_for(pipe).schedule == Schedule.paper(7)
+    (tmp_path / "lesa" / "lesa-paper7" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="no whole predictor"):
+        shipped_for(pipe)
+
+
+@pytest.mark.parametrize("pipe", [SimpleNamespace(), SimpleNamespace(config=SimpleNamespace(_name_or_path="a/b"))])
+def test_without_a_shipped_predictor_the_error_says_what_to_do(pipe):
+    with pytest.raises(LookupError, match=r"no predictor is shipped for .*lesa train.*from_pretrained.*lesa\.Taylor"):
+        shipped_for(pipe)

@@ -1,0 +1,794 @@
+import gc
+import threading
+import weakref
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import FluxImg2ImgPipeline, FluxPipeline, UniPCMultistepScheduler
+from tiny import build_transformer
+from torch import Tensor, nn
+
+from lesa.forecasters import Forecaster, Lagrange, LinearRows, Reuse, Taylor
+from lesa.plan import compile as compile_plan
+from lesa.row import Row
+from lesa.runtime import StreamSummary, Summary, accelerate, disable, enable
+from lesa.schedule import Schedule
+from lesa.tap import Tap
+
+PROMPT, OTHER = "small red apple on white, left", "large green fish on grey, right"
+STEPS = 8
+EVERY = Schedule.every(3)  # full at 0, 3, 6
+GUIDED = dict(negative_prompt="fish", true_cfg_scale=3.0)
+FEATURE_BYTES = 16 * 24 * 4  # 16 image tokens, 24 channels, float32; fewer elements than the scratch may have
+
+
+class MeanOfTwo(Forecaster):
+    """A stand-in for a learned forecaster: its history holds its own forecasts."""
+
+    memory, remembers_forecasts = 2, True
+
+    def row(self, grid, step, past):
+        coefficients = torch.full((len(past),), 1.0 / len(past), dtype=torch.float64)
+        return Row(coefficients, torch.tensor(0.25, dtype=torch.float64))
+
+
+FORECASTERS = [Reuse(), Taylor(1), Taylor(2), Lagrange(2), MeanOfTwo()]
+
+
+def draw(pipe, prompt=PROMPT, seed=0, **changes) -> Tensor:
+    """The latents of a call, one per picture."""
+    call = dict(height=32, width=32, num_inference_steps=STEPS, max_sequence_length=16, output_type="latent")
+    return pipe(prompt, **{**call, "generator": torch.Generator().manual_seed(seed), **changes}).images
+
+
+def repaint(pipe, strength=0.5, **changes) -> Tensor:
+    image = torch.linspace(0, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
+    return draw(pipe, image=image, strength=strength, **changes)
+
+
+def state(transformer: nn.Module) -> dict:
+    """Everything that an acceleration could leave behind."""
+    return {
+        name: (type(part), sorted(part.__dict__), {k: list(v) for k, v in part.__dict__.items() if "_hooks" in k})
+        for name, part in transformer.named_modules()
+    }
+
+
+@contextmanager
+def kept_as_it_was(transformer: nn.Module):
+    before, weights = state(transformer), {k: t.clone() for k, t in transformer.state_dict().items()}
+    yield
+    assert state(transformer) == before
+    assert transformer.state_dict().keys() == weights.keys()
+    assert all(torch.equal(t, weights[k]) for k, t in transformer.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_flux) -> Tensor:
+    return draw(tiny_flux)
+
+
+@pytest.fixture
+def pipe(tiny_flux, reference):
+    """The tiny pipeline, which must be left as it was."""
+    with kept_as_it_was(tiny_flux.transformer):
+        yield tiny_flux
+    assert torch.equal(draw(tiny_flux), reference)
+
+
+def another(pipe, kind=FluxPipeline, **parts):
+    """A pipeline of other parts, with a scheduler of its own."""
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    made = kind(**{k: v for k, v in pipe.components.items() if v is not None} | {"scheduler": scheduler} | parts)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def all_blocks(transformer: nn.Module) -> list[nn.Module]:
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+
+@contextmanager
+def counted(transformer: nn.Module, poisoned=()):
+    """Count the blocks that run in each call of the transformer; in the poisoned calls they give NaN."""
+    counts: list[int] = []
+
+    def count(_block, _args, output):
+        counts[-1] += 1
+        if len(counts) - 1 in poisoned:
+            return tuple(torch.full_like(part, torch.nan) for part in output)
+        return None
+
+    hooks = [transformer.register_forward_pre_hook(lambda *_: counts.append(0))]
+    hooks += [block.register_forward_hook(count) for block in all_blocks(transformer)]
+    yield counts
+    for hook in hooks:
+        hook.remove()
+
+
+@contextmanager
+def recorded(transformer: nn.Module):
+    """Record, in each call of the transformer, the feature that reaches the final norm."""
+    features: list[Tensor] = []
+    hook = transformer.norm_out.register_forward_pre_hook(lambda _, args: features.append(args[0].double()))
+    yield features
+    hook.remove()
+
+
+def at_step(step: int, act):
+    """A callback that acts once, after a step."""
+
+    def callback(pipe, now, _time, tensors):
+        if now == step:
+            act(pipe)
+        return tensors
+
+    return callback
+
+
+# --- what a skipped step does
+
+
+def test_no_block_runs_on_a_skipped_step(pipe):
+    with accelerate(pipe, Taylor(1), schedule=EVERY):
+        expected = draw(pipe)
+        with counted(pipe.transformer, poisoned=(1, 2, 4, 5, 7)) as counts:
+            assert torch.equal(draw(pipe), expected)
+    assert counts == [4, 0, 0, 4, 0, 0, 4, 0]
+    assert expected.isfinite().all()
+
+
+def test_poisoned_blocks_would_show(pipe):
+    with counted(pipe.transformer, poisoned=(1,)):
+        assert draw(pipe).isnan().all()
+
+
+def test_everything_else_of_the_forward_runs_on_every_step(pipe):
+    counts = dict.fromkeys(
+        ["x_embedder", "time_text_embed", "context_embedder", "pos_embed", "norm_out", "proj_out"], 0
+    )
+
+    def counting(name):
+        def count(*_):
+            counts[name] += 1
+
+        return count
+
+    hooks = [getattr(pipe.transformer, name).register_forward_hook(counting(name)) for name in counts]
+    with accelerate(pipe, Reuse(), schedule=EVERY):
+        draw(pipe)
+    assert set(counts.values()) == {STEPS}
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("forecaster", FORECASTERS, ids=repr)
+def test_with_every_step_full_nothing_changes(pipe, reference, forecaster):
+    with accelerate(pipe, forecaster, schedule=Schedule.every(1)) as run:
+        assert torch.equal(draw(pipe), reference)
+    assert run.summary()["cond"].bytes_held == 0
+
+
+@pytest.mark.parametrize("forecaster", FORECASTERS, ids=repr)
+def test_a_run_is_what_its_plan_says(pipe, reference, forecaster):
+    with accelerate(pipe, forecaster, schedule=EVERY) as run:
+        with recorded(pipe.transformer) as features:
+            assert not torch.allclose(draw(pipe), reference, atol=1e-4)
+        plan = run.plan()
+    assert plan.full == (0, 3, 6)
+    assert_unrolled(plan, features)
+
+
+def assert_unrolled(plan, features: list[Tensor]) -> None:
+    """Each feature is the plan's combination of the full steps' features."""
+    stacked, unrolled = torch.stack(features), plan.unroll()
+    forecast = torch.einsum("sk,k...->s...", unrolled[:, :-1], stacked) + unrolled[:, -1].view(-1, 1, 1, 1)
+    torch.testing.assert_close(stacked, forecast, rtol=0, atol=1e-5 * float(plan.noise_gain().max()))
+
+
+def test_a_frozen_plan_runs_as_its_forecaster(pipe):
+    with accelerate(pipe, MeanOfTwo(), schedule=EVERY) as run:
+        expected = draw(pipe)
+    frozen = run.plan().freeze()
+    assert isinstance(frozen, LinearRows)
+    with accelerate(pipe, frozen, schedule=EVERY):
+        assert torch.equal(draw(pipe), expected)
+
+
+def test_forecasts_are_stored_in_bfloat16_and_summed_in_float32():
+    transformer = build_transformer().to(torch.bfloat16)
+    with accelerate(transformer, Taylor(2), schedule=Schedule.every(5, warmup=3), grid=GRID) as run:
+        with recorded(transformer) as features:
+            walk(transformer, run, dtype=torch.bfloat16)
+        row = run.plan().rows[6]
+        exact = sum(c * features[k] for k, c in zip(row.past, row.coefficients, strict=True))
+    assert sum(map(abs, row.coefficients)) > 30
+    assert ((features[6] - exact).abs() <= exact.abs() * 2.0**-8 * 1.01 + 1e-5).all(), "rounded once"
+    assert run.summary()["cond"].bytes_held == 3 * FEATURE_BYTES // 2 + FEATURE_BYTES
+
+
+# --- on and off
+
+
+def test_enable_and_disable_are_plain_calls(pipe, reference):
+    run = enable(pipe, Taylor(1), schedule=EVERY)
+    with counted(pipe.transformer) as counts:
+        draw(pipe)
+        draw(pipe)
+    assert counts == [4, 0, 0, 4, 0, 0, 4, 0] * 2
+    disable(pipe)
+    assert torch.equal(draw(pipe), reference)
+    disable(pipe)
+    assert run.summary()["cond"].runs == 2
+
+
+FAILURES = [ValueError("a test fails here"), KeyboardInterrupt()]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=["exception", "interruption"])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [("single_transformer_blocks.1", 1), ("time_text_embed", 1), ("time_text_embed", 5), ("norm_out", 2)],
+    ids=["in a block", "before the blocks", "in a skipped step", "after the tap"],
+)
+def test_a_failure_in_the_transformer_leaves_it_as_it_was(pipe, name, call, failure):
+    module, calls = pipe.transformer.get_submodule(name), []
+
+    def fail(*_):
+        calls.append(name)
+        if len(calls) > call:
+            raise failure
+
+    hook = module.register_forward_hook(fail)
+    with pytest.raises(type(failure)), accelerate(pipe, Taylor(1), schedule=EVERY):
+        draw(pipe)
+    hook.remove()
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=["exception", "interruption"])
+def test_a_failure_in_a_callback_leaves_it_as_it_was(pipe, failure):
+    def fail(_pipe):
+        raise failure
+
+    with pytest.raises(type(failure)), accelerate(pipe, Taylor(1), schedule=EVERY):
+        draw(pipe, callback_on_step_end=at_step(4, fail))
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=["exception", "interruption"])
+def test_an_accelerated_pipeline_runs_on_after_a_failure(pipe, failure):
+    def fail(_pipe):
+        raise failure
+
+    with accelerate(pipe, Taylor(1), schedule=EVERY):
+        expected = draw(pipe)
+        for step in (0, 4, 7):
+            with pytest.raises(type(failure)):
+                draw(pipe, callback_on_step_end=at_step(step, fail))
+            assert torch.equal(draw(pipe), expected)
+
+
+def test_a_transformer_is_accelerated_once(pipe):
+    with accelerate(pipe, Taylor(1), schedule=EVERY):
+        with pytest.raises(ValueError, match=r"call lesa\.disable first"):
+            accelerate(pipe.transformer, Taylor(1), schedule=EVERY, grid=GRID)
+        with counted(pipe.transformer) as counts:
+            draw(pipe)
+        assert counts == [4, 0, 0, 4, 0, 0, 4, 0]
+
+
+def test_an_ended_acceleration_does_not_end_the_next(pipe):
+    with accelerate(pipe, Taylor(1), schedule=EVERY):
+        disable(pipe)
+        enable(pipe, Reuse(), schedule=EVERY)
+    with counted(pipe.transformer) as counts:
+        draw(pipe)
+    assert counts == [4, 0, 0, 4, 0, 0, 4, 0]
+    disable(pipe)
+
+
+def test_histories_are_freed_on_leaving(pipe):
+    with accelerate(pipe, Taylor(1), schedule=EVERY) as run:
+        draw(pipe)
+        held = weakref.ref(run._executor.streams["cond"].history)
+        assert held() is not None
+    assert held() is None
+    assert run.summary()["cond"].bytes_held > 0
+
+
+def test_a_forgotten_acceleration_keeps_no_model_alive(pipe):
+    mine = another(pipe, transformer=build_transformer())
+    enable(mine, Taylor(1), schedule=EVERY)
+    draw(mine)
+    kept = weakref.ref(mine.transformer)
+    del mine
+    gc.collect()
+    assert kept() is None
+
+
+# --- calls of all kinds
+
+
+CALLS = {
+    "one": dict(),
+    "batch": dict(prompt=[PROMPT, OTHER]),
+    "several images": dict(num_images_per_prompt=3),
+    "generators": dict(prompt=[PROMPT, OTHER], generators=(3, 4)),
+    "wide": dict(width=64),
+    "few steps": dict(num_inference_steps=5),
+    "guided": GUIDED,
+    "guided batch": dict(prompt=[PROMPT, OTHER], negative_prompt=["fish", "pear"], true_cfg_scale=2.0),
+}
+
+
+def drawn_as(pipe, name: str) -> Tensor:
+    call = dict(CALLS[name])
+    if seeds := call.pop("generators", None):
+        call["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return draw(pipe, **call)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_of_all_kinds_are_unchanged_with_every_step_full(pipe, name):
+    expected = drawn_as(pipe, name)
+    with accelerate(pipe, Taylor(1), schedule=Schedule.every(1)):
+        assert torch.equal(drawn_as(pipe, name), expected)
+
+
+def test_calls_of_all_kinds_follow_each_other(pipe):
+    alone = {}
+    for name in CALLS:
+        with accelerate(pipe, Taylor(2), schedule=EVERY):
+            alone[name] = drawn_as(pipe, name)
+    with accelerate(pipe, Taylor(2), schedule=EVERY) as run:
+        for name in [*CALLS, *reversed(CALLS)]:
+            assert torch.equal(drawn_as(pipe, name), alone[name]), name
+    summary = run.summary()
+    assert summary["cond"].runs == 2 * len(CALLS) and summary["uncond"].runs == 4
+
+
+def test_pictures_of_a_batch_are_forecast_each_from_its_own_past(pipe):
+    seeds = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    with accelerate(pipe, Taylor(1), schedule=EVERY):
+        together = draw(pipe, [PROMPT, OTHER], generator=seeds)
+        apart = torch.cat([draw(pipe, PROMPT, seed=3), draw(pipe, OTHER, seed=4)])
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-4)
+
+
+def test_callbacks_see_every_step_and_may_change_the_latents(pipe):
+    seen = []
+
+    def halve_at_the_end(_pipe, step, _time, tensors):
+        seen.append(step)
+        return {"latents": tensors["latents"] / 2} if step == STEPS - 1 else tensors
+
+    with accelerate(pipe, Taylor(1), schedule=EVERY):
+        expected = draw(pipe) / 2
+        assert torch.equal(draw(pipe, callback_on_step_end=halve_at_the_end), expected)
+    assert seen == list(range(STEPS))
+
+
+def test_an_interrupted_call_stops_and_the_next_is_right(pipe):
+    with accelerate(pipe, Taylor(1), schedule=EVERY):
+        expected = draw(pipe)
+        with counted(pipe.transformer) as counts:
+            draw(pipe, callback_on_step_end=at_step(4, lambda pipe: setattr(pipe, "_interrupt", True)))
+            assert counts == [4, 0, 0, 4, 0]
+            assert torch.equal(draw(pipe), expected)
+
+
+def test_guided_streams_never_mix(pipe):
+    with accelerate(pipe, MeanOfTwo(), schedule=EVERY) as run, recorded(pipe.transformer) as features:
+        draw(pipe, **GUIDED)
+    cond, uncond = features[0::2], features[1::2]
+    assert len(cond) == len(uncond) == STEPS and not torch.allclose(cond[0], uncond[0], atol=1e-3)
+    assert_unrolled(run.plan("cond"), cond)
+    assert_unrolled(run.plan("uncond"), uncond)
+
+
+def test_each_stream_has_its_own_forecaster(pipe):
+    class Streamed(Reuse):
+        def for_stream(self, name):
+            return {"cond": Reuse(), "uncond": Taylor(1)}[name]
+
+    with accelerate(pipe, Streamed(), schedule=EVERY) as run:
+        draw(pipe, **GUIDED)
+    assert [run.plan(name).memory for name in ("cond", "uncond")] == [1, 2]
+
+
+def test_unipc_is_walked_on_its_own_grid(pipe, reference):
+    scheduler = UniPCMultistepScheduler(
+        use_flow_sigmas=True,
+        prediction_type="flow_prediction",
+        use_dynamic_shifting=True,
+        time_shift_type="exponential",
+    )
+    mine = another(pipe, scheduler=scheduler)
+    expected = draw(mine)
+    with accelerate(mine, Taylor(1), schedule=Schedule.every(1)):
+        assert torch.equal(draw(mine), expected)
+    with accelerate(mine, Taylor(1), schedule=EVERY) as run, counted(mine.transformer) as counts:
+        assert not torch.equal(draw(mine), expected)
+    assert counts == [4, 0, 0, 4, 0, 0, 4, 0]
+    torch.testing.assert_close(run.plan().grid.float(), scheduler.sigmas.cpu().float())
+
+
+def test_image_to_image_starts_in_mid_grid(pipe):
+    mine = FluxImg2ImgPipeline.from_pipe(pipe)
+    expected = repaint(mine)
+    with accelerate(mine, Taylor(1), schedule=Schedule.every(1)):
+        assert torch.equal(repaint(mine), expected)
+    with accelerate(mine, Taylor(1), schedule=EVERY) as run, counted(mine.transformer) as counts:
+        repaint(mine)
+        repaint(mine, strength=0.75)
+        draw(pipe)  # another pipeline with this transformer and scheduler
+    assert counts == [*[4, 0, 0, 4], *[4, 0, 0, 4, 0, 0], *[4, 0, 0, 4, 0, 0, 4, 0]]
+    assert run.summary()["cond"].full_steps == 7
+
+
+# --- side by side
+
+
+def test_two_pipelines_of_a_class_do_not_disturb_each_other(pipe, reference):
+    other = another(pipe, transformer=build_transformer(seed=1))
+    untouched = draw(other)
+    with accelerate(pipe, Taylor(1), schedule=EVERY):
+        expected = draw(pipe)
+        assert torch.equal(draw(other), untouched)
+        with accelerate(other, Reuse(), schedule=Schedule.every(2)):
+            alone, inside = draw(other), []
+            meanwhile = at_step(4, lambda _: inside.append(draw(other)))
+            assert torch.equal(draw(pipe, callback_on_step_end=meanwhile), expected)
+            assert torch.equal(inside[0], alone)
+        assert torch.equal(draw(other), untouched)
+
+
+def test_a_pipeline_that_shares_the_transformer_alone_is_refused(pipe):
+    other = another(pipe)
+    steps = []
+    with accelerate(pipe, Taylor(1), schedule=EVERY):
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="in no run; call the pipeline that was accelerated"):
+                draw(other, callback_on_step_end=lambda *_: steps.append(1))
+            draw(pipe)
+    assert steps == []
+
+
+def test_two_threads_run_their_own_pipelines(pipe):
+    other = another(pipe, transformer=build_transformer(seed=1))
+    turns, drawn = threading.Barrier(2, timeout=60), {}
+
+    def take_turns(_pipe, _step, _time, tensors):
+        turns.wait()
+        return tensors
+
+    def work(mine, name):
+        drawn[name] = draw(mine, callback_on_step_end=take_turns)
+
+    with accelerate(pipe, Taylor(1), schedule=EVERY), accelerate(other, Taylor(2), schedule=Schedule.every(2)):
+        expected = {"pipe": draw(pipe), "other": draw(other)}
+        threads = [threading.Thread(target=work, args=pair) for pair in ((pipe, "pipe"), (other, "other"))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert torch.equal(drawn["pipe"], expected["pipe"]) and torch.equal(drawn["other"], expected["other"])
+
+
+def in_another_thread(work) -> list:
+    """Do some work in another thread; returns what it raised."""
+    raised = []
+
+    def guarded():
+        try:
+            work()
+        except RuntimeError as error:
+            raised.append(str(error))
+
+    thread = threading.Thread(target=guarded)
+    thread.start()
+    thread.join()
+    return raised
+
+
+def test_a_second_thread_may_use_an_accelerated_pipeline_later(pipe):
+    with accelerate(pipe, Taylor(1), schedule=EVERY):
+        expected, drawn = draw(pipe), []
+        assert in_another_thread(lambda: drawn.append(draw(pipe))) == []
+        assert torch.equal(drawn[0], expected)
+
+
+def test_a_second_thread_is_refused_during_a_run(pipe):
+    other, raised, steps = another(pipe), [], []
+    intrude = at_step(
+        2,
+        lambda _: raised.extend(
+            in_another_thread(lambda: draw(other, callback_on_step_end=lambda *_: steps.append(1)))
+        ),
+    )
+    with accelerate(pipe, Taylor(1), schedule=EVERY):
+        expected = draw(pipe)
+        assert torch.equal(draw(pipe, callback_on_step_end=intrude), expected)
+    assert len(raised) == 1 and "in a run of another thread" in raised[0]
+    assert steps == []
+
+
+def test_a_run_that_lost_its_scheduler_to_another_thread_does_not_go_on(pipe):
+    raised = []
+    with accelerate(pipe, Taylor(1), schedule=EVERY):
+        expected, drawn = draw(pipe), []
+        intrude = at_step(2, lambda _: raised.extend(in_another_thread(lambda: drawn.append(draw(pipe)))))
+        with pytest.raises(RuntimeError, match="in no run"):
+            draw(pipe, callback_on_step_end=intrude)
+    assert raised == [] and torch.equal(drawn[0], expected)
+
+
+# --- loops of one's own
+
+
+GRID = torch.linspace(1, 0, STEPS + 1, dtype=torch.float64)
+
+
+def step_inputs(time: float, tokens: int = 16, dtype=torch.float32) -> dict:
+    made = torch.Generator().manual_seed(7)
+    return dict(
+        encoder_hidden_states=torch.randn(1, 5, 32, generator=made).to(dtype),
+        pooled_projections=torch.randn(1, 32, generator=made).to(dtype),
+        timestep=torch.tensor([time], dtype=dtype),
+        img_ids=torch.zeros(tokens, 3),
+        txt_ids=torch.zeros(5, 3),
+        return_dict=False,
+    )
+
+
+@torch.no_grad()
+def walk(transformer: nn.Module, run=None, start: int = 0, streams=("cond",), dtype=torch.float32) -> Tensor:
+    """An Euler loop that adds the streams up."""
+    x = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for step in range(start, STEPS):
+        velocity = torch.zeros_like(x)
+        for stream in streams:
+            if run is not None:
+                run.at(step, stream)
+            velocity += transformer(x, **step_inputs(float(GRID[step]), dtype=dtype))[0]
+        x = x + (GRID[step + 1] - GRID[step]).to(dtype) * velocity
+    return x
+
+
+def test_a_loop_says_which_step_it_is_at():
+    transformer = build_transformer()
+    expected = walk(transformer)
+    with kept_as_it_was(transformer):
+        with accelerate(transformer, Taylor(1), schedule=Schedule.every(1), grid=GRID) as run:
+            assert torch.equal(walk(transformer, run), expected)
+        with accelerate(transformer, Taylor(1), schedule=EVERY, grid=GRID.tolist()) as run:
+            with counted(transformer) as counts:
+                first, second = walk(transformer, run), walk(transformer, run)
+                walk(transformer, run, start=5)
+            assert torch.equal(first, second) and not torch.equal(first, expected)
+    assert counts == [4, 0, 0, 4, 0, 0, 4, 0] * 2 + [4, 0, 0]
+    assert run.summary()["cond"].runs == 3
+
+
+def test_a_loop_names_its_streams():
+    transformer = build_transformer()
+    with accelerate(transformer, Taylor(1), schedule=EVERY, grid=GRID) as run, counted(transformer) as counts:
+        walk(transformer, run, streams=("cond", "uncond"))
+    assert counts == [4, 4, 0, 0, 0, 0, 4, 4, 0, 0, 0, 0, 4, 4, 0, 0]
+    assert {name: done.full_steps for name, done in run.summary().items()} == {"cond": 3, "uncond": 3}
+
+
+def call_at(transformer: nn.Module, run, step: int, stream: str = "cond", tokens: int = 16) -> None:
+    run.at(step, stream)
+    transformer(torch.zeros(1, tokens, 16), **step_inputs(0.5, tokens))
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([0, 1, 1], "called twice at step 1 of stream 'cond'"),
+        ([0, 1, 3], "must go on at step 2, got step 3"),
+        ([0, 8], "steps 0 to 7, got step 8"),
+        ([-1], "steps 0 to 7, got step -1"),
+    ],
+)
+def test_a_loop_that_loses_its_way_is_told(steps, message):
+    transformer = build_transformer()
+    with (
+        accelerate(transformer, Taylor(1), schedule=EVERY, grid=GRID) as run,
+        pytest.raises((RuntimeError, ValueError), match=message),
+    ):
+        for step in steps:
+            call_at(transformer, run, step)
+
+
+@pytest.mark.parametrize("step", [1, 3], ids=["skipped", "full"])
+def test_a_feature_that_changes_its_shape_during_a_run_is_an_error(step):
+    transformer = build_transformer()
+    with accelerate(transformer, Taylor(1), schedule=EVERY, grid=GRID) as run:
+        for now in range(step):
+            call_at(transformer, run, now)
+        with pytest.raises(RuntimeError, match=rf"got \(1, 12, 24\).* at step {step}"):
+            call_at(transformer, run, step, tokens=12)
+
+
+@pytest.mark.parametrize("step", [0, 1, 4])
+def test_a_loop_that_failed_may_begin_again(step):
+    transformer = build_transformer()
+    with accelerate(transformer, Taylor(1), schedule=EVERY, grid=GRID) as run:
+        expected = walk(transformer, run, streams=("cond", "uncond"))
+        for now in range(step):
+            call_at(transformer, run, now)
+        with pytest.raises(RuntimeError):
+            run.at(step)
+            transformer(torch.zeros(1, 16, 3), **step_inputs(0.5))
+        assert torch.equal(walk(transformer, run, streams=("cond", "uncond")), expected)
+
+
+def test_a_loop_must_say_where_it_is():
+    transformer = build_transformer()
+    with accelerate(transformer, Taylor(1), schedule=EVERY, grid=GRID), pytest.raises(RuntimeError, match=r"run\.at"):
+        walk(transformer)
+
+
+def test_only_loops_say_where_they_are(pipe):
+    with accelerate(pipe, Taylor(1), schedule=EVERY) as run, pytest.raises(RuntimeError, match="without a pipeline"):
+        run.at(0)
+
+
+# --- clear errors, before the first step is done
+
+
+def test_calls_without_names_are_not_told_apart(pipe):
+    mine, steps = FluxImg2ImgPipeline.from_pipe(pipe), []
+    with accelerate(mine, Taylor(1), schedule=EVERY), pytest.raises(RuntimeError, match="twice at step 4"):
+        repaint(mine, **GUIDED, callback_on_step_end=lambda *_: steps.append(1))
+    assert steps == []
+
+
+@pytest.mark.parametrize(
+    ("forecaster", "schedule", "strict", "message"),
+    [
+        (Taylor(1), Schedule.at([1, 4]), False, "the first step of a run is full"),
+        (Taylor(1), Schedule.at([0, 9]), False, "full steps of a run of 8 steps are below 8"),
+        (Taylor(1), EVERY, True, r"step 1 is skipped but Taylor\(order=1\) wants 2 past features"),
+        (compile_plan(Taylor(1), GRID, EVERY).freeze(), EVERY, False, "bound to their grid of 8 steps, got another"),
+    ],
+)
+def test_a_plan_that_does_not_fit_stops_the_call_before_its_first_step(pipe, forecaster, schedule, strict, message):
+    with counted(pipe.transformer) as counts, accelerate(pipe, forecaster, schedule=schedule, strict=strict):
+        with pytest.raises(ValueError, match=message):
+            draw(pipe)
+        assert sum(counts) == 0
+
+
+def test_what_is_missing_is_asked_for(pipe):
+    with pytest.raises(LookupError, match="no predictor is shipped for"):
+        accelerate(pipe)
+    with pytest.raises(ValueError, match=r"pass a schedule, e\.g\. schedule="):
+        accelerate(pipe, Taylor(1))
+    with pytest.raises(ValueError, match="grid="):
+        accelerate(pipe.transformer, Taylor(1), schedule=EVERY)
+    with pytest.raises(ValueError, match="grid="):
+        accelerate(pipe, Taylor(1), schedule=EVERY, grid=GRID)
+    with pytest.raises(ValueError, match="got a str"):
+        accelerate("a pipeline", Taylor(1), schedule=EVERY)
+
+
+def test_a_forecaster_may_bring_its_schedule(pipe):
+    forecaster = Taylor(1)
+    forecaster.schedule = EVERY
+    with accelerate(pipe, forecaster) as run:
+        draw(pipe)
+    assert run.plan().full == (0, 3, 6)
+
+
+def test_an_unknown_transformer_asks_for_its_tap(pipe):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.last = nn.ModuleList([nn.Linear(4, 4)]), nn.LayerNorm(4)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return self.last(x)
+
+    with pytest.raises(ValueError, match=r"got a Own; pass tap=lesa\.Tap\("):
+        accelerate(SimpleNamespace(transformer=Own(), scheduler=pipe.scheduler), Taylor(1), schedule=EVERY)
+    own = Own()
+    with accelerate(own, Reuse(), schedule=EVERY, grid=GRID, tap=Tap(("layers",), "last")) as run:
+        for step in range(2):
+            run.at(step)
+            own(torch.ones(1, 3, 4))
+    assert run.summary()["cond"].skipped_steps == 1
+
+
+# --- what a run tells
+
+
+def test_a_summary_counts_what_was_done(pipe):
+    with accelerate(pipe, Taylor(1), schedule=EVERY) as run:
+        assert str(run.summary()) == "no run yet" and run.summary() == {}
+        with pytest.raises(LookupError, match="not of 'cond'"):
+            run.plan()
+        draw(pipe)
+        early = run.summary()
+        draw(pipe, **GUIDED)
+    cond, uncond = run.summary()["cond"], run.summary()["uncond"]
+    assert (cond.runs, cond.full_steps, cond.skipped_steps, cond.short_rows) == (2, 6, 10, 4)
+    assert (uncond.runs, uncond.full_steps, uncond.skipped_steps, uncond.short_rows) == (1, 3, 5, 2)
+    assert cond.step_ratio == 16 / 6
+    assert cond.bytes_held == 2 * FEATURE_BYTES + FEATURE_BYTES
+    assert 0 < uncond.forecast_seconds < cond.forecast_seconds + uncond.forecast_seconds < 60
+    assert early["cond"].runs == 1, "a summary does not change afterwards"
+
+
+def test_bytes_follow_the_size_of_the_pictures(pipe):
+    with accelerate(pipe, Taylor(2), schedule=EVERY) as run:
+        draw(pipe, num_images_per_prompt=2, width=64)
+        assert run.summary()["cond"].bytes_held == (3 + 1) * 4 * FEATURE_BYTES
+        draw(pipe)
+        assert run.summary()["cond"].bytes_held == (3 + 1) * FEATURE_BYTES
+
+
+def test_a_summary_reads_as_a_table():
+    done = StreamSummary(2, 20, 80, bytes_held=12_582_912, forecast_seconds=0.25)
+    short = StreamSummary(1, 10, 40, short_rows=3, bytes_held=999, forecast_seconds=0.125)
+    assert str(Summary(cond=done, uncond=short)) == (
+        "stream      runs    full  skipped  step ratio       held  in forecasts\n"
+        "cond           2      20       80        5.00   12.58 MB       0.250 s\n"
+        "uncond         1      10       40        5.00      999 B       0.125 s\n"
+        "           3 forecasts had fewer past features than they are made for"
+    )
+
+
+# --- torch.compile
+
+
+class CountingBackend:
+    """Compiles nothing, and counts the graphs that it is handed."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, _inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+def test_regional_compilation_stays_whole():
+    counts, results = [], []
+    for schedule in (None, Schedule.every(1), EVERY):
+        torch._dynamo.reset()
+        transformer = build_transformer()
+        transformer.compile_repeated_blocks(backend=(backend := CountingBackend()), fullgraph=True)
+        if schedule is None:
+            results.append(walk(transformer))
+        else:
+            with accelerate(transformer, Taylor(1), schedule=schedule, grid=GRID) as run:
+                results.append(walk(transformer, run))
+            walk(transformer)
+        counts.append(backend.graphs)
+    assert counts[0] > 0 and counts == [counts[0]] * 3
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_a_transformer_compiled_as_a_whole_is_refused(pipe):
+    compiled = torch.compile(build_transformer(), backend="eager")
+    with pytest.raises(ValueError, match="compile_repeated_blocks"):
+        accelerate(SimpleNamespace(transformer=compiled, scheduler=pipe.scheduler), Taylor(1), schedule=EVERY)
+    with pytest.raises(ValueError, match="compile_repeated_blocks"):
+        accelerate(compiled, Taylor(1), schedule=EVERY, grid=GRID)
+
+
+def test_a_transformer_compiled_as_a_whole_later_is_refused_at_its_first_step():
+    torch._dynamo.reset()
+    transformer = build_transformer()
+    with accelerate(transformer, Taylor(1), schedule=EVERY, grid=GRID) as run:
+        expected = walk(transformer, run)
+        run.at(0)
+        with pytest.raises(RuntimeError, match="compile_repeated_blocks"):
+            call_at(torch.compile(transformer, backend="eager"), run, 0)
+        assert torch.equal(walk(transformer, run), expected)

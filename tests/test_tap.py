@@ -1,0 +1,302 @@
+import threading
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tiny import build_transformer
+from torch import Tensor, nn
+
+from lesa.tap import Tap, attach, head, hear_streams, tap_of
+
+TAP = Tap(("blocks",), "norm_out")
+
+
+class Double(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+        self.failure: BaseException | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.failure is not None:
+            raise self.failure
+        return 2 * x
+
+
+class Shift(nn.Module):
+    def forward(self, feature: Tensor, shift: float) -> Tensor:
+        return feature + shift
+
+
+class Toy(nn.Module):
+    """In a full step x gives the feature 8 (x + 1) and the output 8 (x + 1) + 100."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Identity()
+        self.blocks = nn.ModuleList(Double() for _ in range(3))
+        self.norm_out = Shift()
+
+    def forward(self, x: Tensor, by_name: bool = False) -> Tensor:
+        x = self.embed(x) + 1
+        for block in self.blocks:
+            x = block(x)
+        return self.norm_out(feature=x, shift=100.0) if by_name else self.norm_out(x, 100.0)
+
+    @contextmanager
+    def cache_context(self, name: str, **about):
+        self.said = (name, about)
+        yield
+
+
+class Ear:
+    """A listener that says whether the blocks run, keeps the feature that passes and puts another in its place."""
+
+    def __init__(self, full: bool, replacement: float | None = None):
+        self.full, self.replacement = full, replacement
+        self.heard: list[float] = []
+
+    def begin(self) -> bool:
+        return self.full
+
+    def exchange(self, feature: Tensor) -> Tensor:
+        self.heard.append(float(feature))
+        return feature if self.replacement is None else torch.tensor(self.replacement)
+
+
+def state(module: nn.Module) -> dict:
+    """Everything that an attachment could leave behind."""
+    return {
+        name: (type(part), sorted(part.__dict__), {k: list(v) for k, v in part.__dict__.items() if "_hooks" in k})
+        for name, part in module.named_modules()
+    }
+
+
+@pytest.fixture
+def toy():
+    """A toy that must be left as it was."""
+    toy = Toy()
+    before = state(toy)
+    yield toy
+    assert state(toy) == before
+    assert len(list(toy.blocks)) == 3
+
+
+def calls(toy: Toy) -> list[int]:
+    return [toy.blocks[k].calls for k in range(3)]
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_on_a_full_step_the_blocks_run_and_the_feature_is_seen(toy, by_name):
+    detach = attach(toy, TAP, ear := Ear(full=True))
+    assert toy(torch.tensor(4.0), by_name=by_name) == 140.0
+    assert ear.heard == [40.0] and calls(toy) == [1, 1, 1]
+    detach()
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_on_a_skipped_step_no_block_runs_and_the_forecast_passes(toy, by_name):
+    detach = attach(toy, TAP, ear := Ear(full=False, replacement=7.0))
+    assert toy(torch.tensor(4.0), by_name=by_name) == 107.0
+    assert ear.heard == [5.0] and calls(toy) == [0, 0, 0]
+    detach()
+
+
+def test_a_detached_toy_runs_as_ever(toy):
+    attach(toy, TAP, ear := Ear(full=False))()
+    assert toy(torch.tensor(4.0)) == 140.0
+    assert ear.heard == []
+
+
+def test_a_bypassed_list_is_whole_outside_of_the_forward(toy):
+    detach = attach(toy, TAP, Ear(full=False))
+    toy(torch.tensor(4.0))
+    assert len(toy.blocks) == len(list(toy.blocks)) == 3
+    assert isinstance(toy.blocks, nn.ModuleList) and toy.blocks[1] is list(toy.blocks)[1]
+    detach()
+
+
+def test_a_bypassed_list_is_whole_for_other_threads(toy):
+    seen = []
+
+    def look_from_another_thread(*_):
+        assert list(toy.blocks) == []
+        thread = threading.Thread(target=lambda: seen.extend(toy.blocks))
+        thread.start()
+        thread.join()
+
+    detach = attach(toy, TAP, Ear(full=False))
+    hook = toy.embed.register_forward_hook(look_from_another_thread)
+    toy(torch.tensor(4.0))
+    assert len(seen) == 3
+    hook.remove()
+    detach()
+
+
+@pytest.mark.parametrize("failure", [ValueError("a block fails"), KeyboardInterrupt()])
+def test_a_toy_is_as_it_was_after_a_failure_in_a_block(toy, failure):
+    detach = attach(toy, TAP, Ear(full=True))
+    toy.blocks[1].failure = failure
+    with pytest.raises(type(failure)):
+        toy(torch.tensor(4.0))
+    toy.blocks[1].failure = None
+    assert toy(torch.tensor(4.0)) == 140.0
+    detach()
+
+
+def test_a_skipped_step_that_fails_before_the_tap_leaves_the_list_whole(toy):
+    detach = attach(toy, TAP, Ear(full=False))
+    with pytest.raises(TypeError):
+        toy("no number")
+    assert len(list(toy.blocks)) == 3
+    detach()
+
+
+@pytest.mark.parametrize("failing", ["begin", "exchange"])
+def test_a_failing_listener_fails_the_call_and_leaves_the_list_whole(toy, failing):
+    def fail(*_):
+        raise ValueError("not now")
+
+    setattr(ear := Ear(full=False), failing, fail)
+    detach = attach(toy, TAP, ear)
+    with pytest.raises(ValueError, match="not now"):
+        toy(torch.tensor(4.0))
+    assert len(list(toy.blocks)) == 3
+    detach()
+
+
+def test_others_hooks_stay(toy):
+    detach = attach(toy, TAP, Ear(full=True))
+    mine = toy.norm_out.register_forward_pre_hook(lambda *_: None)
+    detach()
+    assert list(toy.norm_out._forward_pre_hooks) == [mine.id]
+    mine.remove()
+
+
+def test_a_call_of_the_tapped_module_alone_does_not_pass_the_tap(toy):
+    detach = attach(toy, TAP, ear := Ear(full=False, replacement=7.0))
+    assert toy.norm_out(torch.tensor(1.0), 100.0) == 101.0
+    assert ear.heard == []
+    detach()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_forward_that_passes_the_tap_by_is_an_error(toy, full):
+    toy.elsewhere = Shift()
+    detach = attach(toy, Tap(("blocks",), "elsewhere"), Ear(full=full))
+    with pytest.raises(RuntimeError, match="no feature passed its 'elsewhere'; correct the tap"):
+        toy(torch.tensor(4.0))
+    detach()
+    del toy.elsewhere
+
+
+@pytest.mark.parametrize(
+    "tap", [Tap(("norm_out",), "norm_out"), Tap(("bricks",), "norm_out"), Tap(("blocks",), "nrom")]
+)
+def test_a_tap_must_name_what_the_transformer_has(toy, tap):
+    with pytest.raises(ValueError, match="correct the tap"):
+        attach(toy, tap, Ear(full=True))
+
+
+def test_taps_are_found_by_class_and_parent_class():
+    class Finetuned(type(build_transformer())):
+        pass
+
+    transformer = build_transformer()
+    tap = tap_of(transformer)
+    assert tap == (("transformer_blocks", "single_transformer_blocks"), "norm_out")
+    transformer.__class__ = Finetuned
+    assert tap_of(transformer) == tap
+
+
+def test_an_unknown_class_asks_for_a_tap(toy):
+    with pytest.raises(ValueError, match=r"got a Toy; pass tap=lesa\.Tap\("):
+        tap_of(toy)
+
+
+def test_a_transformer_compiled_as_a_whole_is_refused():
+    for refuse in (tap_of, lambda transformer: attach(transformer, TAP, Ear(full=True))):
+        with pytest.raises(ValueError, match="compile_repeated_blocks"):
+            refuse(torch.compile(Toy(), backend="eager"))
+        (compiled := Toy()).compile(backend="eager")
+        with pytest.raises(ValueError, match="compile_repeated_blocks"):
+            refuse(compiled)
+
+
+def test_streams_are_heard_where_they_are_named(toy):
+    said = []
+
+    @contextmanager
+    def within(name):
+        said.append(name)
+        yield
+        said.append(f"{name} ends")
+
+    undo = hear_streams(toy, within)
+    with toy.cache_context("cond"):
+        said.append("...")
+    with pytest.raises(KeyboardInterrupt), toy.cache_context("uncond", step_index=3):
+        raise KeyboardInterrupt
+    assert said == ["cond", "...", "cond ends", "uncond"]
+    assert toy.said == ("uncond", {"step_index": 3}), "the transformer hears it too"
+    undo()
+    del toy.said
+    hear_streams(nn.Identity(), within)()  # names no streams: nothing to hear
+
+
+def test_hearing_streams_twice_unwinds_in_order(toy):
+    said = []
+
+    @contextmanager
+    def first(name):
+        said.append(f"first {name}")
+        yield
+
+    @contextmanager
+    def second(name):
+        said.append(f"second {name}")
+        yield
+
+    undo_first, undo_second = hear_streams(toy, first), hear_streams(toy, second)
+    with toy.cache_context("cond"):
+        pass
+    undo_second()
+    with toy.cache_context("uncond"):
+        pass
+    assert said == ["second cond", "first cond", "first uncond"]
+    undo_first()
+    del toy.said
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_gives_the_transformers_output_from_any_tokens(dtype):
+    transformer = build_transformer().to(dtype)
+    tap, passed = tap_of(transformer), {}
+    transformer.norm_out.register_forward_pre_hook(lambda _, args: passed.update(feature=args[0], conditioning=args[1]))
+    inputs = dict(
+        hidden_states=torch.randn(2, 9, 16, dtype=dtype),
+        encoder_hidden_states=torch.randn(2, 5, 32, dtype=dtype),
+        pooled_projections=torch.randn(2, 32, dtype=dtype),
+        timestep=torch.tensor([0.7, 0.3], dtype=dtype),
+        img_ids=torch.zeros(9, 3),
+        txt_ids=torch.zeros(5, 3),
+    )
+    output = transformer(**inputs, return_dict=False)[0]
+    some = torch.tensor([7, 0, 3])
+    outputs = head(transformer, tap)
+    feature, conditioning = passed["feature"], passed["conditioning"]
+    tolerance = dict(rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-2)
+    torch.testing.assert_close(outputs(feature, conditioning), output, rtol=0, atol=0)
+    torch.testing.assert_close(outputs(feature.float()[:, some], conditioning), output[:, some], **tolerance)
+    torch.testing.assert_close(outputs(feature[1, some], conditioning[1]), output[1, some], **tolerance)
+    stacked = outputs(feature.expand(4, 3, -1, -1, -1), conditioning.expand(4, 3, -1, -1))
+    torch.testing.assert_close(stacked, output.expand(4, 3, -1, -1, -1), **tolerance)
+
+
+def test_the_head_refuses_what_does_not_pair_up():
+    outputs = head(transformer := build_transformer(), tap_of(transformer))
+    with pytest.raises(ValueError, match=r"\(2, 9, 24\) and \(24,\)"):
+        outputs(torch.zeros(2, 9, 24), torch.zeros(24))
+    with pytest.raises(ValueError, match="write the call"):
+        head(transformer, Tap(("transformer_blocks",), "proj_out"))

@@ -1,0 +1,102 @@
+"""A tiny FluxPipeline with seeded random weights."""
+
+import json
+from itertools import product
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+TEXT_TOKENS = 16
+PARTS = (["small", "large"], ["red", "green", "blue"], ["apple", "pear", "fish"], ["white", "grey"], ["left", "right"])
+CORPUS = [f"{size} {colour} {thing} on {ground}, {place}" for size, colour, thing, ground, place in product(*PARTS)]
+WORDS = [word for part in PARTS for word in part] + ["on"]
+
+
+def tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        end_of_word_suffix="</w>",
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    bpe.pre_tokenizer = CLIPTokenizer().backend_tokenizer.pre_tokenizer
+    bpe.train_from_iterator(CORPUS, trainer)
+    learned = json.loads(bpe.to_str())["model"]
+    merges = [tuple(merge) for merge in learned["merges"]]
+    pieces = ["\u2581" + word for word in WORDS] + list("\u2581,abcdefghijklmnopqrstuvwxyz")
+    unigram = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((piece, -(len(piece) ** 0.5)) for piece in pieces)]
+    return (
+        CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=TEXT_TOKENS),
+        T5TokenizerFast(vocab=unigram, extra_ids=0, model_max_length=64),
+    )
+
+
+def build_transformer(seed: int = 0, **config: Any) -> FluxTransformer2DModel:
+    """A FluxTransformer2DModel of 2 + 2 blocks and 24 channels with seeded random weights."""
+    torch.manual_seed(seed)
+    small = dict(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 4),
+    )
+    return FluxTransformer2DModel(**{**small, **config}).eval()
+
+
+def build_pipeline() -> FluxPipeline:
+    """A whole FluxPipeline with seeded random weights: 32 x 32 pixels are 16 image tokens."""
+    clip, t5 = tokenizers()
+    transformer = build_transformer()
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=TEXT_TOKENS,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+    text_2 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5),
+            d_model=32,
+            d_kv=16,
+            d_ff=64,
+            num_layers=1,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+        )
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=32,
+        shift_factor=0.1,
+        scaling_factor=0.36,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=4, max_image_seq_len=64
+    )
+    pipe = FluxPipeline(scheduler, vae.eval(), text.eval(), clip, text_2.eval(), t5, transformer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
