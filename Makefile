@@ -1,8 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+MODEL := models/emoji-flux
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo bench predictors test lint format clean
 
 setup: $(STAMP)
 
@@ -13,6 +14,21 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/lesa demo
+
+bench: setup
+	$(BIN)/lesa bench $(MODEL)
+
+# The predictors shipped with the model, and what the benchmark compares them with.
+predictors: setup
+	$(BIN)/lesa collect $(MODEL) --prompts $(MODEL)/prompts/train.txt --limit 48 --out out/runs
+	for n in 7 10; do \
+		train="$(BIN)/lesa train $(MODEL) --data out/runs --schedule paper:$$n \
+			--validation-prompts $(MODEL)/prompts/validation.txt --validation 24"; \
+		$$train --method lesa --out $(MODEL)/lesa/lesa-paper$$n || exit 1; \
+		$$train --method lesa --history all --out $(MODEL)/lesa/lesa-paper$$n/with-forecasts || exit 1; \
+		$$train --method l2p --out $(MODEL)/lesa/l2p-paper$$n || exit 1; \
+		$$train --method l2p --loss steps --out $(MODEL)/lesa/l2p-paper$$n/per-step || exit 1; \
+	done
 
 test: setup
 	$(BIN)/python -m pytest

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +15,13 @@ import torch
 from lesa import benchmark, plan
 from lesa.benchmark import BOUND, REFERENCE, Comparison, Method, Pair, Record, Watch
 from lesa.collect import record
+from lesa.emoji import COMPOSITIONS, Atlas, caption
 from lesa.forecasters import Reuse, Taylor
 from lesa.metrics import psnr
 from lesa.pipelines import with_call
+from lesa.predictor import L2P, LESA, Origin, Predictor
 from lesa.schedule import Schedule
+from lesa.tap import Tap
 
 PROMPTS = ["small red apple on white, left", "large blue fish on grey, right", "large green pear on white, left"]
 SEEDS = [0, 1, 5]
@@ -117,6 +121,44 @@ def test_differences_are_paired():
 def test_comparisons_that_cannot_be_are_refused(pipe, methods, prompts, seeds, words):
     with pytest.raises(ValueError, match=words):
         benchmark.compare(pipe, methods, prompts, seeds)
+
+
+def trained(kind, schedule: str, training: dict, **options) -> Predictor:
+    grid = tuple(torch.linspace(1, 0, STEPS + 1).tolist())
+    origin = Origin("tiny", "FluxTransformer2DModel", {}, Tap(("blocks",), "norm"), grid, schedule, training=training)
+    return kind(origin, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "training", "options", "name"),
+    [
+        (LESA, {"loss": "latents"}, {}, "LESA"),
+        (LESA, {"phase": "ground-truth"}, {"remembers_forecasts": True}, "LESA (with forecasts, phase 1)"),
+        (LESA, {"loss": "features"}, {}, "LESA (feature loss)"),
+        (L2P, {"loss": "steps"}, {}, "L2P (per step)"),
+    ],
+)
+def test_predictors_are_named_by_what_sets_them_apart(kind, training, options, name):
+    assert benchmark.label(trained(kind, "paper:4", training, **options)) == name
+
+
+def test_the_line_up_has_every_method_on_every_schedule_and_fewer_steps_once():
+    schedules = [Schedule.paper(4), Schedule.at([0, 2, 4, 6, 7])]
+    predictors = [trained(L2P, "paper:4", {}), trained(L2P, "every:3", {})]
+    methods = [method.key for method in benchmark.line_up(STEPS, schedules, predictors, reuse=True)]
+    names = ["reuse", "Taylor-1 (our tap)", "Taylor-2 (our tap)"]
+    ours = [*((name, "paper:4") for name in names), ("L2P", "paper:4"), *((name, "at:0,2,4,6,7") for name in names)]
+    assert methods == [("fewer steps", "5 steps"), *ours]
+
+
+def test_pictures_are_recognised_where_the_model_has_emoji(tmp_path):
+    folder = Path(__file__).parents[1] / "models" / "emoji-flux"
+    assert benchmark.recogniser(tmp_path) is None
+    recognise = benchmark.recogniser(folder)
+    name = Atlas(folder).names[0]
+    drawn = Atlas(folder).draw(name, COMPOSITIONS[0])
+    prompts = [caption(name, COMPOSITIONS[0]), caption(Atlas(folder).names[1], COMPOSITIONS[0])]
+    assert recognise is not None and recognise(prompts, [drawn, drawn]) == [True, False]
 
 
 # --- time, on a clock that only the hooks below move

@@ -109,9 +109,9 @@ def test_generate_draws_with_and_without_acceleration(model, predictor, tmp_path
     assert "skipped" not in capsys.readouterr().out
     assert np.array_equal(full, picture("--forecaster", "taylor:1", "--schedule", "every:1"))
     reused = picture("--forecaster", "reuse", "--schedule", "every:5")
-    assert "cond           1      2        8        5.00" in capsys.readouterr().out
+    assert "     2        8        5.00" in capsys.readouterr().out
     assert not np.array_equal(full, reused)
-    trained = picture("--forecaster", str(predictor))
+    trained = picture("--predictor", str(predictor))
     assert np.square(trained - full.astype(float)).mean() < np.square(reused - full.astype(float)).mean()
 
 
@@ -121,16 +121,18 @@ def test_generate_draws_with_and_without_acceleration(model, predictor, tmp_path
         (["bench"], "MODEL"),
         (["generate", "MODEL", "a prompt"], "no predictor is shipped"),
         (["generate", "MODEL", "a prompt", "--schedule", "sometimes"], "a schedule reads"),
-        (["generate", "MODEL", "a prompt", "--forecaster", "/nowhere"], "nowhere"),
+        (["generate", "MODEL", "a prompt", "--predictor", "/nowhere"], "nowhere"),
+        (["generate", "MODEL", "a prompt", "--forecaster", "oracle"], "got 'oracle'"),
+        (["generate", "MODEL", "a prompt", "--forecaster", "reuse"], "which steps are full"),
         (["generate", "MODEL", "a prompt", "--dtype", "float7"], "float7"),
         (["generate", "MODEL", "a prompt", "--call", "height=3"], "--call"),
         (["generate", "MODEL", "a prompt", "--call", '{"colour": 3}'], "got colour"),
         (["generate", "/nowhere/at/all", "a prompt"], "/nowhere/at/all"),
         (["bench", "MODEL", "--prompts", "/nowhere.txt"], "/nowhere.txt"),
-        (["bench", "MODEL", "--prompts", "EMPTY"], "holds no prompts"),
+        (["bench", "MODEL", "--prompts", "EMPTY"], "holds no prompt"),
         (["bench", "MODEL", "--pairs", "0"], "at least 1"),
         (["bench", "MODEL", "--out", "EMPTY"], "EMPTY"),
-        (["collect", "MODEL", "--prompts", "EMPTY", "--out", "OUT"], "holds no prompts"),
+        (["collect", "MODEL", "--prompts", "EMPTY", "--out", "OUT"], "holds no prompt"),
         (["train", "MODEL", "--data", "OUT", "--validation-prompts", "EMPTY", "--out", "OUT"], "lesa collect"),
         (["plan", "/nowhere"], "nowhere"),
     ],

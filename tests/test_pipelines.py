@@ -63,8 +63,9 @@ def test_a_loaded_pipeline_is_accelerated_as_any_other(loaded):
     assert (run.summary()["cond"].full_steps, run.summary()["cond"].skipped_steps) == (2, 1)
 
 
-def test_options_go_to_diffusers(folder):
-    assert load(folder, torch_dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
+def test_options_go_to_diffusers(tiny_flux, folder):
+    scheduler = tiny_flux.scheduler
+    assert load(folder, scheduler=scheduler).scheduler is scheduler
 
 
 def test_without_a_file_a_pipeline_keeps_its_own_defaults(tiny_flux, tmp_path):

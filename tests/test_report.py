@@ -46,9 +46,9 @@ def cells(table: str) -> dict[str, list[str]]:
 
 def test_the_table_has_a_line_per_method(comparison):
     lines = cells(report.table(comparison.results()))
-    assert lines["all full"] == ["every:1", "50", "1.00", "1.00x", "1.00x", "identical", "0.900", "100%"]
-    assert lines["LESA"] == ["paper:7", "10", "5.00", "4.00x", "3.00x", "36.50 [31.50, 41.50]", "0.900", "100%"]
-    assert lines["fewer steps"] == ["8 steps", "8", "6.25", "-", "-", "22.00 [20.00, 24.00]", "0.900", "50%"]
+    assert lines["all full"] == ["every:1", "50", "1.00", "1.00x", "1.00x", "identical", "0.900", "100.0%"]
+    assert lines["LESA"] == ["paper:7", "10", "5.00", "4.00x", "3.00x", "36.50 [31.50, 41.50]", "0.900", "100.0%"]
+    assert lines["fewer steps"] == ["8 steps", "8", "6.25", "-", "-", "22.00 [20.00, 24.00]", "0.900", "50.0%"]
 
 
 def test_the_table_is_aligned(comparison):

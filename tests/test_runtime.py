@@ -427,6 +427,13 @@ def test_image_to_image_starts_in_mid_grid(pipe):
     assert run.summary()["cond"].full_steps == 7
 
 
+def test_a_call_without_a_name_is_of_the_first_stream(pipe):
+    with accelerate(pipe, Taylor(1), schedule=EVERY) as run:
+        draw(pipe, **GUIDED)  # its last call is named "uncond"
+        repaint(FluxImg2ImgPipeline.from_pipe(pipe))
+    assert {name: done.runs for name, done in run.summary().items()} == {"cond": 2, "uncond": 1}
+
+
 # --- side by side
 
 

@@ -208,6 +208,17 @@ def test_the_best_round_is_the_one_whose_runs_end_nearest():
     assert result.predictor.coefficients["cond"].ne(result.ground_truth.coefficients["cond"]).any()
 
 
+def test_a_phase_ends_at_its_best_validation_loss():
+    config = Config(updates=(12, 0), rounds=0, learning_rate=1.0, check_every=1)
+    result = World(bending).train(L2P(origin()), config)
+    losses = [entry["validation_loss"] for entry in result.curve.entries]
+    assert min(losses) < losses[-1] - 0.5  # it overshot
+    problem = Problem(result.predictor, "cond", head, "latents")
+    validation = Runs.stack(World(bending).runs(range(100, 104)), "cond")
+    rows = result.predictor.rows(problem.pasts, "cond")
+    assert problem.loss(rows, validation, validation, closed_loop=False).item() == pytest.approx(min(losses))
+
+
 def test_rounds_whose_runs_blew_up_are_not_trained_on():
     class Bursting(World):
         def run(self, seed, predictor=None):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 EMBEDDED = "models/emoji-flux"
+VALIDATION_SEED, TRAINING_SEED = 1_000_000, 2_000_000  # the first ones; held-out pairs count from 0, so none coincide
 USER_ERRORS = (ValueError, LookupError, OSError, RuntimeError, ImportError)
 
 
@@ -51,7 +52,7 @@ def _compare(options: argparse.Namespace, reuse: bool) -> None:
     source = options.prompts or Path(options.model) / "prompts" / "heldout.txt"
     prompts = _prompts(source, options.pairs)
     seeds = range(len(prompts))
-    pipe, predictors = _pipeline(options), _predictors(options.model, options.predictors)
+    pipe, predictors = _pipeline(options), _predictors(options.model, options.predictors, variants=reuse)
     methods = benchmark.line_up(options.steps, options.schedules, predictors, reuse=reuse)
     facts = dict(batch_size=options.batch_size, recognise=benchmark.recogniser(options.model))
     comparison = benchmark.compare(pipe, methods, prompts, seeds, timed=options.timed, **facts)
@@ -75,7 +76,7 @@ def _generate(options: argparse.Namespace) -> None:
     if options.full:
         pipe(options.prompt, **seeded).images[0].save(options.out)
     else:
-        with accelerate(pipe, _forecaster(options.forecaster), schedule=options.schedule) as run:
+        with accelerate(pipe, _forecaster(options), schedule=options.schedule) as run:
             pipe(options.prompt, **seeded).images[0].save(options.out)
         print(run.summary())
     print(options.out)
@@ -94,10 +95,11 @@ def _collect(options: argparse.Namespace) -> None:
     from lesa.collect import collect
 
     prompts = _prompts(options.prompts, options.limit)
+    pairs = [(prompt, seed) for k, prompt in enumerate(prompts) for seed in options.seeds or [TRAINING_SEED + k]]
     store = collect(
         _pipeline(options),
-        prompts,
-        options.seeds,
+        [prompt for prompt, _ in pairs],
+        [seed for _, seed in pairs],
         options.out,
         model=options.model,
         tokens=options.tokens,
@@ -117,6 +119,8 @@ def _train(options: argparse.Namespace) -> None:
     out, pipe, store = _folder(options.out), _pipeline(options), Store.open(options.data)
     reference = list(store)
     prompts = _prompts(options.validation_prompts, options.validation)
+    seeds = range(VALIDATION_SEED, VALIDATION_SEED + len(prompts))
+    pipe.transformer.requires_grad_(False)  # the head is differentiated, and nothing of it is trained
 
     def runs(prompts: Sequence[str], seeds: Sequence[int]) -> list[Trajectory]:
         recorded: list[Trajectory] = []
@@ -128,7 +132,7 @@ def _train(options: argparse.Namespace) -> None:
     def rollout(predictor: Any) -> tuple[list[Trajectory], list[Trajectory]]:
         with accelerate(pipe, predictor):
             trained = runs([run.prompt for run in reference], [run.seed for run in reference])
-            return trained, runs(prompts, range(len(prompts)))
+            return trained, runs(prompts, seeds)
 
     predictor = _untrained(options, pipe, store, reference)
     if options.loss == "steps":
@@ -139,7 +143,7 @@ def _train(options: argparse.Namespace) -> None:
         loss=options.loss, rounds=options.rounds, updates=tuple(options.updates), seed=options.seed
     )
     head = tap.head(pipe.transformer, predictor.origin.tap)
-    validation = runs(prompts, range(len(prompts)))
+    validation = runs(prompts, seeds)
     result = training.train(predictor, reference, validation, head, rollout, config, out / "rounds")
     result.predictor.save_pretrained(out)
     earlier = result.ground_truth
@@ -198,36 +202,39 @@ def _pipeline(options: argparse.Namespace) -> Any:
     return with_call(pipe, {**options.call, "num_inference_steps": options.steps})
 
 
-def _predictors(model: str, named: Sequence[str] | None) -> list[Any]:
-    """Load the predictors named, or else those shipped with the model."""
+def _predictors(model: str, named: Sequence[str] | None, variants: bool) -> list[Any]:
+    """Load the predictors named, or else those shipped with the model; with the `variants` in their folders, or not."""
     from lesa.predictor import CONFIG_FILE, SHIPPED_FOLDER, Predictor
 
-    shipped = sorted(path.parent for path in Path(model).glob(f"{SHIPPED_FOLDER}/*/{CONFIG_FILE}"))
+    places = [f"{SHIPPED_FOLDER}/*/{CONFIG_FILE}"] + [f"{SHIPPED_FOLDER}/*/*/{CONFIG_FILE}"] * variants
+    shipped = sorted(path.parent for place in places for path in Path(model).glob(place) if "rounds" not in path.parts)
     folders = shipped if named is None else named
     if not folders:
         print(f"no predictor lies in {Path(model) / SHIPPED_FOLDER}: rows without training only", file=sys.stderr)
     return [Predictor.from_pretrained(folder) for folder in folders]
 
 
-def _forecaster(text: str | None) -> Any:
-    """Read 'reuse', 'taylor:2' or 'lagrange:1', or load a predictor; None is the one shipped with the model."""
+def _forecaster(options: argparse.Namespace) -> Any:
+    """Return what is named: a predictor, or 'reuse', 'taylor:2' or 'lagrange:1'; None is the predictor shipped."""
     from lesa.forecasters import Lagrange, Reuse, Taylor
     from lesa.predictor import Predictor
 
-    name, _, number = (text or "").partition(":")
+    if options.predictor:
+        return Predictor.from_pretrained(options.predictor)
+    name, _, number = (options.forecaster or "").partition(":")
     if name == "reuse":
         return Reuse()
     if name in ("taylor", "lagrange") and number.isdigit():
         return {"taylor": Taylor, "lagrange": Lagrange}[name](int(number))
-    return Predictor.from_pretrained(text) if text else None
+    if options.forecaster:
+        raise ValueError(f"a forecaster is reuse, taylor:2, lagrange:1 or the like, got {options.forecaster!r}.")
+    return None
 
 
 def _prompts(path: str | Path, limit: int | None) -> list[str]:
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    prompts = [line for line in lines if line][:limit]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompts; write one a line.")
-    return prompts
+    from lesa.collect import read_prompts
+
+    return read_prompts(path)[:limit]
 
 
 def _folder(path: str | Path) -> Path:
@@ -271,13 +278,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", metavar="PROMPT")
     generate.add_argument("--out", default="picture.png", metavar="FILE")
     generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument(
-        "--forecaster", help="a predictor's folder, reuse, taylor:1, lagrange:2 ...; default: shipped"
-    )
+    how = generate.add_mutually_exclusive_group()
+    how.add_argument("--predictor", metavar="FOLDER", help="default: the one shipped with the model")
+    how.add_argument("--forecaster", help="one that needs no training: reuse, taylor:1, lagrange:2, ...")
+    how.add_argument("--full", action="store_true", help="every step full, for comparison")
     generate.add_argument(
         "--schedule", type=_schedule, help="which steps are full, e.g. paper:7; default: the predictor's"
     )
-    generate.add_argument("--full", action="store_true", help="every step full, for comparison")
 
     plan = commands.add_parser("plan", help="print the rows of a predictor")
     plan.add_argument("predictor", metavar="PREDICTOR", help="its folder")
@@ -312,7 +319,11 @@ def _add_training(commands: Any) -> None:
     collect = _command(commands, "collect", _collect, "record runs with every step full, to train on; resumable")
     collect.add_argument("--prompts", required=True, metavar="FILE", help="one a line")
     collect.add_argument("--limit", type=_count, help="take the first prompts only")
-    collect.add_argument("--seeds", type=_seeds, default="0", help="each prompt runs with each: 0,3,7 or 0:4 (0)")
+    collect.add_argument(
+        "--seeds",
+        type=_seeds,
+        help="each prompt with each of 0,3,7 or 0:4; default: one for each prompt, none the same",
+    )
     collect.add_argument("--tokens", type=_count, help="tokens kept of each run; default: a hundredth, or up to 41")
     collect.add_argument("--batch-size", type=_count, default=16)
     collect.add_argument("--out", required=True, metavar="FOLDER")
@@ -320,7 +331,7 @@ def _add_training(commands: Any) -> None:
     train = _command(commands, "train", _train, "train a predictor on collected runs; resumable")
     train.add_argument("--data", required=True, metavar="FOLDER", help="what lesa collect wrote")
     train.add_argument("--validation-prompts", required=True, metavar="FILE", help="one a line; they choose the round")
-    train.add_argument("--validation", type=_count, default=32, help="how many of them, the k-th with seed k (32)")
+    train.add_argument("--validation", type=_count, default=32, help="how many of them (32)")
     train.add_argument("--schedule", type=_schedule, default="paper:7", help="which steps are full (paper:7)")
     train.add_argument("--method", choices=("lesa", "l2p"), default="lesa")
     train.add_argument("--history", choices=("full", "all"), default="full", help="of full steps, or of forecasts too")

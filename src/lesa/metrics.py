@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -44,17 +44,16 @@ def ssim(picture: np.ndarray, reference: np.ndarray) -> float:
     from skimage.metrics import structural_similarity
 
     _check_pictures(picture, reference)
-    return float(
-        structural_similarity(
-            picture,
-            reference,
-            channel_axis=2,
-            data_range=255,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-        )
+    similarity: Any = structural_similarity(
+        picture,
+        reference,
+        channel_axis=2,
+        data_range=255,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
     )
+    return float(similarity)
 
 
 def relative_error(forecast: Tensor, feature: Tensor) -> float:

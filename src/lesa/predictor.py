@@ -445,7 +445,7 @@ class L2P(Predictor):
 
 
 def shipped_for(pipe: Any) -> Predictor:
-    """Load the predictor that lies beside a pipeline's own files, the first by name if there are several.
+    """Load the predictor that lies beside a pipeline's own files: of several, the LESA with the most full steps.
 
     Raises: LookupError if there is none.
     """
@@ -457,7 +457,8 @@ def shipped_for(pipe: Any) -> Predictor:
             "(lesa.Predictor.from_pretrained(...)), or take a forecaster that needs no training, e.g. "
             "lesa.accelerate(pipe, lesa.Taylor(order=1), schedule=lesa.Schedule.paper(7))."
         )
-    return Predictor.from_pretrained(found[0])
+    loaded = [Predictor.from_pretrained(folder) for folder in found]
+    return max(loaded, key=lambda p: (isinstance(p, LESA), len(p.schedule.full_steps(len(p.grid) - 1))))
 
 
 def _read(source: str, config: bytes, weights: bytes) -> Predictor:

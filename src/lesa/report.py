@@ -41,7 +41,7 @@ def _cells(result: Result) -> list[str]:
         _or_dash(result.call_speedup, "{:.2f}x"),
         "identical" if psnr.low == IDENTICAL else f"{psnr}",
         f"{result.ssim:.3f}",
-        _or_dash(result.prompted, "{:.0%}"),
+        _or_dash(result.prompted, "{:.1%}"),
     ]
 
 
