@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from lesa.forecasters import Forecaster, Lagrange, LinearRows, Reuse, Taylor
 from lesa.plan import compile as compile_plan
+from lesa.predictor import LESA, Origin, configuration
 from lesa.row import Row
 from lesa.runtime import StreamSummary, Summary, accelerate, disable, enable
 from lesa.schedule import Schedule
-from lesa.tap import Tap
+from lesa.tap import Tap, tap_of
 
 PROMPT, OTHER = "small red apple on white, left", "large green fish on grey, right"
 STEPS = 8
@@ -689,6 +690,24 @@ def test_a_forecaster_may_bring_its_schedule(pipe):
     with accelerate(pipe, forecaster) as run:
         draw(pipe)
     assert run.plan().full == (0, 3, 6)
+
+
+def test_a_predictor_runs_on_its_own_model_alone():
+    transformer = build_transformer()
+    origin = Origin(
+        model="tiny",
+        transformer="FluxTransformer2DModel",
+        config=configuration(transformer),
+        tap=tap_of(transformer),
+        grid=tuple(GRID.tolist()),
+        schedule="every:3",
+    )
+    predictor = LESA(origin, memories=(2, 2, 2), hidden=(4,))
+    with accelerate(transformer, predictor, grid=GRID) as run:
+        assert walk(transformer, run).isfinite().all()
+    assert run.plan().full == (0, 3, 6) and run.plan().remembers_forecasts
+    with pytest.raises(ValueError, match="num_layers=1 instead of 2"):
+        accelerate(build_transformer(num_layers=1), predictor, grid=GRID)
 
 
 def test_an_unknown_transformer_asks_for_its_tap(pipe):
