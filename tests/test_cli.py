@@ -99,6 +99,27 @@ def test_training_leaves_a_curve_and_goes_on_where_it_stopped(model, runs, predi
     assert "update/s" not in capsys.readouterr().err  # nothing was fitted again
 
 
+def test_training_refuses_runs_of_other_weights(model, runs, tmp_path, tiny_flux, capsys):
+    bias = tiny_flux.transformer.proj_out.bias
+    before = bias.detach().clone()
+    try:
+        bias.data.add_(1e-2)
+        tiny_flux.save_pretrained(tmp_path / "other")
+    finally:
+        bias.data.copy_(before)
+    for part in ("call.json", "prompts"):
+        (tmp_path / "other" / part).symlink_to(model / part)
+    assert train(tmp_path / "other", runs, tmp_path / "out") == 2
+    assert "collected from other weights" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_steps_of_a_call_count(model, tmp_path, capsys):
+    arguments = ["--forecaster", "reuse", "--schedule", "every:2", "--call", '{"num_inference_steps": 4}']
+    assert main(["generate", str(model), "x", "--out", str(tmp_path / "x.png"), *arguments]) == 0
+    assert "     2        2        2.00" in capsys.readouterr().out
+
+
 def test_generate_draws_with_and_without_acceleration(model, predictor, tmp_path, capsys):
     def picture(*options: str) -> np.ndarray:
         out = tmp_path / "picture.png"
@@ -128,11 +149,18 @@ def test_generate_draws_with_and_without_acceleration(model, predictor, tmp_path
         (["generate", "MODEL", "a prompt", "--call", "height=3"], "--call"),
         (["generate", "MODEL", "a prompt", "--call", '{"colour": 3}'], "got colour"),
         (["generate", "/nowhere/at/all", "a prompt"], "/nowhere/at/all"),
+        (["generate", "MODEL", "a prompt", "--device", "cuda:77"], "cuda"),
+        (["generate", "MODEL", "a prompt", "--full", "--out", "picture"], "--out names a picture file"),
         (["bench", "MODEL", "--prompts", "/nowhere.txt"], "/nowhere.txt"),
         (["bench", "MODEL", "--prompts", "EMPTY"], "holds no prompt"),
         (["bench", "MODEL", "--pairs", "0"], "at least 1"),
         (["bench", "MODEL", "--out", "EMPTY"], "EMPTY"),
         (["collect", "MODEL", "--prompts", "EMPTY", "--out", "OUT"], "holds no prompt"),
+        (["collect", "MODEL", "--prompts", "EMPTY", "--out", "OUT", "--seeds", "3:1"], "at least one seed"),
+        (
+            ["train", "MODEL", "--data", "OUT", "--validation-prompts", "EMPTY", "--out", "OUT", "--loss", "steps"],
+            "l2p",
+        ),
         (["train", "MODEL", "--data", "OUT", "--validation-prompts", "EMPTY", "--out", "OUT"], "lesa collect"),
         (["plan", "/nowhere"], "nowhere"),
     ],

@@ -120,11 +120,10 @@ def test_the_rows_of_lesa_are_the_papers_recurrence(stream, remembers_forecasts,
     assert not torch.allclose(published(predictor, "uncond" if stream == "cond" else "cond", plan.full, features), got)
 
 
-def test_short_histories_are_counted():
-    plan = compile(LESA(origin(schedule="every:5")).for_stream("cond"), GRID, Schedule.every(5))
-    assert plan.truncated == tuple(step for step in plan.rows if step < 35)  # then 8 full steps are held
-    plan = compile(LESA.paper(origin()).for_stream("cond"), GRID, Schedule.paper(7))
-    assert plan.truncated == tuple(s for s in (4, 5, 6, 7) if GRID[s] <= 0.9)
+def test_a_short_history_that_a_predictor_was_trained_with_is_no_makeshift():
+    predictor = LESA(origin(schedule="every:5"))
+    assert [predictor.wants(GRID, step) for step in (1, 6, 11, 49)] == [1, 2, 3, 8]  # at most the 4, 8, 8 of its stages
+    assert compile(predictor.for_stream("cond"), GRID, Schedule.every(5), strict=True).truncated == ()
 
 
 def test_a_forecaster_stands_for_its_first_stream():
@@ -248,8 +247,9 @@ def test_another_grid_or_stream_is_an_error_before_the_run(make):
         predictor.for_stream("negative")
 
 
-def test_free_rows_are_for_their_schedule_only():
-    for predictor in (L2P(origin()), L2P(origin(), memory=5, remembers_forecasts=True)):
+def test_a_predictor_is_for_its_schedule_only():
+    free = L2P(origin(), memory=5, remembers_forecasts=True)
+    for predictor in (L2P(origin()), free, LESA(origin()), LESA(origin(), remembers_forecasts=True)):
         compile(predictor, GRID, Schedule.paper(7))
         for schedule, start in ((Schedule.paper(8), 0), (Schedule.every(7), 0), (Schedule.paper(7), 5)):
             with pytest.raises(ValueError, match=r"trained for Schedule.parse\('paper:7'\), got step"):
@@ -434,12 +434,14 @@ def test_a_full_disk_is_an_error_and_leaves_nothing_that_loads(saved, tmp_path, 
 
 def test_the_shipped_predictor_lies_beside_the_model(tmp_path):
     pipe = SimpleNamespace(config=SimpleNamespace(_name_or_path=str(tmp_path)))
-    for name, kind in (("lesa-paper7", LESA), ("b", L2P)):
-        kind(origin(schedule="paper:8" if name == "b" else "paper:7")).save_pretrained(tmp_path / "lesa" / name)
-    (tmp_path / "lesa" / "a").mkdir()
-    assert isinstance(shipped_for(pipe), L2P)
-    shutil.rmtree(tmp_path / "lesa" / "b")
-    assert shipped_for(pipe).schedule == Schedule.paper(7)
+    for name, kind, schedule in (("a", L2P, "paper:5"), ("b", LESA, "paper:10"), ("lesa-paper7", LESA, "paper:7")):
+        kind(origin(schedule=schedule)).save_pretrained(tmp_path / "lesa" / name)
+    (tmp_path / "lesa" / "empty").mkdir()
+    assert shipped_for(pipe).schedule == Schedule.paper(7)  # LESA, and of these the one with the most full steps
+    assert shipped_for(pipe, Schedule.paper(10)).schedule == Schedule.paper(10)
+    assert isinstance(shipped_for(pipe, Schedule.paper(5)), L2P)
+    with pytest.raises(LookupError, match=r"trained for Schedule.parse\('every:5'\), only a, b, lesa-paper7"):
+        shipped_for(pipe, Schedule.every(5))
     (tmp_path / "lesa" / "lesa-paper7" / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="no whole predictor"):
         shipped_for(pipe)

@@ -705,7 +705,7 @@ def test_a_predictor_runs_on_its_own_model_alone():
     predictor = LESA(origin, memories=(2, 2, 2), hidden=(4,))
     with accelerate(transformer, predictor, grid=GRID) as run:
         assert walk(transformer, run).isfinite().all()
-    assert run.plan().full == (0, 3, 6) and run.plan().remembers_forecasts
+    assert run.plan().full == (0, 3, 6)
     with pytest.raises(ValueError, match="num_layers=1 instead of 2"):
         accelerate(build_transformer(num_layers=1), predictor, grid=GRID)
 

@@ -88,13 +88,13 @@ class World:
     def train(self, predictor, config: Config, prompts=8, folder=None, head=head):
         """Train on `prompts` runs, validate on others; rounds are recorded in this world."""
         known, others = range(prompts), range(100, 100 + prompts // 2)
-        self.rollouts = []
+        self.recordings = []
 
-        def rollout(predictor):
-            self.rollouts.append(copy.deepcopy(predictor))
+        def record_runs(predictor):
+            self.recordings.append(copy.deepcopy(predictor))
             return self.runs(known, predictor), self.runs(others, predictor)
 
-        return train(predictor, self.runs(known), self.runs(others), head, rollout, config, folder)
+        return train(predictor, self.runs(known), self.runs(others), head, record_runs, config, folder)
 
 
 @lru_cache(None)
@@ -192,14 +192,14 @@ def test_the_best_round_is_the_one_whose_runs_end_nearest():
     reference, validation = world.runs(range(4)), world.runs(range(100, 102))
     errors, seen = [0.3, math.nan, 0.1, 0.2], []
 
-    def rollout(predictor):
+    def record_runs(predictor):
         seen.append(predictor)
         runs = world.runs(range(100, 102), predictor)
         for run, wanted in zip(runs, validation, strict=True):
             run.latents[-1] = wanted.latents[-1] + errors[len(seen) - 1]
         return world.runs(range(4), predictor), runs
 
-    result = train(L2P(origin()), reference, validation, head, rollout, Config(updates=(5, 5), rounds=3))
+    result = train(L2P(origin()), reference, validation, head, record_runs, Config(updates=(5, 5), rounds=3))
     power = sum(10 * math.log10(float(run.latents[-1].square().mean())) for run in validation) / 2
     wanted = [20 * math.log10(error) - power if error == error else math.inf for error in errors]
     assert result.scores == pytest.approx(wanted, abs=1e-3)
@@ -223,7 +223,7 @@ def test_rounds_whose_runs_blew_up_are_not_trained_on():
     class Bursting(World):
         def run(self, seed, predictor=None):
             run = super().run(seed, predictor)
-            if predictor is not None and len(self.rollouts) == 1:
+            if predictor is not None and len(self.recordings) == 1:
                 run = replace(run, features={"cond": run.features["cond"] * math.inf}, latents=run.latents.clone())
                 run.latents[-1] = math.nan
             return run
@@ -641,14 +641,14 @@ def test_a_predictor_that_does_not_fit_is_an_error_before_the_training(predictor
 def test_rounds_that_do_not_fit_are_an_error(which, change, message):
     world = World(reacting)
 
-    def rollout(predictor):
+    def record_runs(predictor):
         recorded = [world.runs(range(2), predictor), world.runs(range(2), predictor)]
         recorded[which] = change(recorded[which])
         return recorded[0], recorded[1]
 
     runs = world.runs(range(2))
     with pytest.raises(ValueError, match=message):
-        train(small(), runs, runs, head, rollout, CONFIG)
+        train(small(), runs, runs, head, record_runs, CONFIG)
 
 
 def test_drift_is_in_decibels_of_the_last_latents():

@@ -84,16 +84,20 @@ def line_up(
 ) -> list[Method]:
     """Line up the methods for runs of `steps` steps, schedule by schedule: those without training, then predictors.
 
-    Predictors for other schedules are left out.
+    Predictors for other schedules, or for runs of other lengths, are left out.
     """
+
+    def fits(predictor: Predictor, schedule: Schedule) -> bool:
+        return predictor.schedule == schedule and len(predictor.grid) - 1 == steps
+
     plain: dict[str, Forecaster] = {"reuse": Reuse()} if reuse else {}
     plain |= {f"Taylor-{order} (our tap)": Taylor(order) for order in (1, 2)}
     methods: list[Method] = []
     for schedule in schedules:
-        baseline = fewer_steps(len(schedule.full_steps(steps)))
-        methods += [] if baseline in methods else [baseline]
+        fewer = fewer_steps(len(schedule.full_steps(steps)))
+        methods += [] if fewer in methods else [fewer]
         methods += [forecast(name, forecaster, schedule) for name, forecaster in plain.items()]
-        methods += [forecast(label(one), one, schedule) for one in predictors if one.schedule == schedule]
+        methods += [forecast(label(one), one, schedule) for one in predictors if fits(one, schedule)]
     return methods
 
 

@@ -68,9 +68,13 @@ def _compare(options: argparse.Namespace, reuse: bool) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     import torch
+    from PIL import Image
 
     from lesa.runtime import accelerate
 
+    if Path(options.out).suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out names a picture file such as picture.png, got {options.out!r}.")
+    _folder(Path(options.out).parent)
     pipe = _pipeline(options)
     seeded = dict(generator=torch.Generator().manual_seed(options.seed))
     if options.full:
@@ -112,12 +116,18 @@ def _collect(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from lesa import report, tap, training
-    from lesa.collect import record
+    from lesa.collect import fingerprint, record
     from lesa.runtime import accelerate
     from lesa.trajectory import Store, Trajectory
 
-    out, pipe, store = _folder(options.out), _pipeline(options), Store.open(options.data)
-    reference = list(store)
+    if options.loss == "steps" and options.method != "l2p":
+        raise ValueError("--loss steps fits each step alone, which free rows can: it needs --method l2p.")
+    store, pipe = Store.open(options.data), _pipeline(options)
+    if fingerprint(pipe) != store.collection.weights:
+        raise ValueError(
+            f"{options.data} was collected from other weights than those of {options.model}; collect anew."
+        )
+    out, reference = _folder(options.out), list(store)
     prompts = _prompts(options.validation_prompts, options.validation)
     seeds = range(VALIDATION_SEED, VALIDATION_SEED + len(prompts))
     pipe.transformer.requires_grad_(False)  # the head is differentiated, and nothing of it is trained
@@ -129,7 +139,7 @@ def _train(options: argparse.Namespace) -> None:
             recorded += record(pipe, prompts[part], seeds[part], reference[0].tokens, **store.collection.call)
         return recorded
 
-    def rollout(predictor: Any) -> tuple[list[Trajectory], list[Trajectory]]:
+    def record_runs(predictor: Any) -> tuple[list[Trajectory], list[Trajectory]]:
         with accelerate(pipe, predictor):
             trained = runs([run.prompt for run in reference], [run.seed for run in reference])
             return trained, runs(prompts, seeds)
@@ -144,7 +154,7 @@ def _train(options: argparse.Namespace) -> None:
     )
     head = tap.head(pipe.transformer, predictor.origin.tap)
     validation = runs(prompts, seeds)
-    result = training.train(predictor, reference, validation, head, rollout, config, out / "rounds")
+    result = training.train(predictor, reference, validation, head, record_runs, config, out / "rounds")
     result.predictor.save_pretrained(out)
     earlier = result.ground_truth
     earlier.origin = replace(earlier.origin, training={**earlier.origin.training, "phase": "ground-truth"})
@@ -195,9 +205,12 @@ def _pipeline(options: argparse.Namespace) -> Any:
     logging.disable_progress_bar()  # of the weights of each component; that of the components stays
     own = Path(options.model) / CALL_FILE
     steps = json.loads(own.read_text()).get("num_inference_steps", 50) if own.exists() else 50
-    options.steps = options.steps or steps
+    options.steps = options.steps or options.call.pop("num_inference_steps", None) or steps
     pipe = load(options.model, **({"torch_dtype": getattr(torch, options.dtype)} if options.dtype else {}))
-    pipe.to(options.device)
+    try:
+        pipe.to(options.device)
+    except AssertionError as error:  # what torch raises for a device that it was not built for
+        raise ValueError(f"the device {options.device!r} cannot be used here: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return with_call(pipe, {**options.call, "num_inference_steps": options.steps})
 
@@ -207,7 +220,8 @@ def _predictors(model: str, named: Sequence[str] | None, variants: bool) -> list
     from lesa.predictor import CONFIG_FILE, SHIPPED_FOLDER, Predictor
 
     places = [f"{SHIPPED_FOLDER}/*/{CONFIG_FILE}"] + [f"{SHIPPED_FOLDER}/*/*/{CONFIG_FILE}"] * variants
-    shipped = sorted(path.parent for place in places for path in Path(model).glob(place) if "rounds" not in path.parts)
+    found = [path.parent for place in places for path in Path(model).glob(place)]
+    shipped = sorted(path for path in found if path.name != "rounds")
     folders = shipped if named is None else named
     if not folders:
         print(f"no predictor lies in {Path(model) / SHIPPED_FOLDER}: rows without training only", file=sys.stderr)
@@ -392,7 +406,10 @@ def _count(text: str) -> int:
 @_told
 def _seeds(text: str) -> list[int]:
     first, colon, end = text.partition(":")
-    return list(range(int(first), int(end))) if colon else [int(seed) for seed in text.split(",")]
+    seeds = list(range(int(first), int(end))) if colon else [int(seed) for seed in text.split(",")]
+    if not seeds:
+        raise ValueError(f"at least one seed is needed, got {text!r}")
+    return seeds
 
 
 @_told

@@ -252,7 +252,7 @@ def _describe(
     return {
         "model": model,
         "pipeline": type(pipe).__name__,
-        "weights": _fingerprint(pipe),
+        "weights": fingerprint(pipe),
         "tap": tap_of(pipe.transformer).module,
         "call": plain,
         "batch_size": batch_size,
@@ -262,7 +262,7 @@ def _describe(
     }
 
 
-def _fingerprint(pipe: Any) -> str:
+def fingerprint(pipe: Any) -> str:
     """Name a pipeline's weights by the kind and the first numbers of each: a retrained model gets another name."""
     total = hashlib.sha256()
     for part, module in sorted(pipe.components.items()):

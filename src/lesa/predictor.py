@@ -154,6 +154,18 @@ class Predictor(
                 f"with num_inference_steps={len(self.grid) - 1} and the image size it was trained for, or train one."
             )
 
+    def past(self, step: int) -> list[int]:
+        """Return the steps whose features the history holds at a step of a run on the predictor's schedule."""
+        return [k for k in range(step) if self.remembers_forecasts or k in self.full][-self.memory :]
+
+    def check_past(self, step: int, past: Sequence[int]) -> None:
+        """Raise ValueError unless a run on the predictor's schedule skips this step and has this past there."""
+        if step in self.full or self.past(step) != list(past):
+            raise ValueError(
+                f"this predictor was trained for {self.schedule!r}, got step {step} after the steps {list(past)}; run "
+                "it on that schedule and from the first step on, or train another."
+            )
+
     def check_model(self, transformer: nn.Module, tap: Tap) -> None:
         """Raise ValueError unless the predictor fits this transformer, tapped there.
 
@@ -225,6 +237,7 @@ class _Stream(Forecaster):
 
     def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
         self._predictor.check_grid(grid)
+        self._predictor.check_past(step, past)
         return self._predictor.rows({step: past}, self._name)[step]
 
     def wants(self, grid: Tensor, step: int) -> int:
@@ -339,8 +352,8 @@ class LESA(Predictor):
         return list(self.experts[stream].parameters())
 
     def wants(self, grid: Tensor, step: int) -> int:
-        """Return the K of the step's stage."""
-        return self.memories[self.stages[step]]
+        """Return the K of the step's stage, or as many past features as the schedule leaves if these are fewer."""
+        return min(self.memories[self.stages[step]], len(self.past(step)))
 
     def rows(self, pasts: Mapping[int, Sequence[int]], stream: str, alphas: Tensor | None = None) -> dict[int, Row]:
         """Return the rows of several steps, with these `alphas`, shape (S,), in place of the KANs' if given."""
@@ -401,7 +414,7 @@ class L2P(Predictor):
     """Free linear rows, one number for each past feature of each skipped step (L2P, arXiv 2604.26365).
 
     They start at the straight line through the newest two full steps, or at reuse if it `remembers_forecasts` or
-    without `slope`. Other than LESA they hold for the past that their schedule makes, and for no other.
+    without `slope`.
 
     Raises: ValueError if `memory` is less than 1.
     """
@@ -426,26 +439,21 @@ class L2P(Predictor):
         return [self.coefficients[stream]]
 
     def wants(self, grid: Tensor, step: int) -> int:
-        """Return 1: a row is made for what the schedule leaves in the history."""
-        return 1
+        """Return how many past features the schedule leaves in the history."""
+        return len(self.past(step))
 
     def rows(self, pasts: Mapping[int, Sequence[int]], stream: str) -> dict[int, Row]:
         table = self.coefficients[stream]
-        for step, past in pasts.items():
-            held = [k for k in range(step) if self.remembers_forecasts or k in self.full][-self.memory :]
-            if step in self.full or held != list(past):
-                raise ValueError(
-                    f"these rows were trained for {self.schedule!r}, got step {step} after the steps {list(past)}; run "
-                    "them on that schedule, from the first step on."
-                )
         return {step: Row(table[step, self.memory - len(past) :], table.new_zeros(())) for step, past in pasts.items()}
 
     def __repr__(self) -> str:
         return f"L2P({self.origin.model!r}, schedule={self.origin.schedule!r})"
 
 
-def shipped_for(pipe: Any) -> Predictor:
+def shipped_for(pipe: Any, schedule: Schedule | None = None) -> Predictor:
     """Load the predictor that lies beside a pipeline's own files: of several, the LESA with the most full steps.
+
+    With a `schedule`, only those that were trained for it count.
 
     Raises: LookupError if there is none.
     """
@@ -457,7 +465,10 @@ def shipped_for(pipe: Any) -> Predictor:
             "(lesa.Predictor.from_pretrained(...)), or take a forecaster that needs no training, e.g. "
             "lesa.accelerate(pipe, lesa.Taylor(order=1), schedule=lesa.Schedule.paper(7))."
         )
-    loaded = [Predictor.from_pretrained(folder) for folder in found]
+    loaded = [one for one in map(Predictor.from_pretrained, found) if schedule in (None, one.schedule)]
+    if not loaded:
+        names = ", ".join(folder.name for folder in found)
+        raise LookupError(f"no predictor shipped for {source} was trained for {schedule!r}, only {names}; train one.")
     return max(loaded, key=lambda p: (isinstance(p, LESA), len(p.schedule.full_steps(len(p.grid) - 1))))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -61,7 +62,7 @@ class LoopClock:
         self._run = object()
 
     def set(self, step: int, stream: str) -> None:
-        steps = len(self._grid) - 1
+        step, steps = operator.index(step), len(self._grid) - 1
         if not 0 <= step < steps:
             raise ValueError(f"the grid has steps 0 to {steps - 1}, got step {step}.")
         if self._step is None or step < self._step or (step, stream) == self._first:
@@ -327,12 +328,16 @@ def accelerate(
 
     Raises: ValueError if the schedule, the grid or the tap is missing or does not fit, or if the transformer is
         accelerated already; LookupError if no predictor is shipped for the pipeline. The pipeline's first call raises
-        ValueError, before its first step is done, if its grid does not fit.
+        ValueError, before its first step is done, if its grid, schedule or streams do not fit the predictor.
     """
     transformer = _transformer_of(pipe)
     if (transformer is pipe) != (grid is not None):
         raise ValueError("grid= is for a transformer in a loop of your own, and needed there; a pipeline has its own.")
-    forecaster = predictors.shipped_for(pipe) if forecaster is None else forecaster
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise ValueError(f"a schedule is a lesa.Schedule, got {schedule!r}; lesa.Schedule.parse reads a text.")
+    forecaster = predictors.shipped_for(pipe, schedule) if forecaster is None else forecaster
+    if isinstance(forecaster, type) or not hasattr(forecaster, "row"):
+        raise ValueError(f"a forecaster is an object such as lesa.Taylor(order=1), got {forecaster!r}.")
     schedule = schedule or getattr(forecaster, "schedule", None)
     if schedule is None:
         raise ValueError(

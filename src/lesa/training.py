@@ -27,7 +27,7 @@ from lesa.trajectory import Trajectory, write_atomically
 
 Head = Callable[[Tensor, Tensor], Tensor]
 """(features (..., n, C), conditioning (..., D)) -> outputs (..., n, C_out)"""
-Rollout = Callable[[Predictor], tuple[Sequence[Trajectory], Sequence[Trajectory]]]
+RecordRuns = Callable[[Predictor], tuple[Sequence[Trajectory], Sequence[Trajectory]]]
 """Record the runs of a predictor: on the training prompts and on the validation prompts, in their order."""
 
 LOSSES = ("latents", "features")
@@ -211,7 +211,7 @@ def train(
     reference: Sequence[Trajectory],
     validation: Sequence[Trajectory],
     head: Head,
-    rollout: Rollout,
+    record_runs: RecordRuns,
     config: Config = Config(),
     folder: str | Path | None = None,
 ) -> Result:
@@ -235,7 +235,7 @@ def train(
                 fit.run(round_, curve)
             kept.save(round_, predictor, curve)
         finished.append(copy.deepcopy(predictor).eval())
-        trained, validated = rollout(finished[-1])
+        trained, validated = record_runs(finished[-1])
         scores.append(drift(validated, validation))
         for fit in fits:
             fit.add(trained, validated)
