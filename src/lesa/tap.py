@@ -48,7 +48,8 @@ def head(transformer: nn.Module, tap: Tap) -> Callable[[Tensor, Tensor], Tensor]
     """Return what the transformer does after its tap: a call that turns features and conditioning into outputs.
 
     For FLUX it is proj_out(norm_out(feature, conditioning)). Features are (..., n, C), of any n tokens, conditioning is
-    (..., D), both with the same leading dimensions; all is done in the dtype of the transformer's weights.
+    (..., D), both with the same leading dimensions; all is done on the device and in the dtype of the transformer's
+    weights, and the outputs come back to the device of the features.
 
     Raises: ValueError if the transformer has no such modules; the call does if leading dimensions differ.
     """
@@ -58,7 +59,7 @@ def head(transformer: nn.Module, tap: Tap) -> Callable[[Tensor, Tensor], Tensor]
             f"a head is a final norm and {PROJECTION!r}, got a {type(transformer).__name__} tapped at {tap.module!r}; "
             "write the call that turns its features into outputs by hand."
         )
-    dtype = next(projection.parameters()).dtype
+    weight = next(projection.parameters())
 
     def outputs(features: Tensor, conditioning: Tensor) -> Tensor:
         *leading, tokens, channels = features.shape
@@ -67,9 +68,9 @@ def head(transformer: nn.Module, tap: Tap) -> Callable[[Tensor, Tensor], Tensor]
                 "features (..., n, C) and conditioning (..., D) have the same leading dimensions, got shapes "
                 f"{tuple(features.shape)} and {tuple(conditioning.shape)}; expand one of them."
             )
-        flat = features.to(dtype).reshape(-1, tokens, channels)
-        normed = module(flat, conditioning.to(dtype).reshape(len(flat), -1))
-        return projection(normed).reshape(*leading, tokens, -1)
+        flat = features.to(weight).reshape(-1, tokens, channels)
+        normed = module(flat, conditioning.to(weight).reshape(len(flat), -1))
+        return projection(normed).reshape(*leading, tokens, -1).to(features.device)
 
     return outputs
 
