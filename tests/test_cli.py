@@ -99,6 +99,13 @@ def test_training_leaves_a_curve_and_goes_on_where_it_stopped(model, runs, predi
     assert "update/s" not in capsys.readouterr().err  # nothing was fitted again
 
 
+def test_the_recipe_of_the_paper_is_one_option_away(model, runs, tmp_path):
+    assert train(model, runs, tmp_path, "--paper") == 0
+    entries = json.loads((tmp_path / "config.json").read_text())
+    assert entries["options"]["remembers_forecasts"] and entries["options"]["hidden"] == [256, 256]
+    assert entries["training"]["loss"] == "features" and entries["training"]["paper"]
+
+
 def test_training_refuses_runs_of_other_weights(model, runs, tmp_path, tiny_flux, capsys):
     bias = tiny_flux.transformer.proj_out.bias
     before = bias.detach().clone()

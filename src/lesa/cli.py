@@ -120,6 +120,8 @@ def _train(options: argparse.Namespace) -> None:
     from lesa.runtime import accelerate
     from lesa.trajectory import Store, Trajectory
 
+    if options.paper:
+        options.method, options.history, options.loss = "lesa", "all", "features"
     if options.loss == "steps" and options.method != "l2p":
         raise ValueError("--loss steps fits each step alone, which free rows can: it needs --method l2p.")
     store, pipe = Store.open(options.data), _pipeline(options)
@@ -149,9 +151,8 @@ def _train(options: argparse.Namespace) -> None:
         training.least_squares(predictor, reference)
         predictor.save_pretrained(out)
         return print(out)
-    config = training.Config(
-        loss=options.loss, rounds=options.rounds, updates=tuple(options.updates), seed=options.seed
-    )
+    recipe = training.Config.paper() if options.paper else training.Config(loss=options.loss)
+    config = replace(recipe, rounds=options.rounds, updates=tuple(options.updates), seed=options.seed)
     head = tap.head(pipe.transformer, predictor.origin.tap)
     validation = runs(prompts, seeds)
     result = training.train(predictor, reference, validation, head, record_runs, config, out / "rounds")
@@ -173,7 +174,7 @@ def _untrained(options: argparse.Namespace, pipe: Any, store: Any, reference: Se
 
     if not reference:
         raise ValueError(f"training needs recorded runs, and {options.data} holds none; run lesa collect.")
-    settings = {name: getattr(options, name) for name in ("loss", "rounds", "updates", "seed", "history")}
+    settings = {name: getattr(options, name) for name in ("loss", "rounds", "updates", "seed", "history", "paper")}
     origin = Origin(
         model=store.collection.model,
         transformer=type(pipe.transformer).__name__,
@@ -186,6 +187,8 @@ def _untrained(options: argparse.Namespace, pipe: Any, store: Any, reference: Se
         training=settings,
         versions={"torch": torch.__version__, "diffusers": diffusers.__version__, "lesa": _version()},
     )
+    if options.paper:
+        return LESA.paper(origin)
     kind = LESA if options.method == "lesa" else L2P
     return kind(origin, remembers_forecasts=options.history == "all")
 
@@ -350,6 +353,11 @@ def _add_training(commands: Any) -> None:
     train.add_argument("--method", choices=("lesa", "l2p"), default="lesa")
     train.add_argument("--history", choices=("full", "all"), default="full", help="of full steps, or of forecasts too")
     train.add_argument("--loss", choices=("latents", "features", "steps"), default="latents")
+    train.add_argument(
+        "--paper",
+        action="store_true",
+        help="the paper's predictor, loss and learning rate, whatever the three above say",
+    )
     train.add_argument("--rounds", type=int, default=4, help="of the closed-loop phase (4)")
     train.add_argument("--updates", type=int, nargs=2, default=(200, 200), help="in each phase or round (200 200)")
     train.add_argument("--seed", type=int, default=0)
