@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lesa.row import CPU_SCRATCH, FRACTION, LEAST, STORAGES, History, Storage, Term, combine
+from lesa.row import CPU_SCRATCH, STORAGES, History, Storage, Term, combine
 
 SHAPE = (2, 5, 7)
 PLAIN = ["model", "cpu"]
@@ -106,19 +106,18 @@ def test_a_history_fits_features_of_its_shape_and_dtype_only():
     assert not history.fits(3, torch.empty(SHAPE, dtype=torch.bfloat16, device="meta"))
 
 
-@pytest.mark.parametrize(("tokens", "scratch"), [(12, 12 * 200), (100, LEAST // 200 * 200), (2048, CPU_SCRATCH)])
+@pytest.mark.parametrize(("tokens", "scratch"), [(12, 2400), (100, 16_200), (2048, 51_200), (11_000, 262_000)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @each_storage
 def test_bytes_held_are_counted_to_the_last_one(name, dtype, tokens, scratch):
     like = torch.empty((1, tokens, 200), dtype=dtype)
-    scratch = min(scratch, max(LEAST, like.numel() // FRACTION)) // 200 * 200
     older = 3 * (like.numel() + 4 * tokens) if name in DIFFERENCES else 3 * like.nbytes
     assert make(4, like, name).nbytes == like.nbytes + older + 4 * scratch
 
 
 def test_bytes_on_the_cpu_are_none_of_another_devices():
     like = torch.empty((1, 100, 200), device="meta")
-    assert make(4, like, "cpu").nbytes == make(0, like).nbytes == 4 * (LEAST // 200 * 200)
+    assert make(4, like, "cpu").nbytes == make(0, like).nbytes == 4 * 16_200
 
 
 # --- forecasts
@@ -264,13 +263,15 @@ def test_older_features_are_not_rounded_again():
     torch.testing.assert_close(held(history)[0], early, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "shape"), [*product(STORAGES, [SHAPE, (1, 3000, 40), (2, 1, CPU_SCRATCH + 1)])])
+@pytest.mark.parametrize(
+    ("name", "shape"), [*product(STORAGES, [SHAPE, (1, 3000, 40), (2, 1, CPU_SCRATCH + 1), (1, 15_000, 40)])]
+)
 def test_pieces_change_nothing(name, shape, monkeypatch):
     """Also where a single token is larger than the scratch would be."""
     features = random_features(3, shape)
     forecast = filled(3, features, name).forecast([0, 1, 2], [1.0, -3.0, 3.0], 0.5)
-    monkeypatch.setattr("lesa.row.CPU_SCRATCH", 1 << 20)
-    monkeypatch.setattr("lesa.row.LEAST", 1 << 20)
+    monkeypatch.setattr("lesa.row.CPU_SCRATCH", 1 << 21)
+    monkeypatch.setattr("lesa.row.LEAST", 1 << 21)
     whole = filled(3, features, name)
     assert torch.equal(whole.forecast([0, 1, 2], [1.0, -3.0, 3.0], 0.5), forecast)
 
@@ -303,7 +304,7 @@ class Reads(TorchDispatchMode):
 def test_a_forecast_reads_each_feature_once_and_makes_one(name, dtype):
     features = random_features(3, shape=(1, 1000, 700), dtype=dtype)
     history = filled(3, features, name)
-    assert features[0].numel() > 2 * CPU_SCRATCH, "several pieces"
+    assert features[0].numel() > 2 * history._scratch.numel(), "several pieces"
     watched = [term.values for term in history._terms({0: 1.0, 1: -2.0, 2: 2.0})]
     with Reads(watched) as seen:
         history.forecast([0, 1, 2], [1.0, -2.0, 2.0], 0.5)

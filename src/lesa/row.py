@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Elements combined at a time: the scratch stays in a cache, and is large enough to fill a GPU. It is kept to a fraction
-# of the feature, unless that is small.
-FRACTION, LEAST = 8, 1 << 12
-CPU_SCRATCH, GPU_SCRATCH = 1 << 16, 1 << 21
+# Elements combined at a time: the scratch stays in a core's cache, and is large enough to fill a GPU. Unless features
+# are small, it is a fraction of one.
+FRACTION, LEAST = 8, 1 << 14
+CPU_SCRATCH, GPU_SCRATCH = 1 << 18, 1 << 21
 
 
 class Row(NamedTuple):
