@@ -91,6 +91,16 @@ def test_free_rows_are_trained_per_step(model, runs, tmp_path, capsys):
     assert "Plan of 10 steps, 5 full" in capsys.readouterr().out
 
 
+def test_the_runs_recorded_once_train_a_predictor_of_the_output_too(model, runs, tmp_path, capsys):
+    out = tmp_path / "lesa-output"
+    assert train(model, runs, out, "--tap", "output") == 0
+    assert json.loads((out / "config.json").read_text())["tap"][1] is None
+    assert main(["generate", str(model), "x", "--out", str(tmp_path / "x.png"), "--predictor", str(out)]) == 0
+    assert "     5        5        2.00" in capsys.readouterr().out
+    assert train(model, runs, out) == 2
+    assert "holds a training with other tap" in capsys.readouterr().err
+
+
 def test_training_leaves_a_curve_and_goes_on_where_it_stopped(model, runs, predictor, capsys):
     assert (predictor / "training.png").exists()
     before = (predictor / "model.safetensors").read_bytes()

@@ -21,6 +21,7 @@ from lesa.collect import collect, read_prompts, record
 from lesa.forecasters import Reuse
 from lesa.runtime import accelerate
 from lesa.schedule import Schedule
+from lesa.tap import tap_of
 from lesa.trajectory import COLLECTION, Store
 
 CALL = dict(height=32, width=32, num_inference_steps=4, max_sequence_length=16)
@@ -104,6 +105,22 @@ def test_an_accelerated_run_is_recorded_with_its_forecasts(tiny_flux):
     assert torch.equal(feature[1], feature[0]) and torch.equal(feature[3], feature[2])
     assert not torch.equal(feature[2], feature[0])
     assert torch.equal(run.latents[-1], accelerated[0])
+
+
+def test_a_run_accelerated_at_the_output_is_recorded_there(tiny_flux):
+    tap = tap_of(tiny_flux.transformer, "output")
+    [whole] = record(tiny_flux, PROMPTS[:1], [5], ALL, **CALL)
+    [same] = record(tiny_flux, PROMPTS[:1], [5], ALL, tap=tap, **CALL)
+    assert torch.equal(same.features["cond"], whole.outputs["cond"]) and same.conditioning["cond"].shape == (4, 0)
+    with accelerate(tiny_flux, Reuse(), schedule=Schedule.at([0, 2]), tap=tap):
+        [run] = record(tiny_flux, PROMPTS[:1], [5], ALL, tap=tap, **CALL)
+        with pytest.raises(ValueError, match="'norm_out' at each step of a recorded run, got none at step 1"):
+            record(tiny_flux, PROMPTS[:1], [5], ALL, **CALL)
+    output = run.outputs["cond"]
+    assert run.full == (0, 2)
+    assert torch.equal(run.features["cond"], output)
+    assert torch.equal(output[1], output[0]) and torch.equal(output[3], output[2])
+    assert torch.equal(output[0], whole.outputs["cond"][0]) and not torch.equal(output[2], output[0])
 
 
 def test_a_recording_leaves_the_transformer_as_it_was(tiny_flux):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lesa import plan as plans
-from lesa.forecasters import Forecaster, Lagrange, Reuse, Taylor
+from lesa.forecasters import Forecaster, Lagrange, PlannedRow, Reuse, Taylor
 from lesa.grid import stage_of
 from lesa.plan import Plan, compile
 from lesa.row import Row
@@ -64,6 +64,35 @@ def run(forecaster, grid, full, start, features):
             history.append((step, feature))
         felt.append(feature)
     return torch.stack(felt)
+
+
+@each_forecaster
+@each_schedule
+@pytest.mark.parametrize("start", [0, 9])
+def test_a_history_of_what_is_live_has_all_that_rows_use_and_no_more(forecaster, schedule, start):
+    plan = compile(forecaster, GRID, schedule, start)
+    live, apart = plan.live(), plan.live(differences=True)
+    assert list(live) == list(apart) == list(range(start, 50))
+    used = {step: {k for k, c in zip(row.past, row.coefficients, strict=True) if c} for step, row in plan.rows.items()}
+    for step in live:
+        later = set().union(*(past for s, past in used.items() if s > step))
+        assert set(live[step]) == {k for k in later if k <= step}
+        assert list(live[step]) == sorted(live[step])
+        held = {k for k in range(start, step + 1) if k in live[k]}  # what is not live from the first is never held
+        assert set(apart[step]) == {k for k in held if k >= min(live[step], default=50)}
+        assert set(live.get(step - 1, ())) >= set(live[step]) - {step}, "nothing comes back"
+        assert set(apart.get(step - 1, ())) >= set(apart[step]) - {step}
+    assert live[49] == ()
+    assert max(map(len, live.values())) <= forecaster.memory
+
+
+def test_what_is_live_by_hand():
+    rows = {2: (2.0, -1.0), 3: (1.0, 0.0), 5: (0.0, 0.0, 1.0), 6: (0.0, 0.0, 1.0)}
+    pasts = {2: (0, 1), 3: (0, 1), 5: (0, 1, 4), 6: (0, 1, 4)}
+    planned = {step: PlannedRow(pasts[step], row, 0.0) for step, row in rows.items()}
+    plan = Plan(tuple(torch.linspace(1, 0, 9).tolist()), (0, 1, 4, 7), 0, 4, False, planned)
+    assert plan.live() == {0: (0,), 1: (0, 1), 2: (0,), 3: (), 4: (4,), 5: (4,), 6: (), 7: ()}
+    assert plan.live(differences=True) == {0: (0,), 1: (0, 1), 2: (0, 1), 3: (), 4: (4,), 5: (4,), 6: (), 7: ()}
 
 
 @each_forecaster

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline, UniPCMultistepScheduler
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from tiny import build_transformer
 from torch import Tensor, nn
 
 from lesa.forecasters import Forecaster, Lagrange, LinearRows, Reuse, Taylor
+from lesa.plan import Plan
 from lesa.plan import compile as compile_plan
 from lesa.predictor import LESA, Origin, configuration
 from lesa.row import Row
@@ -208,6 +210,200 @@ def test_forecasts_are_stored_in_bfloat16_and_summed_in_float32():
     assert sum(map(abs, row.coefficients)) > 30
     assert ((features[6] - exact).abs() <= exact.abs() * 2.0**-8 * 1.01 + 1e-5).all(), "rounded once"
     assert run.summary()["cond"].bytes_held == 3 * FEATURE_BYTES // 2 + FEATURE_BYTES
+
+
+# --- at the output
+
+
+def test_at_the_output_a_skipped_step_runs_no_part_of_the_transformer(pipe):
+    parts = [part for part in pipe.transformer.modules() if part is not pipe.transformer]
+    calls: list[set] = []
+    hooks = [pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(set()))]
+    hooks += [part.register_forward_pre_hook(lambda part, _: calls[-1].add(part)) for part in parts]
+    with accelerate(pipe, Taylor(1), schedule=EVERY, tap="output") as run:
+        assert draw(pipe).isfinite().all()
+    assert [bool(called) for called in calls] == [True, False, False, True, False, False, True, False]
+    assert (run.summary()["cond"].full_steps, run.summary()["cond"].skipped_steps) == (3, 5)
+    for hook in hooks:
+        hook.remove()
+
+
+@contextmanager
+def returned(transformer: nn.Module):
+    """Record what each call of the transformer returns."""
+    outputs: list[Tensor] = []
+    hook = transformer.register_forward_hook(lambda _module, _args, output: outputs.append(output[0].clone()))
+    yield outputs
+    hook.remove()
+
+
+@pytest.mark.parametrize("forecaster", FORECASTERS, ids=repr)
+def test_at_the_output_a_run_is_what_its_plan_says(pipe, reference, forecaster):
+    with accelerate(pipe, forecaster, schedule=EVERY, tap="output") as run, returned(pipe.transformer) as outputs:
+        assert not torch.allclose(draw(pipe), reference, atol=1e-4)
+    assert run.plan().full == (0, 3, 6)
+    assert_unrolled(run.plan(), [output.double() for output in outputs])
+
+
+def test_reuse_at_the_output_returns_the_last_output(pipe):
+    with accelerate(pipe, Reuse(), schedule=EVERY, tap="output"), returned(pipe.transformer) as outputs:
+        draw(pipe)
+    for step in (1, 2, 4, 5, 7):
+        assert torch.equal(outputs[step], outputs[step - step % 3])
+    assert not torch.equal(outputs[3], outputs[0])
+
+
+def test_where_the_rest_of_the_forward_is_affine_both_taps_agree():
+    """An affine map, that is, and rows that sum to one."""
+    transformer = Still()
+    ends = {}
+    for tap in (Tap(("blocks",), "norm_out"), Tap(("blocks",), None)):
+        with accelerate(transformer, Taylor(2), schedule=Schedule.every(3, warmup=3), grid=GRID, tap=tap) as run:
+            x = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(1, 3, 4)
+            for step in range(STEPS):
+                run.at(step)
+                x = x + float(GRID[step + 1] - GRID[step]) * transformer(x)
+        ends[tap] = x
+    feature, output = ends.values()
+    torch.testing.assert_close(feature, output, rtol=0, atol=1e-9)
+    assert not torch.allclose(feature, torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(1, 3, 4))
+
+
+class Still(nn.Module):
+    """What follows its block is affine."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.norm_out = nn.ModuleList([nn.Tanh()]), nn.Linear(4, 4).double().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.norm_out(x)
+
+
+def test_at_the_output_guided_streams_never_mix(pipe):
+    with accelerate(pipe, MeanOfTwo(), schedule=EVERY, tap="output") as run, returned(pipe.transformer) as outputs:
+        draw(pipe, **GUIDED)
+    for name, felt in (("cond", outputs[0::2]), ("uncond", outputs[1::2])):
+        assert_unrolled(run.plan(name), [output.double() for output in felt])
+
+
+@pytest.mark.parametrize("name", ["several images", "wide", "guided batch"])
+def test_at_the_output_calls_of_all_kinds_are_unchanged_with_every_step_full(pipe, name):
+    expected = drawn_as(pipe, name)
+    with accelerate(pipe, Taylor(1), schedule=Schedule.every(1), tap="output"):
+        assert torch.equal(drawn_as(pipe, name), expected)
+
+
+@pytest.mark.parametrize("return_dict", [False, True])
+def test_at_the_output_a_skipped_step_answers_as_a_full_one(return_dict):
+    transformer, kinds = build_transformer(), set()
+    with accelerate(transformer, Reuse(), schedule=EVERY, grid=GRID, tap="output") as run:
+        for step in range(3):
+            run.at(step)
+            output = transformer(torch.zeros(1, 16, 16), **step_inputs(0.5) | {"return_dict": return_dict})
+            kinds.add(type(output))
+            assert output[0].shape == (1, 16, 16)
+    assert kinds == {Transformer2DModelOutput if return_dict else tuple}
+
+
+def test_at_the_output_a_failure_leaves_the_transformer_as_it_was(pipe):
+    for step, failure in ((0, ValueError("fails")), (4, KeyboardInterrupt())):
+
+        def fail(_pipe, failure=failure):
+            raise failure
+
+        with pytest.raises(type(failure)), accelerate(pipe, Taylor(1), schedule=EVERY, tap="output"):
+            draw(pipe, callback_on_step_end=at_step(step, fail))
+
+    def fail_in_a_block(*_):
+        raise ZeroDivisionError
+
+    hook = pipe.transformer.single_transformer_blocks[1].register_forward_hook(fail_in_a_block)
+    with accelerate(pipe, Taylor(1), schedule=EVERY, tap="output"):
+        with pytest.raises(ZeroDivisionError):
+            draw(pipe)
+        hook.remove()
+        first = draw(pipe)
+        assert torch.equal(draw(pipe), first)
+
+
+def test_at_the_output_shapes_that_change_during_a_run_are_an_error():
+    transformer = build_transformer()
+    with accelerate(transformer, Taylor(1), schedule=EVERY, grid=GRID, tap="output") as run:
+        for tokens in (16, 12):
+            call_at(transformer, run, 0, tokens=tokens)
+            call_at(transformer, run, 1, tokens=tokens)
+        with pytest.raises(RuntimeError, match=r"keeps its shape.*got \(1, 16, 16\).* at step 2"):
+            call_at(transformer, run, 2)
+        with pytest.raises(RuntimeError, match="on a skipped step and none such on a full one"):
+            call_at(transformer, run, 3, tokens=12)
+            call_at(transformer, run, 4, tokens=10)
+
+
+# --- histories
+
+
+STORED = ["model", "int8", "fp8", "cpu", "int8-cpu", "fp8-cpu"]
+
+
+class Sparse(Forecaster):
+    """Its rows use two of five past features, the newest and one that changes from step to step."""
+
+    memory = 5
+
+    def __init__(self, remembers_forecasts: bool):
+        self.remembers_forecasts = remembers_forecasts
+
+    def row(self, grid, step, past):
+        coefficients = torch.zeros(len(past), dtype=torch.float64)
+        coefficients[-1] += 1.5
+        coefficients[(3 * step) % len(past)] -= 0.5
+        return Row(coefficients, torch.tensor(0.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("tap", ["feature", "output"])
+@pytest.mark.parametrize("forecaster", [*FORECASTERS, Sparse(True), Sparse(False)], ids=lambda one: type(one).__name__)
+def test_what_is_let_go_changes_no_forecast(pipe, forecaster, tap, monkeypatch):
+    schedule = Schedule.at([0, 1, 2, 4, 6])
+    with accelerate(pipe, forecaster, schedule=schedule, tap=tap, history="cpu") as run:
+        expected, held = draw(pipe), run.summary()["cond"].bytes_held
+    everything = {step: tuple(range(step + 1)) for step in range(STEPS)}
+    monkeypatch.setattr(Plan, "live", lambda *_: everything)
+    with accelerate(pipe, forecaster, schedule=schedule, tap=tap) as run:
+        assert torch.equal(draw(pipe), expected)
+        assert run.summary()["cond"].bytes_held > held
+
+
+@pytest.mark.parametrize("history", STORED)
+def test_bytes_held_are_those_of_the_features_in_use(pipe, history):
+    with accelerate(pipe, Sparse(False), schedule=Schedule.at([0, 1, 2, 4, 6]), history=history) as run:
+        draw(pipe)
+        live = run.plan().live(history.startswith(("int8", "fp8")))
+    most = max(map(len, live.values()))
+    older = FEATURE_BYTES // 4 + 16 * 4 if history.startswith(("int8", "fp8")) else FEATURE_BYTES
+    assert 2 <= most < 5
+    assert run.summary()["cond"].bytes_held == FEATURE_BYTES + (most - 1) * older + FEATURE_BYTES
+
+
+@pytest.mark.parametrize("tap", ["feature", "output"])
+@pytest.mark.parametrize("forecaster", [Taylor(2), MeanOfTwo(), Sparse(True)], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("history", STORED)
+def test_each_history_draws_nearly_the_same(pipe, forecaster, tap, history):
+    schedule = Schedule.at([0, 1, 2, 4, 6])
+    with accelerate(pipe, forecaster, schedule=schedule, tap=tap):
+        expected = draw(pipe)
+    with accelerate(pipe, forecaster, schedule=schedule, tap=tap, history=history):
+        drawn = draw(pipe)
+        assert torch.equal(draw(pipe), drawn)
+    error = float((drawn - expected).norm() / expected.norm())
+    assert error == 0.0 if history in ("model", "cpu") else 0 < error < 0.02
+
+
+def test_an_unknown_history_is_refused(pipe):
+    with pytest.raises(ValueError, match=r"stored as one of model, int8, .* got 'int3'"):
+        accelerate(pipe, Taylor(1), schedule=EVERY, history="int3")
 
 
 # --- on and off
@@ -692,20 +888,24 @@ def test_a_forecaster_may_bring_its_schedule(pipe):
     assert run.plan().full == (0, 3, 6)
 
 
-def test_a_predictor_runs_on_its_own_model_alone():
+@pytest.mark.parametrize("place", ["feature", "output"])
+def test_a_predictor_runs_at_its_own_tap_and_on_its_own_model_alone(place):
     transformer = build_transformer()
     origin = Origin(
         model="tiny",
         transformer="FluxTransformer2DModel",
         config=configuration(transformer),
-        tap=tap_of(transformer),
+        tap=tap_of(transformer, place),
         grid=tuple(GRID.tolist()),
         schedule="every:3",
     )
     predictor = LESA(origin, memories=(2, 2, 2), hidden=(4,))
-    with accelerate(transformer, predictor, grid=GRID) as run:
+    with accelerate(transformer, predictor, grid=GRID) as run, recorded(transformer) as features:
         assert walk(transformer, run).isfinite().all()
     assert run.plan().full == (0, 3, 6)
+    assert len(features) == (8 if place == "feature" else 3)
+    with pytest.raises(ValueError, match="accelerate with the predictor's tap"):
+        accelerate(transformer, predictor, grid=GRID, tap="output" if place == "feature" else "feature")
     with pytest.raises(ValueError, match="num_layers=1 instead of 2"):
         accelerate(build_transformer(num_layers=1), predictor, grid=GRID)
 

@@ -3,12 +3,16 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from tiny import build_transformer
 from torch import Tensor, nn
 
 from lesa.tap import Tap, attach, head, hear_streams, tap_of
 
 TAP = Tap(("blocks",), "norm_out")
+OUTPUT = Tap(("blocks",), None)
+PARTS = ("embed", "blocks.0", "blocks.1", "blocks.2", "norm_out")
 
 
 class Double(nn.Module):
@@ -134,6 +138,195 @@ def test_a_bypassed_list_is_whole_for_other_threads(toy):
     detach()
 
 
+# --- at the output
+
+
+ANSWERS = {
+    "tensor": (lambda y: y, lambda answer: answer),
+    "tuple": (lambda y: (y,), lambda answer: answer[0] if type(answer) is tuple else None),
+    "class": (
+        lambda y: Transformer2DModelOutput(sample=y),
+        lambda answer: answer.sample if type(answer) is Transformer2DModelOutput else None,
+    ),
+}
+
+
+@contextmanager
+def answering(toy: Toy, answer):
+    """Let the toy's class wrap its output."""
+    original = Toy.forward
+    Toy.forward = lambda self, x, by_name=False, return_dict=True: answer(original(self, x, by_name))
+    yield
+    Toy.forward = original
+
+
+@contextmanager
+def forwards_counted(toy: Toy):
+    counts = dict.fromkeys(PARTS, 0)
+
+    def counting(name):
+        def count(*_):
+            counts[name] += 1
+
+        return count
+
+    hooks = [toy.get_submodule(name).register_forward_pre_hook(counting(name)) for name in PARTS]
+    yield counts
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_at_the_output_a_skipped_step_runs_nothing_and_answers_as_a_full_one(toy, kind):
+    answer, opened = ANSWERS[kind]
+    with answering(toy, answer), forwards_counted(toy) as counts:
+        detach = attach(toy, OUTPUT, ear := Ear(full=True))
+        assert opened(toy(torch.tensor(4.0))) == 140.0
+        assert set(counts.values()) == {1}
+        ear.full, ear.replacement = False, 7.0
+        assert opened(toy(torch.tensor(5.0))) == 7.0
+        assert set(counts.values()) == {1}
+        assert ear.heard[0] == 140.0
+        detach()
+        assert opened(toy(torch.tensor(4.0))) == 140.0
+        assert set(counts.values()) == {2} and len(ear.heard) == 2
+
+
+def test_at_the_output_each_kind_of_call_has_its_own_answer(toy):
+    def forward(self, x, return_dict=True):
+        return Transformer2DModelOutput(sample=x) if return_dict else (x,)
+
+    original, Toy.forward = Toy.forward, forward
+    detach = attach(toy, OUTPUT, ear := Ear(full=True))
+    one, two = torch.ones(1), torch.ones(2)
+    assert type(toy(one)) is Transformer2DModelOutput and type(toy(one, return_dict=False)) is tuple
+    ear.full, ear.replacement = False, 7.0
+    assert type(toy(one)) is Transformer2DModelOutput and type(toy(one, return_dict=False)) is tuple
+    for unknown in (lambda: toy(two), lambda: toy(one.double()), lambda: toy(one, return_dict=True)):
+        with pytest.raises(RuntimeError, match="on a skipped step and none such on a full one; start the run anew"):
+            unknown()
+    detach()
+    Toy.forward = original
+
+
+def test_what_stands_in_for_an_output_has_its_shape_and_holds_one_number(toy):
+    passed = []
+
+    class Held(Ear):
+        def exchange(self, feature):
+            passed.append(feature)
+            return feature
+
+    detach = attach(toy, OUTPUT, ear := Held(full=True))
+    toy(torch.ones(2, 3, 4))
+    ear.full = False
+    toy(torch.ones(2, 3, 4))
+    assert passed[1].shape == passed[0].shape and passed[1].untyped_storage().nbytes() == 4
+    detach()
+
+
+@pytest.mark.parametrize("output", [(torch.ones(1), torch.ones(1)), {"sample": [torch.ones(1)]}])
+def test_an_output_of_several_parts_is_refused(toy, output):
+    with answering(toy, lambda _: output):
+        detach = attach(toy, OUTPUT, Ear(full=True))
+        with pytest.raises(RuntimeError, match="returns one tensor, got"):
+            toy(torch.tensor(4.0))
+        detach()
+
+
+def test_at_the_output_other_hooks_see_every_step(toy):
+    seen = []
+    detach = attach(toy, OUTPUT, ear := Ear(full=True))
+    hooks = [
+        toy.register_forward_pre_hook(lambda *_: seen.append("before")),
+        toy.register_forward_hook(lambda _, _args, output: seen.append(float(output))),
+    ]
+    toy(torch.tensor(4.0))
+    ear.full, ear.replacement = False, 7.0
+    toy(torch.tensor(4.0))
+    assert seen == ["before", 140.0, "before", 7.0]
+    for hook in hooks:
+        hook.remove()
+    detach()
+
+
+@pytest.mark.parametrize("failure", [ValueError("a block fails"), KeyboardInterrupt()])
+def test_at_the_output_a_failure_in_a_block_leaves_the_toy_as_it_was(toy, failure):
+    detach = attach(toy, OUTPUT, Ear(full=True))
+    toy.blocks[1].failure = failure
+    with pytest.raises(type(failure)):
+        toy(torch.tensor(4.0))
+    toy.blocks[1].failure = None
+    assert toy(torch.tensor(4.0)) == 140.0
+    detach()
+
+
+class Offload(ModelHook):
+    """What accelerate calls from the forward that it puts in place of a module's own."""
+
+    calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+
+def test_at_the_output_an_offloaded_toy_stays_offloaded(toy):
+    add_hook_to_module(toy, offload := Offload())
+    theirs = toy.forward
+    detach = attach(toy, OUTPUT, ear := Ear(full=True))
+    assert toy(torch.tensor(4.0)) == 140.0 and offload.calls == 1
+    ear.full, ear.replacement = False, 7.0
+    assert toy(torch.tensor(4.0)) == 7.0 and offload.calls == 1, "nothing needs to be moved"
+    detach()
+    assert toy.forward is theirs
+    assert toy(torch.tensor(4.0)) == 140.0 and offload.calls == 2
+    remove_hook_from_module(toy)
+    del toy.forward  # which accelerate leaves
+
+
+@pytest.mark.parametrize("first", ["offload", "tap"])
+def test_at_the_output_a_toy_may_be_offloaded_later(toy, first):
+    detach = attach(toy, OUTPUT, ear := Ear(full=True))
+    add_hook_to_module(toy, offload := Offload())
+    assert toy(torch.tensor(4.0)) == 140.0 and offload.calls == 1
+    ear.full, ear.replacement = False, 7.0
+    assert toy(torch.tensor(4.0)) == 7.0
+    if first == "offload":
+        remove_hook_from_module(toy)
+        assert toy(torch.tensor(4.0)) == 7.0
+        detach()
+    else:
+        detach()
+        assert toy(torch.tensor(4.0)) == 140.0 and offload.calls == 3
+        remove_hook_from_module(toy)
+        assert toy(torch.tensor(4.0)) == 140.0 and ear.heard[2:] == []
+        del toy.forward  # the tap's, idle now
+
+
+def test_a_forward_that_was_replaced_since_is_an_error(toy):
+    before = toy.forward
+    detach = attach(toy, OUTPUT, Ear(full=True))
+    toy.forward = before
+    with pytest.raises(RuntimeError, match=r"no feature passed its 'output'.* accelerate again if its forward was"):
+        toy(torch.tensor(4.0))
+    detach()
+    del toy.forward
+
+
+def test_a_forward_called_past_the_module_is_the_transformers_own(toy):
+    detach = attach(toy, OUTPUT, ear := Ear(full=False))
+    assert toy.forward(torch.tensor(4.0)) == 140.0 and ear.heard == []
+    detach()
+
+
+def test_a_forward_of_the_instances_own_comes_back(toy):
+    own = toy.forward = lambda x: x + 1
+    attach(toy, OUTPUT, Ear(full=True))()
+    assert toy.forward is own
+    del toy.forward
+
+
 @pytest.mark.parametrize("failure", [ValueError("a block fails"), KeyboardInterrupt()])
 def test_a_toy_is_as_it_was_after_a_failure_in_a_block(toy, failure):
     detach = attach(toy, TAP, Ear(full=True))
@@ -208,6 +401,18 @@ def test_taps_are_found_by_class_and_parent_class():
     assert tap == (("transformer_blocks", "single_transformer_blocks"), "norm_out")
     transformer.__class__ = Finetuned
     assert tap_of(transformer) == tap
+
+
+def test_the_output_tap_has_the_same_blocks_and_no_module():
+    transformer = build_transformer()
+    assert tap_of(transformer, "output") == tap_of(transformer)._replace(module=None)
+    with pytest.raises(ValueError, match="one of feature, output, got 'input'"):
+        tap_of(transformer, "input")
+
+
+def test_after_the_output_nothing_is_left_to_do():
+    transformer, outputs = build_transformer(), torch.randn(2, 9, 16)
+    assert head(transformer, tap_of(transformer, "output"))(outputs, torch.empty(2, 0)) is outputs
 
 
 def test_an_unknown_class_asks_for_a_tap(toy):

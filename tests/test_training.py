@@ -323,6 +323,30 @@ def test_least_squares_are_those_of_numpy(remembers_forecasts):
         )
 
 
+@pytest.mark.parametrize("loss", ["latents", "features"])
+def test_at_the_output_tap_the_outputs_are_what_is_fitted(loss):
+    """Whatever tap the runs were recorded at: features that say something else are not looked at."""
+    world, bound = World(bending), origin(tap=Tap(("blocks",), None))
+    runs = [world.runs(range(6)), world.runs(range(100, 103))]
+    at_output = [[replace(run, features=run.outputs) for run in some] for some in runs]
+
+    def trained(reference, validation) -> Tensor:
+        config = Config(loss=loss, updates=(5, 5), rounds=0)
+        rows = L2P(bound)
+        result = train(rows, reference, validation, lambda x, _: x, lambda one: at_fulls(one, runs), config)
+        return result.predictor.coefficients["cond"]
+
+    def at_fulls(predictor, recorded):
+        return [[replace(run, full=predictor.full) for run in some] for some in recorded]
+
+    assert torch.equal(trained(*runs), trained(*at_output))
+    assert not torch.equal(trained(*runs), L2P(bound).coefficients["cond"])
+    one, other = L2P(bound), L2P(bound)
+    least_squares(one, runs[0])
+    least_squares(other, at_output[0])
+    assert torch.equal(one.coefficients["cond"], other.coefficients["cond"])
+
+
 def test_no_forecaster_has_a_smaller_feature_error_than_least_squares():
     world, schedule = World(bending), Schedule.every(4, warmup=2)
     reference = world.runs(range(6))

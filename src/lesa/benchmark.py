@@ -73,7 +73,8 @@ def forecast(name: str, forecaster: Forecaster, schedule: Schedule) -> Method:
 def label(predictor: Predictor) -> str:
     """Name a predictor in tables: its method, and in brackets what sets it apart from the usual one of its kind."""
     training = predictor.origin.training
-    apart = ["with forecasts"] if isinstance(predictor, LESA) and predictor.remembers_forecasts else []
+    apart = ["output tap"] if predictor.origin.tap.module is None else []
+    apart += ["with forecasts"] if isinstance(predictor, LESA) and predictor.remembers_forecasts else []
     apart += ["phase 1"] if training.get("phase") == "ground-truth" else []
     apart += {"features": ["feature loss"], "steps": ["per step"]}.get(training.get("loss", "latents"), [])
     return predictor.method.upper() + (f" ({', '.join(apart)})" if apart else "")

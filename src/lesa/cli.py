@@ -138,7 +138,8 @@ def _train(options: argparse.Namespace) -> None:
         recorded: list[Trajectory] = []
         for k in range(0, len(prompts), options.batch_size):
             part = slice(k, k + options.batch_size)
-            recorded += record(pipe, prompts[part], seeds[part], reference[0].tokens, **store.collection.call)
+            at = dict(tokens=reference[0].tokens, tap=predictor.origin.tap)
+            recorded += record(pipe, prompts[part], seeds[part], **at, **store.collection.call)
         return recorded
 
     def record_runs(predictor: Any) -> tuple[list[Trajectory], list[Trajectory]]:
@@ -179,7 +180,7 @@ def _untrained(options: argparse.Namespace, pipe: Any, store: Any, reference: Se
         model=store.collection.model,
         transformer=type(pipe.transformer).__name__,
         config=configuration(pipe.transformer),
-        tap=tap_of(pipe.transformer),
+        tap=tap_of(pipe.transformer, options.tap),
         grid=tuple(reference[0].grid.tolist()),
         schedule=str(options.schedule),
         streams=reference[0].streams,
@@ -350,6 +351,7 @@ def _add_training(commands: Any) -> None:
     train.add_argument("--validation-prompts", required=True, metavar="FILE", help="one a line; they choose the round")
     train.add_argument("--validation", type=_count, default=32, help="how many of them (32)")
     train.add_argument("--schedule", type=_schedule, default="paper:7", help="which steps are full (paper:7)")
+    train.add_argument("--tap", choices=("feature", "output"), default="feature", help="what is forecast (feature)")
     train.add_argument("--method", choices=("lesa", "l2p"), default="lesa")
     train.add_argument("--history", choices=("full", "all"), default="full", help="of full steps, or of forecasts too")
     train.add_argument("--loss", choices=("latents", "features", "steps"), default="latents")

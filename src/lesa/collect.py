@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lesa import grid as grids
-from lesa.tap import hear_streams, tap_of
+from lesa.tap import Tap, hear_streams, tap_of
 from lesa.trajectory import COLLECTION, Collection, Store, Trajectory, draw_tokens
 
 DEFAULT_STREAM = "cond"
@@ -35,22 +35,24 @@ def record(
     prompts: Sequence[str],
     seeds: Sequence[int],
     tokens: Tensor | Callable[[int], Tensor],
+    tap: Tap | None = None,
     **call: Any,
 ) -> list[Trajectory]:
     """Run each prompt with the seed beside it, in one batched call of the pipeline, and return what passed.
 
     `tokens` are the positions to keep, (n,) int64, or a function that draws them from the number of image tokens. Other
     arguments go to the pipeline; a text (such as `negative_prompt`) goes with every prompt. An accelerated pipeline is
-    recorded as it runs, with its forecasts.
+    recorded as it runs, with its forecasts; if it is so at another tap than the class's usual one, name it. At the
+    output tap the features are the outputs, and the conditioning is empty.
 
-    Raises: ValueError if the prompts and seeds do not pair up, if an argument is the recording's own, or if the
-    pipeline does not walk its whole grid once per stream.
+    Raises: ValueError if the prompts and seeds do not pair up, if an argument is the recording's own, if the pipeline
+    does not walk its whole grid once per stream, or if it is accelerated at another tap.
     """
     _check_pairs(prompts, seeds)
     if reserved := sorted(set(call) & set(_OURS)):
         raise ValueError(f"a recording sets {', '.join(reserved)} itself; leave it out of the call.")
     texts = {k: [v] * len(prompts) for k, v in call.items() if "prompt" in k and isinstance(v, str)}
-    recorder = _Recorder(pipe, tokens)
+    recorder = _Recorder(pipe, tokens, tap or tap_of(pipe.transformer))
     with recorder.listening():
         final = pipe(
             prompt=list(prompts),
@@ -70,10 +72,10 @@ def _check_pairs(prompts: Sequence[str], seeds: Sequence[int]) -> None:
 class _Recorder:
     """Hooks on a pipeline's transformer that keep what passes at some of its tokens."""
 
-    def __init__(self, pipe: Any, tokens: Tensor | Callable[[int], Tensor]):
+    def __init__(self, pipe: Any, tokens: Tensor | Callable[[int], Tensor], tap: Tap):
         self._scheduler = pipe.scheduler
         self._transformer: Any = pipe.transformer
-        self._tap = tap_of(self._transformer)
+        self._tap = tap
         self._draw = tokens if callable(tokens) else lambda _: tokens
         self._tokens = torch.empty(0, dtype=torch.int64)
         self._stream = DEFAULT_STREAM
@@ -86,10 +88,11 @@ class _Recorder:
     @contextmanager
     def listening(self) -> Iterator[None]:
         # registered last, so that an acceleration's forecasts are seen and its bypass is known
-        module = getattr(self._transformer, self._tap.module)
         with ExitStack() as undo:
             undo.callback(self._transformer.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-            undo.callback(module.register_forward_pre_hook(self._pass, with_kwargs=True).remove)
+            if self._tap.module is not None:
+                module = getattr(self._transformer, self._tap.module)
+                undo.callback(module.register_forward_pre_hook(self._pass, with_kwargs=True).remove)
             undo.callback(self._transformer.register_forward_hook(self._leave).remove)
             undo.callback(hear_streams(self._transformer, self._within))
             yield
@@ -126,7 +129,15 @@ class _Recorder:
         kept["conditioning"].append(rest[0].detach().cpu() if rest else torch.empty(len(feature), 0))
 
     def _leave(self, _transformer: nn.Module, _args: tuple, output: Any) -> None:
-        self._kept[self._stream]["outputs"].append(self._keep(output[0]))
+        kept = self._kept[self._stream]
+        if self._tap.module is None:
+            self._pass(_transformer, (output[0],), {})
+        kept["outputs"].append(self._keep(output[0]))
+        if len(kept["features"]) != len(kept["outputs"]):
+            raise ValueError(
+                f"a feature passes {self._tap.module!r} at each step of a recorded run, got none at step {self._step}; "
+                "record a run that is accelerated at another tap with that tap."
+            )
 
     def _keep(self, x: Tensor) -> Tensor:
         return x.detach()[:, self._tokens].cpu()

@@ -96,6 +96,21 @@ class Plan:
             gain[step] = math.fsum(map(abs, row.coefficients))
         return gain
 
+    def live(self, differences: bool = False) -> dict[int, tuple[int, ...]]:
+        """Return, for each step of the run, those up to it whose features a later row combines, oldest first.
+
+        They are what a history has to hold after the step. With `differences`, each feature but the newest is held as
+        its difference to the next one held, and so those in between are held too.
+        """
+        last = {k: step for step in sorted(self.rows) for k, c in zip(*self.rows[step][:2], strict=True) if c}
+        held: dict[int, tuple[int, ...]] = {}
+        stored: list[int] = []
+        for step in range(self.start, self.steps):
+            stored += [step] if last.get(step, step) > step else []
+            used = tuple(k for k in stored if last[k] > step)
+            held[step] = tuple(k for k in stored if k >= used[0]) if used and differences else used
+        return held
+
     def freeze(self) -> LinearRows:
         """Return these rows as a forecaster of their own, bound to this grid and schedule.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Elements combined at a time: the scratch stays in a core's cache, and is large enough to fill a GPU.
-CPU_SCRATCH, GPU_SCRATCH = 1 << 18, 1 << 23
+# Elements combined at a time: the scratch stays in a core's cache, and is large enough to fill a GPU. Unless features
+# are small, it is a fraction of one.
+FRACTION, LEAST = 8, 1 << 14
+CPU_SCRATCH, GPU_SCRATCH = 1 << 18, 1 << 21
 
 
 class Row(NamedTuple):
@@ -23,70 +25,210 @@ class Row(NamedTuple):
     offset: Tensor
 
 
-def combine(features: Sequence[Tensor], coefficients: Sequence[float], offset: float, scratch: Tensor) -> Tensor:
-    """Return sum_k coefficients[k] features[k] + offset as a new tensor of the features' shape and dtype.
+class Term(NamedTuple):
+    """What one stored tensor adds to a forecast: coefficient times values, times each token's scale if it has one."""
 
-    Accumulates in the dtype of `scratch`, whatever that of the features is (`sum |c|` reaches the hundreds), in pieces
-    of its size, and reads each feature whose coefficient is not zero once. All are contiguous and of one shape.
+    values: Tensor
+    coefficient: float
+    scale: Tensor | None = None
 
-    Raises: ValueError if there is not one coefficient for each feature.
+
+def combine(terms: Sequence[Term], offset: float, forecast: Tensor, scratch: Tensor) -> None:
+    """Write the sum of the terms + offset to `forecast`, (tokens, channels) as all values are; scales are (tokens, 1).
+
+    Accumulates in the dtype of `scratch`, whatever that of the values is (`sum |c|` reaches the hundreds), in pieces of
+    its tokens, and reads each term once. Values on another device are brought over piece by piece.
     """
-    used = [(f.view(-1), c) for f, c in zip(features, coefficients, strict=True) if c != 0.0]
-    forecast = torch.empty_like(features[0])
-    flat = forecast.view(-1)
-    for start in range(0, flat.numel(), scratch.numel()):
-        piece = slice(start, start + scratch.numel())
-        total = scratch[: flat[piece].numel()].fill_(offset)
-        for feature, coefficient in used:
-            total.add_(feature[piece], alpha=coefficient)
-        flat[piece] = total
-    return forecast
+    for start in range(0, len(forecast), len(scratch)):
+        piece = slice(start, start + len(scratch))
+        total = scratch[: len(forecast[piece])].fill_(offset)
+        for values, coefficient, scale in terms:
+            part = values[piece].to(total.device, non_blocking=True)
+            if scale is None:
+                total.add_(part, alpha=coefficient)
+            else:
+                total.addcmul_(part.to(total.dtype), scale[piece].to(total.device), value=coefficient)
+        forecast[piece] = total
+
+
+class Storage(NamedTuple):
+    """How a history is stored: in which dtype (None: the features' own), and whether on the CPU."""
+
+    dtype: torch.dtype | None = None
+    on_cpu: bool = False
+
+    @property
+    def of_differences(self) -> bool:
+        """Tell whether all but the newest feature are stored as differences, each to the next newer one."""
+        return self.dtype is not None
+
+    def history(self, slots: int, like: Tensor) -> History:
+        """Make a history of at most `slots` features like this one."""
+        return (Differences if self.of_differences else History)(slots, like, self)
+
+    @classmethod
+    def parse(cls, name: str) -> Storage:
+        """Read 'model', 'int8', 'fp8', 'cpu', 'int8-cpu' or 'fp8-cpu'.
+
+        Raises: ValueError if it is none of these.
+        """
+        if name not in STORAGES:
+            raise ValueError(f"a history is stored as one of {', '.join(STORAGES)}, got {name!r}; name one of these.")
+        return STORAGES[name]
+
+
+STORAGES = {
+    "model": Storage(),
+    "int8": Storage(torch.int8),
+    "fp8": Storage(torch.float8_e4m3fn),
+    "cpu": Storage(on_cpu=True),
+    "int8-cpu": Storage(torch.int8, on_cpu=True),
+    "fp8-cpu": Storage(torch.float8_e4m3fn, on_cpu=True),
+}
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 class History:
-    """The past features that a forecast may use: a preallocated ring of `memory` features of one shape and dtype."""
+    """The past features that later forecasts use: at most `slots` of one shape and dtype, in storage made once."""
 
-    def __init__(self, memory: int, like: Tensor):
-        wide = torch.promote_types(like.dtype, torch.float32)
-        scratch = min(like.numel(), CPU_SCRATCH if like.device.type == "cpu" else GPU_SCRATCH)
+    def __init__(self, slots: int, like: Tensor, storage: Storage = STORAGES["model"]):
+        self.slots, self.storage = slots, storage
+        self._kind = (like.shape, like.dtype, like.device)
+        self._slot_of: dict[int, int] = {}  # by step, oldest first
+        self._wide = torch.promote_types(like.dtype, torch.float32)
+        self._channels = like.shape[-1]
+        self._tokens = like.numel() // self._channels
+        most = CPU_SCRATCH if like.device.type == "cpu" else GPU_SCRATCH
+        elements = min(like.numel(), most, max(LEAST, like.numel() // FRACTION))
         with torch.inference_mode(False):  # or later runs outside that mode could not write
-            self._ring = torch.empty((memory, *like.shape), dtype=like.dtype, device=like.device)
-            self._scratch = torch.empty(scratch, dtype=wide, device=like.device)
-        self._appended = 0
-        self.steps: list[int] = []
+            shape = (max(1, elements // self._channels), self._channels)
+            self._scratch = torch.empty(shape, dtype=self._wide, device=like.device)
+            self._allocate()
 
-    def fits(self, memory: int, like: Tensor) -> bool:
-        """Tell whether this is the storage of `memory` features like this one."""
-        ring = self._ring
-        return (ring.shape, ring.dtype, ring.device) == ((memory, *like.shape), like.dtype, like.device)
+    def _allocate(self) -> None:
+        self._features = self._empty(self.slots, self._channels, self._kind[1])
 
-    def clear(self) -> None:
-        """Forget all steps; the storage stays."""
-        self._appended = 0
-        self.steps = []
+    def _empty(self, slots: int, channels: int, dtype: torch.dtype) -> Tensor:
+        """Make storage; on the CPU it is pinned where a GPU reads it."""
+        device = self._kind[2]
+        away = self.storage.on_cpu and device.type == "cuda"
+        place = torch.device("cpu") if self.storage.on_cpu else device
+        return torch.empty((slots, self._tokens, channels), dtype=dtype, device=place, pin_memory=away)
 
-    @torch.no_grad()
-    def append(self, step: int, feature: Tensor) -> None:
-        """Copy a feature in, over the oldest one when the ring is full."""
-        memory = len(self._ring)
-        self._ring[self._appended % memory].copy_(feature)
-        self._appended += 1
-        self.steps = [*self.steps, step][-memory:]
-
-    def features(self) -> list[Tensor]:
-        """Return the held features, oldest first, as views."""
-        memory = len(self._ring)
-        return [self._ring[k % memory] for k in range(self._appended - len(self.steps), self._appended)]
-
-    @torch.no_grad()
-    def forecast(self, coefficients: Sequence[float], offset: float) -> Tensor:
-        """Combine the held features (one coefficient each, oldest first) into a new feature.
-
-        Raises: ValueError if there is not one coefficient for each held feature.
-        """
-        return combine(self.features(), coefficients, offset, self._scratch)
+    @property
+    def steps(self) -> list[int]:
+        """The steps whose features are held, oldest first."""
+        return list(self._slot_of)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of device memory held, the scratch included."""
-        return self._ring.nbytes + self._scratch.nbytes
+        """Bytes held of the features' device memory, the scratch included."""
+        return sum(tensor.nbytes for tensor in self._tensors() if tensor.device == self._kind[2])
+
+    def _tensors(self) -> list[Tensor]:
+        return [self._features, self._scratch]
+
+    def fits(self, slots: int, like: Tensor) -> bool:
+        """Tell whether this is the storage of so many features like this one."""
+        return self.slots == slots and self._kind == (like.shape, like.dtype, like.device)
+
+    def clear(self) -> None:
+        """Forget all steps; the storage stays."""
+        self._slot_of = {}
+
+    def keep(self, steps: Collection[int]) -> None:
+        """Forget all steps but these."""
+        self._slot_of = {step: slot for step, slot in self._slot_of.items() if step in steps}
+
+    def append(self, step: int, feature: Tensor) -> None:
+        """Copy a feature in.
+
+        Raises: IndexError if all slots are taken.
+        """
+        with torch.no_grad():
+            self._slot_of[step] = self._store(feature.reshape(self._tokens, self._channels))
+
+    def _store(self, feature: Tensor) -> int:
+        """Copy a feature to a free slot and return that."""
+        slot = self._free(self.slots)
+        self._features[slot].copy_(feature, non_blocking=True)
+        return slot
+
+    def _free(self, slots: int) -> int:
+        return sorted(set(range(slots)).difference(self._slot_of.values()))[0]
+
+    @torch.no_grad()
+    def forecast(self, past: Sequence[int], coefficients: Sequence[float], offset: float) -> Tensor:
+        """Combine the features of past steps into a new one; where a coefficient is zero, none need be held.
+
+        Raises: ValueError if there is not one coefficient for each past step; KeyError if one that counts is not held.
+        """
+        counting = {step: c for step, c in zip(past, coefficients, strict=True) if c != 0.0}
+        if missing := sorted(counting.keys() - self._slot_of.keys()):
+            raise KeyError(f"the steps {missing} count and are not held, but {self.steps}; keep them.")
+        shape, dtype, device = self._kind
+        forecast = torch.empty(shape, dtype=dtype, device=device)
+        combine(self._terms(counting), offset, forecast.view(self._tokens, self._channels), self._scratch)
+        return forecast
+
+    def _terms(self, coefficients: dict[int, float]) -> list[Term]:
+        return [Term(self._features[self._slot_of[step]], c) for step, c in coefficients.items()]
+
+
+class Differences(History):
+    """A history of the newest feature as it is, and of each older one as its difference to the next newer, quantised.
+
+    Neighbours differ by a fraction of their size, and so does the rounding error. A difference d = h_next - h is stored
+    as codes and one scale a token, d = scale codes, the largest code at the token's largest element. It is quantised
+    once, from two features that are exact, when the newer one comes. A forecast never restores the older features:
+
+        sum_k c_k h_k = (sum_k c_k) h_newest - sum_j (sum_{k <= j} c_k) d_j
+    """
+
+    _NEWEST = -1  # its slot
+
+    def _allocate(self) -> None:
+        older = max(self.slots - 1, 0)
+        assert self.storage.dtype is not None
+        self._features = self._empty(min(self.slots, 1), self._channels, self._kind[1])
+        self._codes = self._empty(older, self._channels, self.storage.dtype)
+        self._scales = self._empty(older, 1, self._wide)
+
+    def _tensors(self) -> list[Tensor]:
+        return [*super()._tensors(), self._codes, self._scales]
+
+    def keep(self, steps: Collection[int]) -> None:
+        """Forget the steps before these; one in between is part of what older ones are made of, and stays."""
+        oldest = min(steps, default=None)
+        super().keep([step for step in self._slot_of if oldest is not None and step >= oldest])
+
+    def _store(self, feature: Tensor) -> int:
+        if self._slot_of:
+            newest = self.steps[-1]
+            self._slot_of[newest] = self._quantise(feature)
+        self._features[0].copy_(feature, non_blocking=True)
+        return self._NEWEST
+
+    def _quantise(self, newer: Tensor) -> int:
+        """Store the difference of a feature to the newest one held; returns its slot."""
+        slot = self._free(self.slots - 1)
+        older, codes, scales = self._features[0], self._codes[slot], self._scales[slot]
+        for start in range(0, self._tokens, len(self._scratch)):
+            piece = slice(start, start + len(self._scratch))
+            difference = self._scratch[: len(older[piece])].copy_(newer[piece])
+            difference.sub_(older[piece].to(difference.device, non_blocking=True))
+            scale = difference.abs().amax(-1, keepdim=True) / LARGEST[codes.dtype]
+            difference.div_(scale.clamp_min(torch.finfo(scale.dtype).tiny))
+            codes[piece] = difference if codes.is_floating_point() else difference.round_()
+            scales[piece] = scale
+        return slot
+
+    def _terms(self, coefficients: dict[int, float]) -> list[Term]:
+        terms, total = [], 0.0
+        for step, slot in self._slot_of.items():
+            total += coefficients.get(step, 0.0)
+            if slot == self._NEWEST:
+                terms.append(Term(self._features[0], total))
+            else:
+                terms.append(Term(self._codes[slot], -total, self._scales[slot]))
+        return [term for term in terms if term.coefficient]

@@ -18,7 +18,7 @@ from lesa import plan as plans
 from lesa import predictor as predictors
 from lesa.forecasters import Forecaster
 from lesa.plan import Plan
-from lesa.row import History
+from lesa.row import History, Storage
 from lesa.schedule import Schedule
 from lesa.tap import Tap, attach, hear_streams, tap_of
 
@@ -83,7 +83,8 @@ class StreamSummary:
     """What one stream did in all runs so far.
 
     Steps are counted over all runs; `short_rows` are the forecasts that had fewer past features than they are made for;
-    `bytes_held` is the history's device memory; `forecast_seconds` is host time (a GPU may still be at work after it).
+    `bytes_held` is the history's memory on the transformer's device; `forecast_seconds` is host time (a GPU may still
+    be at work after it).
     """
 
     runs: int = 0
@@ -119,18 +120,23 @@ class Summary(dict[str, StreamSummary]):
 class Stream:
     """One stream: the plan and history of its present run, and what it has done so far."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, storage: Storage):
         self.name = name
+        self.storage = storage
         self.run: object = None
         self.plan: Plan
         self.history: History | None = None
         self.done = StreamSummary()
+        self._live: dict[int, tuple[int, ...]] = {}
+        self._slots = 0
         self._step = -1
         self._thread = 0
 
     def start(self, run: object, plan: Plan) -> None:
         """Begin a run, in the thread that calls."""
         self.run, self.plan = run, plan
+        self._live = plan.live(self.storage.of_differences)
+        self._slots = max(map(len, self._live.values()))
         self._step = plan.start - 1
         self._thread = threading.get_ident()
         self.done.runs += 1
@@ -163,29 +169,36 @@ class Stream:
             return self._forecast(feature)
         self.done.full_steps += 1
         if self.plan.rows:
-            self._history_for(feature).append(self._step, feature)
+            self._remember(self._history_for(feature), feature)
         return feature
 
     def _forecast(self, feature: Tensor) -> Tensor:
         began = time.perf_counter()
-        history, (_, coefficients, offset) = self.history, self.plan.rows[self._step]
+        history = self.history
         assert history is not None, "a run begins with a full step"
-        forecast = history.forecast(coefficients, offset)
+        forecast = history.forecast(*self.plan.rows[self._step])
         if forecast.shape != feature.shape or forecast.device != feature.device:
             raise self._changed(feature)
         if self.plan.remembers_forecasts:
-            history.append(self._step, forecast)
+            self._remember(history, forecast)
         self.done.skipped_steps += 1
         self.done.short_rows += self._step in self.plan.truncated
         self.done.forecast_seconds += time.perf_counter() - began
         return forecast
 
+    def _remember(self, history: History, feature: Tensor) -> None:
+        """Keep a feature if a later row combines it, and in any case no others than such."""
+        live = self._live[self._step]
+        history.keep(live)
+        if self._step in live:
+            history.append(self._step, feature)
+
     def _history_for(self, feature: Tensor) -> History:
-        if self.history is None or not self.history.fits(self.plan.memory, feature):
+        if self.history is None or not self.history.fits(self._slots, feature):
             if self._step > self.plan.start:
                 raise self._changed(feature)
             self.history = None  # gone before the next one is made
-            self.history = History(self.plan.memory, like=feature)
+            self.history = self.storage.history(self._slots, like=feature)
             self.done.bytes_held = self.history.nbytes
         return self.history
 
@@ -213,8 +226,16 @@ class _Here(threading.local):
 class Executor:
     """Applies plans: listens at the tap, and finds the stream, the step and its row for each call."""
 
-    def __init__(self, clock: SchedulerClock | LoopClock, forecaster: Forecaster, schedule: Schedule, strict: bool):
+    def __init__(
+        self,
+        clock: SchedulerClock | LoopClock,
+        forecaster: Forecaster,
+        schedule: Schedule,
+        strict: bool,
+        storage: Storage,
+    ):
         self.clock = clock
+        self.storage = storage
         self.streams: dict[str, Stream] = {}
         self.here = _Here()
         self._lock = threading.Lock()
@@ -228,7 +249,7 @@ class Executor:
     def begin(self) -> bool:
         with self._lock:
             (run, step), name = self.clock.now(), self.here.name
-            stream = self.streams.get(name) or Stream(name)
+            stream = self.streams.get(name) or Stream(name, self.storage)
             if stream.run is not run:
                 stream.start(run, self._compiled(name, step, tuple(self.clock.grid().tolist())))
                 self.streams[name] = stream
@@ -312,7 +333,8 @@ def accelerate(
     *,
     schedule: Schedule | None = None,
     grid: Sequence[float] | Tensor | None = None,
-    tap: Tap | None = None,
+    tap: Tap | str | None = None,
+    history: str = "model",
     strict: bool = False,
 ) -> Run:
     """Make a pipeline, or a transformer in a loop of one's own, run its blocks on the full steps of a schedule only.
@@ -326,9 +348,17 @@ def accelerate(
     a schedule, the forecaster's own. A transformer alone needs the `grid` of its loop, S + 1 falling times, and
     `run.at(step)` before each call. With `strict`, a forecast from fewer past features than it is made for is an error.
 
-    Raises: ValueError if the schedule, the grid or the tap is missing or does not fit, or if the transformer is
-        accelerated already; LookupError if no predictor is shipped for the pipeline. The pipeline's first call raises
-        ValueError, before its first step is done, if its grid, schedule or streams do not fit the predictor.
+    `tap` is 'feature', what enters the final norm, or 'output', what the transformer returns: far smaller, and its
+    forwards do not run at all on skipped steps; or a `lesa.Tap`. Without one it is the predictor's own, or 'feature'.
+
+    `history` is how past features are stored: as they are ('model'); the newest as it is and the others as differences
+    of a byte an element ('int8', 'fp8'); or the same in the CPU's memory ('cpu', 'int8-cpu', 'fp8-cpu'). In each,
+    features that no later step uses are not held.
+
+    Raises: ValueError if the schedule, the grid or the tap is missing or does not fit, if there is no such history, or
+        if the transformer is accelerated already; LookupError if no predictor is shipped for the pipeline. The
+        pipeline's first call raises ValueError, before its first step is done, if its grid, schedule or streams do not
+        fit the predictor.
     """
     transformer = _transformer_of(pipe)
     if (transformer is pipe) != (grid is not None):
@@ -343,14 +373,17 @@ def accelerate(
         raise ValueError(
             f"{forecaster!r} does not say which steps are full; pass a schedule, e.g. schedule=lesa.Schedule.paper(7)."
         )
-    tap = tap or tap_of(transformer)
+    if tap is None and isinstance(forecaster, predictors.Predictor):
+        tap = forecaster.origin.tap
+    tap = tap if isinstance(tap, Tap) else tap_of(transformer, tap or "feature")
     if isinstance(forecaster, predictors.Predictor):
         forecaster.check_model(transformer, tap)
+    storage = Storage.parse(history)
     clock = SchedulerClock(pipe) if grid is None else LoopClock(grid)
     with _lock:
         if _RUN in transformer.__dict__:
             raise ValueError("a transformer is accelerated once, but this one is already; call lesa.disable first.")
-        run = Run(transformer, Executor(clock, forecaster, schedule, strict), tap)
+        run = Run(transformer, Executor(clock, forecaster, schedule, strict, storage), tap)
         transformer.__dict__[_RUN] = run
     return run
 

@@ -1,13 +1,16 @@
 """Where a transformer's feature is read and written back.
 
-The feature is what enters the final norm (or the last projection, where a model has no such norm): with the blocks
-bypassed and that tensor put back, everything else of the transformer's own forward does what it does in a full step.
+At the feature tap it is what enters the final norm (or the last projection, where a model has no such norm): with the
+blocks bypassed and that tensor put back, everything else of the transformer's own forward does what it does in a full
+step. At the output tap it is what the transformer returns, a fraction of that size, and on skipped steps its forward
+does not run at all.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -15,29 +18,36 @@ from torch import Tensor, nn
 
 
 class Tap(NamedTuple):
-    """Name a transformer class's lists of blocks to bypass, and the module whose first input is the feature."""
+    """Name a transformer class's lists of blocks to bypass, and the module whose first input is the feature.
+
+    Without a module the feature is the transformer's output.
+    """
 
     blocks: tuple[str, ...]
-    module: str
+    module: str | None
 
 
 TAPS = {
     "FluxTransformer2DModel": Tap(("transformer_blocks", "single_transformer_blocks"), "norm_out"),
 }
+PLACES = ("feature", "output")
 PROJECTION = "proj_out"
 """What diffusers calls the projection that follows the final norm."""
 COMPILE_BLOCKS = "compile its repeated blocks instead: transformer.compile_repeated_blocks(fullgraph=True)."
 
 
-def tap_of(transformer: nn.Module) -> Tap:
-    """Find the tap of a transformer by the name of its class or of a parent class.
+def tap_of(transformer: nn.Module, place: str = "feature") -> Tap:
+    """Find the tap of a transformer, 'feature' or 'output', by the name of its class or of a parent class.
 
-    Raises: ValueError if the class is unknown, or if the transformer is compiled as a whole.
+    Raises: ValueError if the place or the class is unknown, or if the transformer is compiled as a whole.
     """
+    if place not in PLACES:
+        raise ValueError(f"a tap is at one of {', '.join(PLACES)}, got {place!r}; name one of these, or pass a Tap.")
     _refuse_compiled(transformer)
     for parent in type(transformer).__mro__:
         if parent.__name__ in TAPS:
-            return TAPS[parent.__name__]
+            tap = TAPS[parent.__name__]
+            return tap if place == "feature" else tap._replace(module=None)
     raise ValueError(
         f"a tap is known for {', '.join(sorted(TAPS))}, got a {type(transformer).__name__}; pass "
         "tap=lesa.Tap(blocks=(...), module=...) with the names of its block lists and of its final norm."
@@ -49,10 +59,12 @@ def head(transformer: nn.Module, tap: Tap) -> Callable[[Tensor, Tensor], Tensor]
 
     For FLUX it is proj_out(norm_out(feature, conditioning)). Features are (..., n, C), of any n tokens, conditioning is
     (..., D), both with the same leading dimensions; all is done on the device and in the dtype of the transformer's
-    weights, and the outputs come back to the device of the features.
+    weights, and the outputs come back to the device of the features. After the output tap nothing is left to be done.
 
     Raises: ValueError if the transformer has no such modules; the call does if leading dimensions differ.
     """
+    if tap.module is None:
+        return lambda features, _conditioning: features
     module, projection = getattr(transformer, tap.module, None), getattr(transformer, PROJECTION, None)
     if module is None or projection is None or module is projection:
         raise ValueError(
@@ -99,7 +111,34 @@ def attach(transformer: nn.Module, tap: Tap, listener: Listener) -> Callable[[],
         here.blocks_run = listener.begin()
         here.awaited = True
 
-    def at_tap(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def after(_module: nn.Module, _args: tuple, output: Any) -> None:
+        passed_by, failed = here.awaited, output is None
+        here.reset()
+        if passed_by and not failed:
+            raise RuntimeError(
+                f"a {type(transformer).__name__} ran but no feature passed its {tap.module or 'output'!r}; correct the "
+                "tap, or accelerate again if its forward was replaced since, or, if the transformer was compiled as a "
+                f"whole, {COMPILE_BLOCKS}"
+            )
+
+    with ExitStack() as undo:
+        undo.callback(transformer.register_forward_pre_hook(before).remove)
+        undo.callback(transformer.register_forward_hook(after, always_call=True).remove)
+        for name in tap.blocks:
+            blocks = getattr(transformer, name)
+            undo.callback(setattr, blocks, "__class__", type(blocks))
+            blocks.__class__ = _gated(type(blocks), here)
+        if tap.module is None:
+            undo.callback(_at_output(transformer, listener, here))
+        else:
+            undo.callback(_at_module(getattr(transformer, tap.module), listener, here))
+        return undo.pop_all().close
+
+
+def _at_module(module: nn.Module, listener: Listener, here: _Passage) -> Callable[[], None]:
+    """Exchange the first input of a module."""
+
+    def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if not here.awaited:  # called by someone else than the transformer's forward
             return None
         here.reset()
@@ -108,31 +147,69 @@ def attach(transformer: nn.Module, tap: Tap, listener: Listener) -> Callable[[],
         name, feature = next(iter(kwargs.items()))
         return args, {**kwargs, name: listener.exchange(feature)}
 
-    def after(_module: nn.Module, _args: tuple, output: Any) -> None:
-        passed_by, failed = here.awaited, output is None
-        here.reset()
-        if passed_by and not failed:
-            raise RuntimeError(
-                f"a {type(transformer).__name__} ran but no feature passed its {tap.module!r}; correct the tap, or, if "
-                f"the transformer was compiled as a whole, {COMPILE_BLOCKS}"
-            )
+    return module.register_forward_pre_hook(before, with_kwargs=True).remove
 
-    with ExitStack() as undo:
-        module = getattr(transformer, tap.module)
-        undo.callback(transformer.register_forward_pre_hook(before).remove)
-        undo.callback(module.register_forward_pre_hook(at_tap, with_kwargs=True).remove)
-        undo.callback(transformer.register_forward_hook(after, always_call=True).remove)
-        for name in tap.blocks:
-            blocks = getattr(transformer, name)
-            undo.callback(setattr, blocks, "__class__", type(blocks))
-            blocks.__class__ = _gated(type(blocks), here)
-        return undo.pop_all().close
+
+def _at_output(transformer: nn.Module, listener: Listener, here: _Passage) -> Callable[[], None]:
+    """Exchange what a transformer returns, and let its forward run on full steps only.
+
+    A forward put over this one later (offloading does so) stays when this one is undone, and then finds it idle.
+    """
+    inner, shadowed = transformer.forward, transformer.__dict__.get("forward")
+    returned: dict[tuple, tuple[Tensor, Callable[[Tensor], Any]]] = {}  # by kind of call: what a full step gave
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not here.awaited:  # called by someone else than the transformer's __call__
+            return inner(*args, **kwargs)
+        kind = _kind_of_call(*args, **kwargs)
+        if here.blocks_run:
+            feature, wrap = _unwrap(inner(*args, **kwargs))
+            returned[kind] = feature.detach().new_empty(()).expand(feature.shape), wrap  # holds one number
+        elif kind in returned:
+            feature, wrap = returned[kind]
+        else:
+            raise RuntimeError(
+                "the calls of a run keep the shape, dtype and device of their input and their return_dict, got "
+                f"{', '.join(map(str, kind))} on a skipped step and none such on a full one; start the run anew."
+            )
+        here.reset()
+        return wrap(listener.exchange(feature))
+
+    def undo() -> None:
+        if transformer.__dict__.get("forward") is not forward:
+            return
+        del transformer.__dict__["forward"]
+        if shadowed is not None:
+            transformer.__dict__["forward"] = shadowed
+
+    transformer.__dict__["forward"] = forward
+    return undo
+
+
+def _kind_of_call(*args: Any, **kwargs: Any) -> tuple:
+    latents = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    return tuple(latents.shape), latents.dtype, latents.device, f"return_dict={kwargs.get('return_dict')}"
+
+
+def _unwrap(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """Take the tensor out of what a transformer returned; returns it with the call that puts another in its place."""
+    if isinstance(output, Tensor):
+        return output, lambda feature: feature
+    parts = dict(output) if isinstance(output, Mapping) else dict(enumerate(output))
+    (name, feature), kind = next(iter(parts.items())), type(output)
+    if len(parts) == 1 and isinstance(feature, Tensor):
+        return feature, lambda feature: (feature,) if kind is tuple else kind(**{name: feature})
+    raise RuntimeError(
+        f"a transformer tapped at its output returns one tensor, got {len(parts)} parts in a {kind.__name__}; tap a "
+        "module of it."
+    )
 
 
 def _check(transformer: nn.Module, tap: Tap) -> None:
     _refuse_compiled(transformer)
     lists = all(isinstance(getattr(transformer, name, None), nn.ModuleList) for name in tap.blocks)
-    if not (lists and isinstance(getattr(transformer, tap.module, None), nn.Module)):
+    if not (lists and (tap.module is None or isinstance(getattr(transformer, tap.module, None), nn.Module))):
         raise ValueError(
             f"a tap names block lists and a module of its transformer, got {tuple(tap)} for a "
             f"{type(transformer).__name__}; correct the tap."

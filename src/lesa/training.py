@@ -24,6 +24,7 @@ from lesa.grid import matches
 from lesa.plan import histories
 from lesa.predictor import L2P, LESA, Predictor
 from lesa.row import Row
+from lesa.tap import Tap
 from lesa.trajectory import Trajectory, write_atomically
 
 Head = Callable[[Tensor, Tensor], Tensor]
@@ -91,8 +92,12 @@ class Runs(NamedTuple):
     latents: Tensor
 
     @classmethod
-    def stack(cls, trajectories: Sequence[Trajectory], stream: str, steps: Sequence[int] | None = None) -> Runs:
+    def stack(
+        cls, trajectories: Sequence[Trajectory], stream: str, steps: Sequence[int] | None = None, tap: Tap | None = None
+    ) -> Runs:
         """Join trajectories of one collection, keeping the features of these steps (all, if none are named).
+
+        At the output tap the features are the outputs, whatever tap they were recorded at.
 
         Raises: ValueError if there are none or they differ in grid or tokens or recorded no such stream.
         """
@@ -100,8 +105,9 @@ class Runs(NamedTuple):
             raise ValueError("training needs recorded runs, got none; collect some first.")
         _check_alike(trajectories, trajectories[0], stream)
         kept = slice(None) if steps is None else list(steps)
+        at_output = tap is not None and tap.module is None
         return cls(
-            torch.stack([t.features[stream][kept] for t in trajectories]),
+            torch.stack([(t.outputs if at_output else t.features)[stream][kept] for t in trajectories]),
             torch.stack([t.outputs[stream] for t in trajectories]),
             torch.stack([t.conditioning[stream] for t in trajectories]),
             torch.stack([t.latents for t in trajectories]),
@@ -299,7 +305,8 @@ class _Fit:
         self.predictor, self.config = predictor, config
         self.problem = Problem(predictor, stream, head, config.loss)
         self.reference, self.validation = reference, validation
-        self.truth = (Runs.stack(reference, stream), Runs.stack(validation, stream))
+        tap = predictor.origin.tap
+        self.truth = (Runs.stack(reference, stream, tap=tap), Runs.stack(validation, stream, tap=tap))
         _check_alike([*reference, *validation], reference[0], stream)
         predictor.check_grid(reference[0].grid)
         if skipping := [run for run in (*reference, *validation) if len(run.full) < run.steps]:
@@ -318,7 +325,8 @@ class _Fit:
             _check_alike(runs, wanted[0], problem.stream)
             if other := [run for run in runs if run.full != problem.full]:
                 raise ValueError(f"a round's runs are accelerated by {self.predictor!r}, got {other[0]!r}; do so.")
-        stacked = [Runs.stack(runs, problem.stream, problem.full) for runs in (trained, validated)]
+        tap = self.predictor.origin.tap
+        stacked = [Runs.stack(runs, problem.stream, problem.full, tap) for runs in (trained, validated)]
         if all(runs.finite() for runs in stacked):
             self.sets.append((stacked[0], stacked[1]))
             problem.responses = response(stacked[0], self.truth[0], problem.full)
@@ -409,7 +417,7 @@ def least_squares(predictor: L2P, reference: Sequence[Trajectory]) -> None:
     Raises: ValueError if the runs do not fit the predictor or each other.
     """
     for stream in predictor.origin.streams:
-        features = Runs.stack(reference, stream).features
+        features = Runs.stack(reference, stream, tap=predictor.origin.tap).features
         predictor.check_grid(reference[0].grid)
         problem = Problem(predictor, stream, lambda x, _: x, "features")
         table = predictor.coefficients[stream]
