@@ -62,6 +62,7 @@ def rows(folder: Path) -> dict[str, dict]:
 def test_demo_compares_on_held_out_prompts(model, tmp_path, capsys):
     out = tmp_path / "out" / "demo"
     options = ["--pairs", "2", "--timed", "1", "--schedules", "paper:4,at:0,3,6", "--out", str(out)]
+    options += ["--budgets", ""]
     assert main(["demo", "--model", str(model), *options]) == 0
     printed = capsys.readouterr()
     written = json.loads((out / "results.json").read_text())
@@ -87,7 +88,7 @@ def test_bench_sets_a_trained_predictor_beside_the_others(model, predictor, tmp_
 
 def test_free_rows_are_trained_per_step(model, runs, tmp_path, capsys):
     assert train(model, runs, tmp_path / "l2p", "--method", "l2p", "--loss", "steps") == 0
-    assert main(["plan", str(tmp_path / "l2p")]) == 0
+    assert main(["rows", str(tmp_path / "l2p")]) == 0
     assert "Plan of 10 steps, 5 full" in capsys.readouterr().out
 
 
@@ -179,7 +180,7 @@ def test_generate_draws_with_and_without_acceleration(model, predictor, tmp_path
             "l2p",
         ),
         (["train", "MODEL", "--data", "OUT", "--validation-prompts", "EMPTY", "--out", "OUT"], "lesa collect"),
-        (["plan", "/nowhere"], "nowhere"),
+        (["rows", "/nowhere"], "nowhere"),
     ],
 )
 def test_errors_are_one_line_and_2(model, tmp_path, monkeypatch, capfd, arguments, words):
@@ -195,7 +196,7 @@ def test_errors_are_one_line_and_2(model, tmp_path, monkeypatch, capfd, argument
 
 def test_a_traceback_is_shown_when_asked_for(tmp_path):
     with pytest.raises(FileNotFoundError):
-        main(["--traceback", "plan", str(tmp_path)])
+        main(["--traceback", "rows", str(tmp_path)])
 
 
 def test_a_stop_is_no_error(monkeypatch, capsys):
@@ -210,7 +211,9 @@ def test_a_stop_is_no_error(monkeypatch, capsys):
 def test_without_a_command_there_is_help(capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
-    assert all(f"\n    {name} " in printed for name in ("demo", "bench", "collect", "train", "generate", "plan"))
+    assert all(
+        f"\n    {name} " in printed for name in ("demo", "bench", "collect", "train", "generate", "plan", "rows")
+    )
 
 
 @pytest.mark.parametrize(("text", "seeds"), [("0", [0]), ("2:5", [2, 3, 4]), ("7,1", [7, 1])])

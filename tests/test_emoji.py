@@ -9,9 +9,12 @@ import torch
 from diffusers import FluxPipeline
 
 import lesa
+from lesa.collect import record
 from lesa.emoji import COMPOSITIONS, PIXELS, Atlas, Composition, caption, parse
 from lesa.grid import from_scheduler
 from lesa.metrics import psnr
+from lesa.planning import PLANNED_ON, Planner
+from lesa.trajectory import draw_tokens
 
 MODEL = Path(__file__).parent.parent / "models" / "emoji-flux"
 SPLITS = {
@@ -102,9 +105,24 @@ def test_the_shipped_predictor_keeps_the_picture_with_a_fifth_of_the_steps_full(
     assert np.mean(ours) > max(40, np.mean(theirs) + 1)
 
 
+def test_three_full_steps_where_they_matter_are_worth_ten_on_the_papers_schedule(pipe):
+    prompts, seeds = SPLITS["train"][:PLANNED_ON], range(PLANNED_ON)
+    planner = Planner.of(pipe, record(pipe, prompts, seeds, draw_tokens))
+    planned = planner.search(lesa.Lagrange(2), 3)
+    assert len(planned.full_steps(50)) == 3
+    prompts = SPLITS["heldout"][:8]
+    reference = draw(pipe, prompts)
+    with lesa.accelerate(pipe, lesa.Lagrange(2), schedule=planned):
+        ours = draw(pipe, prompts)
+    with lesa.accelerate(pipe, lesa.Taylor(order=2), schedule=lesa.Schedule.paper(7)):
+        theirs = draw(pipe, prompts)
+    gained = [psnr(a, wanted) - psnr(b, wanted) for a, b, wanted in zip(ours, theirs, reference, strict=True)]
+    assert np.mean(gained) > 1
+
+
 def test_every_shipped_predictor_loads_and_fits(pipe):
     folders = [file.parent for file in MODEL.glob("lesa/*/config.json")]
-    assert len(folders) == 4
+    assert len(folders) == 9
     for folder in folders:
         predictor = lesa.Predictor.from_pretrained(folder)
         with lesa.accelerate(pipe, predictor) as run:

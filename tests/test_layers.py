@@ -13,6 +13,7 @@ LAYERS = [
     {"predictor", "plan"},
     {"runtime", "collect"},
     {"training"},
+    {"planning"},
     {"benchmark"},
     {"report"},
     {"cli"},

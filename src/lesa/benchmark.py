@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lesa import metrics
 from lesa.collect import record
 from lesa.emoji import Atlas
-from lesa.forecasters import Forecaster, Reuse, Taylor
+from lesa.forecasters import Forecaster, Lagrange, Reuse, Taylor
 from lesa.metrics import Interval
 from lesa.predictor import LESA, Predictor
 from lesa.runtime import accelerate
@@ -80,6 +80,38 @@ def label(predictor: Predictor) -> str:
     return predictor.method.upper() + (f" ({', '.join(apart)})" if apart else "")
 
 
+def untrained(reuse: bool, lagrange: bool = False) -> dict[str, Forecaster]:
+    """Return the forecasters that need no training, by their names in tables."""
+    plain: dict[str, Forecaster] = {"reuse": Reuse()} if reuse else {}
+    plain |= {f"Taylor-{order} (our tap)": Taylor(order) for order in (1, 2)}
+    return plain | ({f"Lagrange-{degree}": Lagrange(degree) for degree in (1, 2, 3)} if lagrange else {})
+
+
+def line_up_planned(
+    budgets: Sequence[int],
+    steps: int,
+    plan: Callable[[Forecaster, int], Schedule],
+    predictors: Sequence[Predictor] = (),
+    *,
+    reuse: bool = True,
+) -> list[Method]:
+    """Line up every method on the schedule that is planned for it, budget by budget.
+
+    `plan` finds the schedule of a forecaster that needs no training; a predictor has its own.
+    """
+
+    def fits(predictor: Predictor, budget: int) -> bool:
+        return len(predictor.grid) - 1 == steps and predictor.schedule.rule == "at" and len(predictor.full) == budget
+
+    methods: list[Method] = []
+    for budget in budgets:
+        methods.append(fewer_steps(budget))
+        plain = untrained(reuse, lagrange=True).items()
+        methods += [forecast(name, forecaster, plan(forecaster, budget)) for name, forecaster in plain]
+        methods += [forecast(label(one), one, one.schedule) for one in predictors if fits(one, budget)]
+    return methods
+
+
 def line_up(
     steps: int, schedules: Sequence[Schedule], predictors: Sequence[Predictor] = (), *, reuse: bool = False
 ) -> list[Method]:
@@ -91,8 +123,7 @@ def line_up(
     def fits(predictor: Predictor, schedule: Schedule) -> bool:
         return predictor.schedule == schedule and len(predictor.grid) - 1 == steps
 
-    plain: dict[str, Forecaster] = {"reuse": Reuse()} if reuse else {}
-    plain |= {f"Taylor-{order} (our tap)": Taylor(order) for order in (1, 2)}
+    plain = untrained(reuse)
     methods: list[Method] = []
     for schedule in schedules:
         fewer = fewer_steps(len(schedule.full_steps(steps)))

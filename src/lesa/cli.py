@@ -54,6 +54,10 @@ def _compare(options: argparse.Namespace, reuse: bool) -> None:
     seeds = range(len(prompts))
     pipe, predictors = _pipeline(options), _predictors(options.model, options.predictors, variants=reuse)
     methods = benchmark.line_up(options.steps, options.schedules, predictors, reuse=reuse)
+    if options.budgets:
+        plan = _planner(options, pipe).search
+        planned = benchmark.line_up_planned(options.budgets, options.steps, plan, predictors, reuse=reuse)
+        methods += [method for method in planned if method not in methods]
     facts = dict(batch_size=options.batch_size, recognise=benchmark.recogniser(options.model))
     comparison = benchmark.compare(pipe, methods, prompts, seeds, timed=options.timed, **facts)
     if options.bound:
@@ -87,6 +91,35 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    from time import monotonic
+
+    pipe, began = _pipeline(options), monotonic()
+    planner, forecaster = _planner(options, pipe), _forecaster(options)
+    for budget in options.budgets:
+        schedule = planner.search(forecaster, budget)
+        full = schedule.full_steps(options.steps)
+        print(f"{schedule}  {schedule.draw(options.steps)}  drift {planner.drift(forecaster, full):.1f} dB")
+    print(f"planned in {monotonic() - began:.1f} s, the runs included", file=sys.stderr)
+
+
+def _planner(options: argparse.Namespace, pipe: Any) -> Any:
+    """Make a planner of recorded runs: those collected, or some of the prompts that the model was trained on."""
+    from lesa.collect import record
+    from lesa.planning import PLANNED_ON, Planner
+    from lesa.tap import tap_of
+    from lesa.trajectory import Store, draw_tokens
+
+    tap = tap_of(pipe.transformer, getattr(options, "tap", "feature"))
+    if data := getattr(options, "data", None):
+        store = Store.open(data)
+        first = [store.load(k) for k in range(min(PLANNED_ON, len(store)))]
+        return Planner.of(pipe, first, tap, **store.collection.call)
+    prompts = _prompts(Path(options.model) / "prompts" / "train.txt", PLANNED_ON)
+    seeds = range(TRAINING_SEED, TRAINING_SEED + len(prompts))
+    return Planner.of(pipe, record(pipe, prompts, seeds, draw_tokens), tap)
+
+
+def _rows(options: argparse.Namespace) -> None:
     from lesa import plan
     from lesa.predictor import Predictor
 
@@ -147,6 +180,9 @@ def _train(options: argparse.Namespace) -> None:
             trained = runs([run.prompt for run in reference], [run.seed for run in reference])
             return trained, runs(prompts, seeds)
 
+    if options.budget:
+        options.schedule = _planner(options, pipe).search(_forecaster(options), options.budget)
+        print(f"planned: {options.schedule}")
     predictor = _untrained(options, pipe, store, reference)
     if options.loss == "steps":
         training.least_squares(predictor, reference)
@@ -304,10 +340,16 @@ def _parser() -> argparse.ArgumentParser:
         "--schedule", type=_schedule, help="which steps are full, e.g. paper:7; default: the predictor's"
     )
 
-    plan = commands.add_parser("plan", help="print the rows of a predictor")
-    plan.add_argument("predictor", metavar="PREDICTOR", help="its folder")
-    plan.add_argument("--stream", help="cond or uncond; default: its first")
-    plan.set_defaults(command=_plan)
+    plan = _command(commands, "plan", _plan, "choose which steps are full, for a number of full steps")
+    plan.add_argument("--data", metavar="FOLDER", help="what lesa collect wrote; default: runs of the model's prompts")
+    plan.add_argument("--budgets", type=_counts, default="10,8,6", help="numbers of full steps (10,8,6)")
+    plan.add_argument("--forecaster", default="lagrange:2", help="what to plan for: reuse, taylor:1, ... (lagrange:2)")
+    plan.set_defaults(predictor=None)
+
+    rows = commands.add_parser("rows", help="print the rows of a predictor")
+    rows.add_argument("predictor", metavar="PREDICTOR", help="its folder")
+    rows.add_argument("--stream", help="cond or uncond; default: its first")
+    rows.set_defaults(command=_rows)
     return parser
 
 
@@ -322,13 +364,15 @@ def _add_comparisons(commands: Any) -> None:
         "--differences", metavar="METHOD", default="LESA", help="the one to compare with the rest (LESA)"
     )
     bench.add_argument("--no-bound", dest="bound", action="store_false", help="leave out the bound, which records runs")
-    for command, pairs, timed, out in ((demo, 48, 6, "out/demo"), (bench, 200, 10, "out/bench")):
+    sizes = ((demo, 32, 4, "6", "out/demo"), (bench, 200, 10, "10,8,6,5,4", "out/bench"))
+    for command, pairs, timed, budgets, out in sizes:
         command.add_argument("--prompts", metavar="FILE", help="one a line; default: the model's held-out prompts")
         command.add_argument(
             "--pairs", type=_count, default=pairs, help=f"how many prompts, the k-th with seed k ({pairs})"
         )
         command.add_argument("--timed", type=int, default=timed, help=f"how many of them are timed ({timed})")
         command.add_argument("--schedules", type=_schedules, default="paper:7,paper:10", help="paper:7,paper:10")
+        command.add_argument("--budgets", type=_counts, default=budgets, help=f"full steps to plan for ({budgets})")
         command.add_argument("--batch-size", type=_count, default=16)
         command.add_argument("--out", default=out, metavar="FOLDER", help=f"for results.json and pictures.png ({out})")
 
@@ -351,6 +395,8 @@ def _add_training(commands: Any) -> None:
     train.add_argument("--validation-prompts", required=True, metavar="FILE", help="one a line; they choose the round")
     train.add_argument("--validation", type=_count, default=32, help="how many of them (32)")
     train.add_argument("--schedule", type=_schedule, default="paper:7", help="which steps are full (paper:7)")
+    train.add_argument("--budget", type=_count, help="plan the schedule, for so many full steps, with --forecaster")
+    train.add_argument("--forecaster", default="lagrange:2", help="what --budget is planned with (lagrange:2)")
     train.add_argument("--tap", choices=("feature", "output"), default="feature", help="what is forecast (feature)")
     train.add_argument("--method", choices=("lesa", "l2p"), default="lesa")
     train.add_argument("--history", choices=("full", "all"), default="full", help="of full steps, or of forecasts too")
@@ -365,6 +411,7 @@ def _add_training(commands: Any) -> None:
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--batch-size", type=_count, default=16)
     train.add_argument("--out", required=True, metavar="FOLDER")
+    train.set_defaults(predictor=None)
 
 
 def _command(commands: Any, name: str, run: Any, words: str, model: str | None = None) -> argparse.ArgumentParser:
@@ -411,6 +458,11 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise ValueError(f"a whole number, at least 1, is needed, got {text!r}")
     return int(text)
+
+
+@_told
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",") if part]
 
 
 @_told

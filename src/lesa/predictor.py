@@ -451,7 +451,8 @@ class L2P(Predictor):
 
 
 def shipped_for(pipe: Any, schedule: Schedule | None = None) -> Predictor:
-    """Load the predictor that lies beside a pipeline's own files: of several, the LESA with the most full steps.
+    """Load the predictor that lies beside a pipeline's own files: of several, the LESA with the most full steps, and
+    of as many full steps the one whose schedule was planned.
 
     With a `schedule`, only those that were trained for it count.
 
@@ -469,7 +470,7 @@ def shipped_for(pipe: Any, schedule: Schedule | None = None) -> Predictor:
     if not loaded:
         names = ", ".join(folder.name for folder in found)
         raise LookupError(f"no predictor shipped for {source} was trained for {schedule!r}, only {names}; train one.")
-    return max(loaded, key=lambda p: (isinstance(p, LESA), len(p.schedule.full_steps(len(p.grid) - 1))))
+    return max(loaded, key=lambda p: (isinstance(p, LESA), len(p.full), p.schedule.rule == "at"))
 
 
 def _read(source: str, config: bytes, weights: bytes) -> Predictor:

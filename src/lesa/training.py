@@ -82,8 +82,8 @@ class Config:
 class Runs(NamedTuple):
     """Runs of several prompts on one grid, one stream, as they were recorded.
 
-    `features` (P, S, n, C), or those of some steps only; `outputs` (P, S, n, C_out), `conditioning` (P, S, D), `latents`
-    (P, S + 1, n, latent channels).
+    `features` (P, S, n, C), or those of some steps only; `outputs` (P, S, n, C_out), `conditioning` (P, S, D),
+    `latents` (P, S + 1, n, latent channels).
     """
 
     features: Tensor

@@ -1,0 +1,128 @@
+"""Planning predicts the drift of real runs by algebra, and finds the full steps that make it small."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from test_training import CHANNELS, OUT, STEPS, TOKENS, WEIGHTS, World, bending, head, origin
+
+from lesa.forecasters import Lagrange, LinearRows, PlannedRow, Reuse, Taylor
+from lesa.plan import compile, histories
+from lesa.planning import Planner, disturbance, responses
+from lesa.predictor import L2P
+from lesa.row import Row
+from lesa.schedule import Schedule
+from lesa.training import Problem, Runs, drift, response
+
+ANSWER = 0.8
+BACK = torch.linalg.pinv(WEIGHTS / 2)  # from outputs to features
+
+
+def answering(seed, step, latents):
+    """Outputs are those of `bending` and ANSWER times the latents: the transformer takes drifts back."""
+    return bending(seed, step, latents) + ANSWER * latents @ BACK
+
+
+class Forecast:
+    """Stands for a predictor in a `World`: a forecaster with its schedule."""
+
+    def __init__(self, forecaster, schedule):
+        self.forecaster, self.schedule = forecaster, schedule
+
+    def for_stream(self, _):
+        return self.forecaster
+
+
+def plain_world(feature) -> World:
+    world = World(feature)
+    world.conditioning = torch.ones(STEPS, CHANNELS)
+    return world
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return plain_world(answering).runs(range(6))
+
+
+@pytest.fixture(scope="module")
+def planner(reference):
+    disturbed = plain_world(answering).runs(range(6), Forecast(Reuse(), disturbance(STEPS)))
+    return Planner(reference, head, responses(disturbed, reference), size=2048)
+
+
+SCHEDULES = [(0, 4, 8, 12), (0, 2, 9, 13, 15), (0, 7, 8), (0, 1, 2, 3, 14)]
+
+
+@pytest.mark.parametrize("full", SCHEDULES)
+@pytest.mark.parametrize("forecaster", [Reuse(), Taylor(1), Taylor(2), Lagrange(1), Lagrange(2), Lagrange(3)], ids=repr)
+def test_the_drift_of_real_runs_is_known_before_them(forecaster, full, planner, reference):
+    real = drift(plain_world(answering).runs(range(6), Forecast(forecaster, Schedule.at(full))), reference)
+    assert planner.drift(forecaster, full) == pytest.approx(real, abs=0.3)
+
+
+def test_without_the_answers_the_drift_is_another(planner, reference):
+    deaf = Planner(reference, head, size=2048)
+    assert abs(deaf.drift(Reuse(), SCHEDULES[0]) - planner.drift(Reuse(), SCHEDULES[0])) > 0.5
+
+
+def test_how_full_steps_answer_a_drift_is_measured(reference):
+    disturbed = plain_world(answering).runs(range(6), Forecast(Reuse(), disturbance(STEPS)))
+    found = responses(disturbed, reference)
+    first, times = disturbed[0].full[1], reference[0].grid.float()
+    torch.testing.assert_close(found[first:], torch.full((STEPS - first,), ANSWER), atol=1e-3, rtol=0)
+    expected = ANSWER * times[first] / times[:first]
+    torch.testing.assert_close(found[:first], expected, atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="each disturbed run has its reference run, got 5 and 6"):
+        responses(disturbed[1:], reference)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 4])
+@pytest.mark.parametrize("forecaster", [Reuse(), Lagrange(2)], ids=repr)
+def test_the_search_finds_what_trying_all_schedules_finds(forecaster, budget, planner):
+    found = planner.search(forecaster, budget).full_steps(STEPS)
+    everything = [(0, *rest) for rest in combinations(range(1, STEPS), budget - 1)]
+    assert len(found) == budget
+    best = min(planner.drift(forecaster, full) for full in everything)
+    assert planner.drift(forecaster, found) == pytest.approx(best, abs=0.05)
+
+
+def test_all_steps_full_leave_no_drift(planner):
+    assert planner.search(Taylor(1), STEPS) == Schedule.at(range(STEPS))
+    assert planner.drift(Taylor(1), range(STEPS)) == pytest.approx(-120)
+
+
+def test_what_cannot_be_planned_is_an_error(planner):
+    for budget in (0, STEPS + 1):
+        with pytest.raises(ValueError, match=f"a budget is from 1 to {STEPS} full steps, got {budget}"):
+            planner.search(Reuse(), budget)
+    grid = planner.grid
+    own = LinearRows(grid, {step: PlannedRow((step - 1,), (1.0,), 0.0) for step in range(1, STEPS)}, memory=1)
+    with pytest.raises(ValueError, match="planning follows histories of full steps only"):
+        planner.search(own, 3)
+
+
+def test_training_knows_the_drift_of_rows_that_were_not_run(reference):
+    """Runs of one set of rows, with their answers, tell where other rows would lead."""
+    world, schedule = plain_world(answering), "at:0,4,9,13"
+    free = L2P(origin(schedule))
+    problem = Problem(free, "cond", head, "latents")
+    runs = world.runs(range(6), Forecast(Reuse(), Schedule.parse(schedule)))
+    other = world.runs(range(6), Forecast(Lagrange(2), Schedule.parse(schedule)))
+    truth, recorded = Runs.stack(reference, "cond"), Runs.stack(runs, "cond", problem.full)
+    problem.responses = response(recorded, truth, problem.full)
+    pasts = dict(histories(STEPS, problem.full, 0, free.memory, False))
+    plan = compile(Lagrange(2), reference[0].grid, Schedule.parse(schedule))
+
+    def row(step):
+        past, coefficients, _ = plan.rows[step]
+        missing = [0.0] * (len(pasts[step]) - len(past))
+        return Row(torch.tensor([*missing, *coefficients]), torch.tensor(0.0))
+
+    # the features of the full steps are as recorded, so what they answer is all that differs
+    rows = {step: row(step) for step in pasts}
+    outputs = head(problem.forecasts(rows, recorded.features, True), recorded.conditioning[:, problem.skipped])
+    moved = recorded.outputs.index_copy(1, torch.tensor(problem.skipped), outputs) - truth.outputs
+    found = problem.drift(rows, problem.durations * moved, recorded, truth)
+    real = torch.stack([run.latents for run in other]) - truth.latents
+    torch.testing.assert_close(found, real[:, 1:], atol=1e-4, rtol=1e-3)
+    assert found.shape == (6, STEPS, TOKENS, OUT)
