@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 MODEL := models/emoji-flux
 
-.PHONY: setup demo bench predictors test lint format clean
+.PHONY: setup demo bench bench-planned predictors test lint format clean
 
 setup: $(STAMP)
 
@@ -18,6 +18,11 @@ demo: setup
 bench: setup
 	$(BIN)/lesa bench $(MODEL)
 
+# Every method on the schedule that is planned for it.
+bench-planned: setup
+	$(BIN)/lesa bench $(MODEL) --no-bound --timed 2 --out out/bench-planned --predictors \
+		$(foreach n,10 8 6 5 4,$(MODEL)/lesa/lesa-planned$(n)) $(MODEL)/lesa/lesa-planned6/at-output
+
 # The predictors shipped with the model, and what the benchmark compares them with.
 predictors: setup
 	$(BIN)/lesa collect $(MODEL) --prompts $(MODEL)/prompts/train.txt --limit 48 --out out/runs
@@ -29,6 +34,14 @@ predictors: setup
 		$$train --method l2p --out $(MODEL)/lesa/l2p-paper$$n || exit 1; \
 		$$train --method l2p --loss steps --out $(MODEL)/lesa/l2p-paper$$n/per-step || exit 1; \
 	done
+	for n in 10:2 8:2 6:3 5:3 4:3; do \
+		$(BIN)/lesa train $(MODEL) --data out/runs --budget $${n%:*} --forecaster lagrange:$${n#*:} --rounds 3 \
+			--validation-prompts $(MODEL)/prompts/validation.txt --validation 24 \
+			--out $(MODEL)/lesa/lesa-planned$${n%:*} || exit 1; \
+	done
+	$(BIN)/lesa train $(MODEL) --data out/runs --budget 6 --forecaster lagrange:3 --rounds 3 --tap output \
+		--validation-prompts $(MODEL)/prompts/validation.txt --validation 24 \
+		--out $(MODEL)/lesa/lesa-planned6/at-output
 
 test: setup
 	$(BIN)/python -m pytest

@@ -223,3 +223,23 @@ def test_seeds_are_read(text, seeds):
 
 def test_schedules_may_hold_commas():
     assert [str(one) for one in cli._schedules("paper:7,at:0,3,9,ratio:5")] == ["paper:7", "at:0,3,9", "ratio:5"]
+
+
+def test_plan_prints_a_schedule_for_each_budget(model, runs, capsys):
+    common = ["plan", str(model), "--budgets", "2,4", "--forecaster", "taylor:1"]
+    assert main(common) == 0
+    assert main([*common, "--data", str(runs)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    for line, budget in zip(lines, [2, 4, 2, 4], strict=True):
+        schedule, drawing, *_ = line.split()
+        assert schedule.startswith("at:0") and len(schedule.split(",")) == budget == drawing.count("#")
+
+
+def test_calibrate_plans_and_trains_from_a_few_runs(model, tmp_path, capsys):
+    options = ["--prompts", str(model / "prompts" / "train.txt"), "--limit", "2", "--budget", "3"]
+    assert main(["calibrate", str(model), *options, "--out", str(tmp_path)]) == 0
+    entries = json.loads((tmp_path / "config.json").read_text())
+    assert entries["method"] == "l2p" and len(entries["schedule"].split(",")) == 3
+    assert f"planned: {entries['schedule']}" in capsys.readouterr().out
+    assert main(["generate", str(model), "x", "--predictor", str(tmp_path), "--out", str(tmp_path / "x.png")]) == 0

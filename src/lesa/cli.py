@@ -202,6 +202,16 @@ def _train(options: argparse.Namespace) -> None:
     print(out)
 
 
+def _calibrate(options: argparse.Namespace) -> None:
+    """Collect, plan and train, with few runs and few updates; the round is chosen on the same prompts, other seeds."""
+    runs = Path(options.out) / "runs"
+    few = argparse.Namespace(**{**vars(options), "out": runs, "seeds": None, "tokens": None})
+    _collect(few)
+    chosen = dict(method="l2p", history="full", loss="latents", paper=False, rounds=1, updates=(100, 100), seed=0)
+    data = dict(data=runs, validation_prompts=options.prompts, validation=options.limit, predictor=None)
+    _train(argparse.Namespace(**{**vars(few), **chosen, **data, "out": options.out}))
+
+
 def _untrained(options: argparse.Namespace, pipe: Any, store: Any, reference: Sequence[Any]) -> Any:
     import diffusers
     import torch
@@ -389,6 +399,15 @@ def _add_training(commands: Any) -> None:
     collect.add_argument("--tokens", type=_count, help="tokens kept of each run; default: a hundredth, or up to 41")
     collect.add_argument("--batch-size", type=_count, default=16)
     collect.add_argument("--out", required=True, metavar="FOLDER")
+
+    calibrate = _command(commands, "calibrate", _calibrate, "a planned schedule and rows from a few runs, in minutes")
+    calibrate.add_argument("--prompts", required=True, metavar="FILE", help="one a line")
+    calibrate.add_argument("--limit", type=_count, default=8, help="how many of them (8)")
+    calibrate.add_argument("--budget", type=_count, default=8, help="full steps (8)")
+    calibrate.add_argument("--forecaster", default="lagrange:2", help="what the schedule is planned with (lagrange:2)")
+    calibrate.add_argument("--tap", choices=("feature", "output"), default="feature", help="where forecasts are made")
+    calibrate.add_argument("--batch-size", type=_count, default=8)
+    calibrate.add_argument("--out", required=True, metavar="FOLDER")
 
     train = _command(commands, "train", _train, "train a predictor on collected runs; resumable")
     train.add_argument("--data", required=True, metavar="FOLDER", help="what lesa collect wrote")
