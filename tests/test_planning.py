@@ -86,6 +86,21 @@ def test_the_search_finds_what_trying_all_schedules_finds(forecaster, budget, pl
     assert planner.drift(forecaster, found) == pytest.approx(best, abs=0.05)
 
 
+def test_forecasters_that_look_alike_are_kept_apart(planner):
+    def rows(coefficients):
+        table = {step: PlannedRow((0, 1), coefficients, 0.0) for step in range(2, STEPS)}
+        return LinearRows(planner.grid, table, remembers_forecasts=False)
+
+    newest, oldest = rows((0.0, 1.0)), rows((1.0, 0.0))
+    assert repr(newest) == repr(oldest)
+    assert planner.drift(newest, (0, 1)) == pytest.approx(planner.drift(Reuse(), (0, 1)), abs=1e-4)
+    assert planner.drift(oldest, (0, 1)) > planner.drift(newest, (0, 1)) + 0.1
+
+
+def test_short_runs_are_disturbed_too():
+    assert [disturbance(steps).draw(steps) for steps in (2, 3, 4, 8)] == ["##", "#.#", "#.##", "#.######"]
+
+
 def test_all_steps_full_leave_no_drift(planner):
     assert planner.search(Taylor(1), STEPS) == Schedule.at(range(STEPS))
     assert planner.drift(Taylor(1), range(STEPS)) == pytest.approx(-120)

@@ -37,7 +37,7 @@ PLANNED_ON, DISTURBED = 16, 8
 
 def disturbance(steps: int) -> Schedule:
     """Return the schedule whose runs, with reused features, show how full steps answer a drift: early steps skipped."""
-    return Schedule.at([0, *range(max(2, steps // 6), steps)])
+    return Schedule.at([0, *range(min(max(2, steps // 6), steps - 1), steps)])
 
 
 def responses(disturbed: Sequence[Trajectory], reference: Sequence[Trajectory], stream: str = "cond") -> Tensor:
@@ -90,14 +90,14 @@ class Planner:
 
         Raises: ValueError as the constructor and `lesa.collect.record` do.
         """
+        if not reference:
+            raise ValueError("planning needs recorded runs, got none; collect some first.")
         tap, again = tap or tap_of(pipe.transformer), reference[:DISTURBED]
+        tokens, stream = reference[0].tokens, reference[0].streams[0]
         with accelerate(pipe, Reuse(), schedule=disturbance(reference[0].steps)):
-            prompts, seeds = [run.prompt for run in again], [run.seed for run in again]
-            disturbed = record(pipe, prompts, seeds, reference[0].tokens, **call)
-        answers = responses(disturbed, again, reference[0].streams[0])
-        return cls(
-            reference[:PLANNED_ON], head(pipe.transformer, tap), answers, stream=reference[0].streams[0], tap=tap
-        )
+            disturbed = record(pipe, [run.prompt for run in again], [run.seed for run in again], tokens, **call)
+        answers = responses(disturbed, again, stream)
+        return cls(reference[:PLANNED_ON], head(pipe.transformer, tap), answers, stream=stream, tap=tap)
 
     def drift(self, forecaster: Forecaster, full: Sequence[int]) -> float:
         """Return how far a run would end from its reference run: mean over runs of 10 log10(|d|^2 / |x|^2), in dB.
@@ -135,8 +135,9 @@ class Planner:
         return Schedule.at(min(found, key=cost))
 
     def _gap(self, forecaster: Forecaster, past: tuple[int, ...], end: int) -> tuple[Tensor, list[float]]:
-        """Return what the steps from the newest of `past` to `end` add to the drift, (P, size), and times what."""
-        key = (repr(forecaster), past, end)
+        """Return what the steps from the newest of `past` to `end` add to the drift: (P, size), and a share of each
+        drift that the steps of `past` saw."""
+        key = (forecaster, past, end)
         if key not in self._gaps:
             newest, skipped = past[-1], range(past[-1] + 1, end)
             answers, left = torch.zeros(len(past)), torch.zeros(self._errors.shape[2:])
