@@ -15,8 +15,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/lesa demo
 
+# The predictors for the paper's schedules, and every method on them.
 bench: setup
-	$(BIN)/lesa bench $(MODEL)
+	$(BIN)/lesa bench $(MODEL) --budgets ""
 
 # Every method on the schedule that is planned for it.
 bench-planned: setup
