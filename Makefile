@@ -36,11 +36,11 @@ predictors: setup
 		$$train --method l2p --loss steps --out $(MODEL)/lesa/l2p-paper$$n/per-step || exit 1; \
 	done
 	for n in 10:2 8:2 6:3 5:3 4:3; do \
-		$(BIN)/lesa train $(MODEL) --data out/runs --budget $${n%:*} --forecaster lagrange:$${n#*:} --rounds 3 \
+		$(BIN)/lesa train $(MODEL) --data out/runs --budgets $${n%:*} --forecaster lagrange:$${n#*:} --rounds 3 \
 			--validation-prompts $(MODEL)/prompts/validation.txt --validation 24 \
 			--out $(MODEL)/lesa/lesa-planned$${n%:*} || exit 1; \
 	done
-	$(BIN)/lesa train $(MODEL) --data out/runs --budget 6 --forecaster lagrange:3 --rounds 3 --tap output \
+	$(BIN)/lesa train $(MODEL) --data out/runs --budgets 6 --forecaster lagrange:3 --rounds 3 --tap output \
 		--validation-prompts $(MODEL)/prompts/validation.txt --validation 24 \
 		--out $(MODEL)/lesa/lesa-planned6/at-output
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lesa.forecasters import Taylor
+from lesa.forecasters import Lagrange, Taylor
 from lesa.plan import Plan, compile
-from lesa.predictor import L2P, LESA, Origin, Predictor, configuration, shipped_for
+from lesa.predictor import L2P, LESA, ContinuousLESA, Origin, Predictor, configuration, shipped_for
 from lesa.schedule import Schedule
 from lesa.tap import Tap
 
@@ -204,13 +204,13 @@ def test_the_papers_kan_cannot_hold_any_alphas():
 def test_rows_are_differentiable_to_every_number():
     for predictor in (shaken(LESA(origin())), shaken(L2P(origin()))):
         pasts = {step: row.past for step, row in compile(predictor, GRID, predictor.schedule).rows.items()}
-        rows = predictor.rows(pasts, "cond")
+        rows = predictor.stream_rows("cond", GRID, pasts)
         sum(row.coefficients.square().sum() + row.offset.square() for row in rows.values()).backward()
         assert all(p.grad is not None for p in predictor.numbers("cond"))
         assert all(p.grad is None for p in predictor.numbers("uncond"))
         alphas = torch.full((STEPS,), 0.5, requires_grad=True)
         if isinstance(predictor, LESA):
-            given = predictor.rows(pasts, "cond", alphas)
+            given = predictor.stream_rows("cond", GRID, pasts, alphas)
             (gradient,) = torch.autograd.grad(sum(row.coefficients.sum() for row in given.values()), alphas)
             assert gradient.nonzero().flatten().tolist() == sorted(pasts)
 
@@ -451,3 +451,109 @@ def test_the_shipped_predictor_lies_beside_the_model(tmp_path):
 def test_without_a_shipped_predictor_the_error_says_what_to_do(pipe):
     with pytest.raises(LookupError, match=r"no predictor is shipped for .*lesa train.*from_pretrained.*lesa\.Taylor"):
         shipped_for(pipe)
+
+
+# --- one predictor for many grids
+
+
+def continuous(**options) -> ContinuousLESA:
+    """One with two grids of several budgets, bent at random."""
+    schedules = [
+        (tuple(GRID.tolist()), ["at:0,30,40,45,48,49", "at:0,38,46,49"]),
+        (tuple(flux_grid(28).tolist()), ["at:0,14,21,24,26,27"]),
+    ]
+    predictor = ContinuousLESA(origin(schedule="at:0,30,40,45,48,49"), schedules=schedules, **options)
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in predictor.named_parameters():
+            if ".1.base" in name or ".1.spline" in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=random)
+    return predictor
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_a_new_continuous_predictor_is_lagranges_polynomial(order):
+    predictor, schedule = ContinuousLESA(origin(), order=order), Schedule.at([0, 3, 9, 20, 30, 41])
+    ours, wanted = (compile(f, GRID, schedule) for f in (predictor, Lagrange(order)))
+    torch.testing.assert_close(ours.unroll(), wanted.unroll(), rtol=1e-5, atol=1e-5)
+    assert ours.truncated == wanted.truncated
+
+
+@pytest.mark.parametrize("stream", ["cond", "uncond"])
+def test_its_rows_are_newtons_terms_bent_by_the_stages_kan(stream):
+    predictor, past, step = continuous(), (0, 20, 33, 40), 44
+    t, times = float(GRID[step]), [float(GRID[k]) for k in past[::-1]]
+    assert t < 0.5  # the third stage
+    bends = predictor.experts[stream][2](torch.tensor([[t, *times]]))[0].detach()
+
+    def divided(ks):  # the divided difference of the features at these times, as coefficients of the features
+        if len(ks) == 1:
+            return torch.eye(4, dtype=torch.float64)[3 - ks[0]]
+        return (divided(ks[1:]) - divided(ks[:-1])) / (times[ks[-1]] - times[ks[0]])
+
+    wanted, ahead = divided([0]), 1.0
+    for j in range(1, 4):
+        ahead *= t - times[j - 1]
+        wanted = wanted + (1 + float(bends[j - 1])) * ahead * divided(list(range(j + 1)))
+    row = predictor.for_stream(stream).row(GRID, step, past)
+    torch.testing.assert_close(row.coefficients.double(), wanted, rtol=1e-4, atol=1e-5)
+    assert float(bends.abs().min()) > 1e-3 and float(row.coefficients.sum()) == pytest.approx(1, abs=1e-5)
+    assert not torch.equal(
+        row.coefficients,
+        predictor.for_stream("uncond" if stream == "cond" else "cond").row(GRID, step, past).coefficients,
+    )
+
+
+def test_its_rows_depend_on_times_alone():
+    """The same times on a grid of other steps, among other full steps, give the same row."""
+    predictor, other = continuous(), torch.cat([GRID[[0, 20, 33, 40, 44]], torch.zeros(1, dtype=torch.float64)])
+    row = predictor.row(GRID, 44, (0, 20, 33, 40))
+    torch.testing.assert_close(row.coefficients, predictor.row(other, 4, (0, 1, 2, 3)).coefficients)
+    longer = predictor.row(GRID, 44, (0, 5, 20, 33, 40))
+    assert longer.coefficients[0] == 0 and len(longer.coefficients) == 5
+    many = predictor.rows_of(GRID, {44: (0, 20, 33, 40), 46: (0, 20, 33, 40)})
+    torch.testing.assert_close(many[44].coefficients, row.coefficients)
+    assert not torch.equal(many[46].coefficients, row.coefficients)
+
+
+def test_it_knows_schedules_by_budget_and_for_grids_like_those_it_was_trained_for():
+    predictor = continuous()
+    assert predictor.schedule_for(GRID) == predictor.schedule_for(GRID, 6) == Schedule.at([0, 30, 40, 45, 48, 49])
+    assert predictor.schedule_for(GRID, 4) == Schedule.at([0, 38, 46, 49])
+    assert predictor.schedule_for(flux_grid(28)) == Schedule.at([0, 14, 21, 24, 26, 27])
+    assert predictor.schedule_for(flux_grid(28, mu=0.8)).full_steps(28)[0] == 0
+    near, full = flux_grid(48), predictor.schedule_for(flux_grid(48)).full_steps(48)
+    assert len(full) == 6 and (near[list(full)] - GRID[[0, 30, 40, 45, 48, 49]]).abs().max() < 0.03
+    assert predictor.schedule_for(flux_grid(7)).full_steps(7) == (0, 2, 3, 4, 5, 6)  # 28 steps' times, made to fit
+    assert predictor.schedule_for(GRID, start=35) == Schedule.at([35, 40, 45, 48, 49])
+    with pytest.raises(ValueError, match=r"schedules of 4, 6 full steps, got a budget of 5 on 50 steps"):
+        predictor.schedule_for(GRID, 5)
+    with pytest.raises(ValueError, match="got a budget of 6 on 6 steps"):
+        predictor.schedule_for(flux_grid(6))
+    for budget, schedule, known in (
+        (4, None, True),
+        (5, None, False),
+        (None, "at:0,38,46,49", True),
+        (6, "at:0,38,46,49", False),
+    ):
+        assert predictor.is_for(schedule and Schedule.parse(schedule), budget) is known
+
+
+def test_a_continuous_predictor_that_makes_no_sense_is_an_error():
+    with pytest.raises(ValueError, match="order is at least 1, got 0"):
+        ContinuousLESA(origin(), order=0)
+    with pytest.raises(ValueError, match="the bounds between stages fall"):
+        ContinuousLESA(origin(), bounds=(0.4, 0.9))
+
+
+def test_a_budget_picks_the_predictor(tmp_path):
+    pipe = SimpleNamespace(config=SimpleNamespace(_name_or_path=str(tmp_path)))
+    LESA(origin(schedule="at:0,9,30")).save_pretrained(tmp_path / "lesa" / "three")
+    LESA(origin(schedule="at:0,9,20,30")).save_pretrained(tmp_path / "lesa" / "four")
+    assert shipped_for(pipe, budget=3).full == (0, 9, 30)
+    assert shipped_for(pipe).full == (0, 9, 20, 30)
+    continuous().save_pretrained(tmp_path / "lesa" / "many")
+    assert isinstance(shipped_for(pipe), ContinuousLESA) and isinstance(shipped_for(pipe, budget=4), ContinuousLESA)
+    assert isinstance(shipped_for(pipe, budget=3), LESA)
+    with pytest.raises(LookupError, match="trained for '5 full steps', only four, many, three"):
+        shipped_for(pipe, budget=5)

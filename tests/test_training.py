@@ -22,7 +22,7 @@ from lesa.plan import compile
 from lesa.predictor import L2P, LESA, Origin
 from lesa.schedule import Schedule
 from lesa.tap import Tap
-from lesa.training import Config, Problem, Runs, drift, least_squares, train
+from lesa.training import Config, Lesson, Problem, Runs, drift, least_squares, train
 from lesa.trajectory import Trajectory
 
 STEPS, TOKENS, CHANNELS, OUT = 16, 5, 6, 3
@@ -90,11 +90,11 @@ class World:
         known, others = range(prompts), range(100, 100 + prompts // 2)
         self.recordings = []
 
-        def record_runs(predictor):
+        def record_runs(predictor, _lesson):
             self.recordings.append(copy.deepcopy(predictor))
             return self.runs(known, predictor), self.runs(others, predictor)
 
-        return train(predictor, self.runs(known), self.runs(others), head, record_runs, config, folder)
+        return train(predictor, [Lesson(self.runs(known), self.runs(others))], head, record_runs, config, folder)
 
 
 @lru_cache(None)
@@ -192,14 +192,14 @@ def test_the_best_round_is_the_one_whose_runs_end_nearest():
     reference, validation = world.runs(range(4)), world.runs(range(100, 102))
     errors, seen = [0.3, math.nan, 0.1, 0.2], []
 
-    def record_runs(predictor):
+    def record_runs(predictor, _lesson):
         seen.append(predictor)
         runs = world.runs(range(100, 102), predictor)
         for run, wanted in zip(runs, validation, strict=True):
             run.latents[-1] = wanted.latents[-1] + errors[len(seen) - 1]
         return world.runs(range(4), predictor), runs
 
-    result = train(L2P(origin()), reference, validation, head, record_runs, Config(updates=(5, 5), rounds=3))
+    result = train(L2P(origin()), [Lesson(reference, validation)], head, record_runs, Config(updates=(5, 5), rounds=3))
     power = sum(10 * math.log10(float(run.latents[-1].square().mean())) for run in validation) / 2
     wanted = [20 * math.log10(error) - power if error == error else math.inf for error in errors]
     assert result.scores == pytest.approx(wanted, abs=1e-3)
@@ -215,7 +215,7 @@ def test_a_phase_ends_at_its_best_validation_loss():
     assert min(losses) < losses[-1] - 0.5  # it overshot
     problem = Problem(result.predictor, "cond", head, "latents")
     validation = Runs.stack(World(bending).runs(range(100, 104)), "cond")
-    rows = result.predictor.rows(problem.pasts, "cond")
+    rows = result.predictor.stream_rows("cond", problem.grid, problem.pasts)
     assert problem.loss(rows, validation, validation, closed_loop=False).item() == pytest.approx(min(losses))
 
 
@@ -242,7 +242,7 @@ def test_the_closed_loop_is_the_unrolled_plan(make):
         for parameter in predictor.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     plan, problem = compile(predictor, GRID, predictor.schedule), Problem(predictor, "cond", head, "latents")
-    rows = predictor.rows(problem.pasts, "cond")
+    rows = predictor.stream_rows("cond", problem.grid, problem.pasts)
     matrix, offsets = problem.matrix(rows, closed_loop=True)
     unrolled = plan.unroll()[problem.skipped].float()
     torch.testing.assert_close(matrix, unrolled[:, :-1], rtol=1e-4, atol=1e-4)
@@ -259,7 +259,7 @@ def test_the_loss_is_the_drift_of_the_run():
     predictor = LESA(origin(), remembers_forecasts=True, **SMALL)
     problem = Problem(predictor, "cond", head, "latents")
     reference, run = world.runs(range(3)), world.runs(range(3), predictor)
-    rows = predictor.rows(problem.pasts, "cond")
+    rows = predictor.stream_rows("cond", problem.grid, problem.pasts)
     got = problem.loss(rows, Runs.stack(run, "cond", problem.full), Runs.stack(reference, "cond"), closed_loop=True)
     wanted = []
     for mine, theirs in zip(run, reference, strict=True):
@@ -279,7 +279,9 @@ def test_gradients_flow_through_the_whole_loop():
     table = predictor.coefficients["cond"]
 
     def loss() -> Tensor:
-        return problem.loss(predictor.rows(problem.pasts, "cond"), runs.at(problem.full), runs, closed_loop=True)
+        return problem.loss(
+            predictor.stream_rows("cond", problem.grid, problem.pasts), runs.at(problem.full), runs, closed_loop=True
+        )
 
     loss().backward()
     assert table.grad is not None
@@ -291,7 +293,9 @@ def test_gradients_flow_through_the_whole_loop():
                 found.append(loss().item())
             table[step, -1] = kept
         assert table.grad[step, -1].item() == pytest.approx((found[0] - found[1]) / 2e-2, rel=0.05), step
-    last = problem.forecasts(predictor.rows(problem.pasts, "cond"), runs.at(problem.full).features, True)[:, -1]
+    last = problem.forecasts(
+        predictor.stream_rows("cond", problem.grid, problem.pasts), runs.at(problem.full).features, True
+    )[:, -1]
     (gradient,) = torch.autograd.grad(last.sum(), table)
     assert gradient[2].abs().max() > 1e-3  # thirteen forecasts later
 
@@ -333,7 +337,9 @@ def test_at_the_output_tap_the_outputs_are_what_is_fitted(loss):
     def trained(reference, validation) -> Tensor:
         config = Config(loss=loss, updates=(5, 5), rounds=0)
         rows = L2P(bound)
-        result = train(rows, reference, validation, lambda x, _: x, lambda one: at_fulls(one, runs), config)
+        result = train(
+            rows, [Lesson(reference, validation)], lambda x, _: x, lambda one, _: at_fulls(one, runs), config
+        )
         return result.predictor.coefficients["cond"]
 
     def at_fulls(predictor, recorded):
@@ -548,13 +554,13 @@ def test_other_prompts_are_another_training(tmp_path):
 
 def test_runs_keep_their_dtype_and_no_more_features_than_needed(monkeypatch):
     world, kept = World(reacting, dtype=torch.bfloat16), []
-    add = training._Fit.add
+    add = training._Task.add
 
     def watched(self, *runs):
         add(self, *runs)
         kept.append(self)
 
-    monkeypatch.setattr(training._Fit, "add", watched)
+    monkeypatch.setattr(training._Task, "add", watched)
     result = world.train(small(), CONFIG)
     assert len(kept[-1].sets) == 4 and all(math.isfinite(score) for score in result.scores)
     for runs, validation in kept[-1].sets:
@@ -568,7 +574,7 @@ def test_the_loss_changes_no_data():
     problem = Problem(predictor, "cond", head, "latents")
     runs = Runs.stack(World(reacting).runs(range(2)), "cond")
     before = [t.clone() for t in runs]
-    problem.loss(predictor.rows(problem.pasts, "cond"), runs, runs, closed_loop=False).backward()
+    problem.loss(predictor.stream_rows("cond", problem.grid, problem.pasts), runs, runs, closed_loop=False).backward()
     assert all(torch.equal(a, b) for a, b in zip(runs, before, strict=True))
 
 
@@ -603,6 +609,10 @@ def test_without_updates_nothing_changes():
     assert [entry["update"] for entry in result.curve.entries] == [0, 0]
 
 
+def too_late(_predictor, _lesson):
+    pytest.fail("the training has begun")
+
+
 def other_tokens(run):
     return replace(run, tokens=run.tokens + 1)
 
@@ -630,7 +640,7 @@ NO_COND = dict(features={"uncond": torch.zeros(STEPS, TOKENS, CHANNELS)})
 def test_runs_that_do_not_fit_are_an_error_before_the_training(reference, validation, message):
     runs = World(reacting).runs(range(2))
     with pytest.raises(ValueError, match=message):
-        train(small(), reference(runs), validation(runs), head, lambda _: pytest.fail("too late"), CONFIG)
+        train(small(), [Lesson(reference(runs), validation(runs))], head, too_late, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -645,7 +655,7 @@ def test_runs_that_do_not_fit_are_an_error_before_the_training(reference, valida
 def test_a_predictor_that_does_not_fit_is_an_error_before_the_training(predictor, message):
     runs = World(reacting).runs(range(2))
     with pytest.raises(ValueError, match=message):
-        train(predictor(), runs, runs, head, lambda _: pytest.fail("too late"), CONFIG)
+        train(predictor(), [Lesson(runs, runs)], head, too_late, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -665,14 +675,14 @@ def test_a_predictor_that_does_not_fit_is_an_error_before_the_training(predictor
 def test_rounds_that_do_not_fit_are_an_error(which, change, message):
     world = World(reacting)
 
-    def record_runs(predictor):
+    def record_runs(predictor, _lesson):
         recorded = [world.runs(range(2), predictor), world.runs(range(2), predictor)]
         recorded[which] = change(recorded[which])
         return recorded[0], recorded[1]
 
     runs = world.runs(range(2))
     with pytest.raises(ValueError, match=message):
-        train(small(), runs, runs, head, record_runs, CONFIG)
+        train(small(), [Lesson(runs, runs)], head, record_runs, CONFIG)
 
 
 def test_drift_is_in_decibels_of_the_last_latents():

@@ -23,7 +23,7 @@ from lesa.collect import record
 from lesa.emoji import Atlas
 from lesa.forecasters import Forecaster, Lagrange, Reuse, Taylor
 from lesa.metrics import Interval
-from lesa.predictor import LESA, Predictor
+from lesa.predictor import LESA, ContinuousLESA, Predictor
 from lesa.runtime import accelerate
 from lesa.schedule import Schedule
 from lesa.tap import tap_of
@@ -89,7 +89,7 @@ def untrained(reuse: bool, lagrange: bool = False) -> dict[str, Forecaster]:
 
 def line_up_planned(
     budgets: Sequence[int],
-    steps: int,
+    grid: Tensor,
     plan: Callable[[Forecaster, int], Schedule],
     predictors: Sequence[Predictor] = (),
     *,
@@ -101,14 +101,18 @@ def line_up_planned(
     """
 
     def fits(predictor: Predictor, budget: int) -> bool:
-        return len(predictor.grid) - 1 == steps and predictor.schedule.rule == "at" and len(predictor.full) == budget
+        bound = not isinstance(predictor, ContinuousLESA)
+        if bound and (predictor.schedule.rule != "at" or len(predictor.grid) != len(grid)):
+            return False
+        return predictor.is_for(budget=budget)
 
     methods: list[Method] = []
     for budget in budgets:
         methods.append(fewer_steps(budget))
         plain = untrained(reuse, lagrange=True).items()
         methods += [forecast(name, forecaster, plan(forecaster, budget)) for name, forecaster in plain]
-        methods += [forecast(label(one), one, one.schedule) for one in predictors if fits(one, budget)]
+        chosen = [one for one in predictors if fits(one, budget)]
+        methods += [forecast(label(one), one, one.schedule_for(grid, budget)) for one in chosen]
     return methods
 
 
@@ -121,7 +125,8 @@ def line_up(
     """
 
     def fits(predictor: Predictor, schedule: Schedule) -> bool:
-        return predictor.schedule == schedule and len(predictor.grid) - 1 == steps
+        bound = not isinstance(predictor, ContinuousLESA)
+        return bound and predictor.schedule == schedule and len(predictor.grid) - 1 == steps
 
     plain = untrained(reuse)
     methods: list[Method] = []

@@ -55,8 +55,8 @@ def _compare(options: argparse.Namespace, reuse: bool) -> None:
     pipe, predictors = _pipeline(options), _predictors(options.model, options.predictors, variants=reuse)
     methods = benchmark.line_up(options.steps, options.schedules, predictors, reuse=reuse)
     if options.budgets:
-        plan = _planner(options, pipe).search
-        planned = benchmark.line_up_planned(options.budgets, options.steps, plan, predictors, reuse=reuse)
+        planner = _planner(options, pipe)
+        planned = benchmark.line_up_planned(options.budgets, planner.grid, planner.search, predictors, reuse=reuse)
         methods += [method for method in planned if method not in methods]
     facts = dict(batch_size=options.batch_size, recognise=benchmark.recogniser(options.model))
     comparison = benchmark.compare(pipe, methods, prompts, seeds, timed=options.timed, **facts)
@@ -93,8 +93,11 @@ def _generate(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from time import monotonic
 
+    from lesa.trajectory import Store
+
     pipe, began = _pipeline(options), monotonic()
-    planner, forecaster = _planner(options, pipe), _forecaster(options)
+    planner = _planner(options, pipe, Store.open(options.data) if options.data else None)
+    forecaster = _forecaster(options)
     for budget in options.budgets:
         schedule = planner.search(forecaster, budget)
         full = schedule.full_steps(options.steps)
@@ -102,16 +105,15 @@ def _plan(options: argparse.Namespace) -> None:
     print(f"planned in {monotonic() - began:.1f} s, the runs included", file=sys.stderr)
 
 
-def _planner(options: argparse.Namespace, pipe: Any) -> Any:
-    """Make a planner of recorded runs: those collected, or some of the prompts that the model was trained on."""
+def _planner(options: argparse.Namespace, pipe: Any, store: Any = None) -> Any:
+    """Make a planner of recorded runs: those of a store, or some of the prompts that the model was trained on."""
     from lesa.collect import record
     from lesa.planning import PLANNED_ON, Planner
     from lesa.tap import tap_of
-    from lesa.trajectory import Store, draw_tokens
+    from lesa.trajectory import draw_tokens
 
     tap = tap_of(pipe.transformer, getattr(options, "tap", "feature"))
-    if data := getattr(options, "data", None):
-        store = Store.open(data)
+    if store is not None:
         first = [store.load(k) for k in range(min(PLANNED_ON, len(store)))]
         return Planner.of(pipe, first, tap, **store.collection.call)
     prompts = _prompts(Path(options.model) / "prompts" / "train.txt", PLANNED_ON)
@@ -153,46 +155,47 @@ def _train(options: argparse.Namespace) -> None:
     from lesa.runtime import accelerate
     from lesa.trajectory import Store, Trajectory
 
-    if options.paper:
-        options.method, options.history, options.loss = "lesa", "all", "features"
-    if options.loss == "steps" and options.method != "l2p":
-        raise ValueError("--loss steps fits each step alone, which free rows can: it needs --method l2p.")
-    store, pipe = Store.open(options.data), _pipeline(options)
-    if fingerprint(pipe) != store.collection.weights:
-        raise ValueError(
-            f"{options.data} was collected from other weights than those of {options.model}; collect anew."
-        )
-    out, reference = _folder(options.out), list(store)
-    prompts = _prompts(options.validation_prompts, options.validation)
+    _check_training(options)
+    stores, pipe = [Store.open(folder) for folder in options.data], _pipeline(options)
+    for store, folder in zip(stores, options.data, strict=True):
+        if fingerprint(pipe) != store.collection.weights:
+            raise ValueError(f"{folder} was collected from other weights than those of {options.model}; collect anew.")
+        if not len(store):
+            raise ValueError(f"training needs recorded runs, and {folder} holds none; run lesa collect.")
+    out, prompts = _folder(options.out), _prompts(options.validation_prompts, options.validation)
     seeds = range(VALIDATION_SEED, VALIDATION_SEED + len(prompts))
+    where = tap.tap_of(pipe.transformer, options.tap)
     pipe.transformer.requires_grad_(False)  # the head is differentiated, and nothing of it is trained
 
-    def runs(prompts: Sequence[str], seeds: Sequence[int]) -> list[Trajectory]:
+    def runs(like: Trajectory, prompts: Sequence[str], seeds: Sequence[int]) -> list[Trajectory]:
         recorded: list[Trajectory] = []
         for k in range(0, len(prompts), options.batch_size):
             part = slice(k, k + options.batch_size)
-            at = dict(tokens=reference[0].tokens, tap=predictor.origin.tap)
-            recorded += record(pipe, prompts[part], seeds[part], **at, **store.collection.call)
+            recorded += record(pipe, prompts[part], seeds[part], like.tokens, where, **calls[tuple(like.grid.tolist())])
         return recorded
 
-    def record_runs(predictor: Any) -> tuple[list[Trajectory], list[Trajectory]]:
-        with accelerate(pipe, predictor):
-            trained = runs([run.prompt for run in reference], [run.seed for run in reference])
-            return trained, runs(prompts, seeds)
+    def record_runs(predictor: Any, lesson: Any) -> tuple[list[Trajectory], list[Trajectory]]:
+        first = lesson.reference[0]
+        with accelerate(pipe, predictor, schedule=lesson.schedule):
+            trained = runs(first, [run.prompt for run in lesson.reference], [run.seed for run in lesson.reference])
+            return trained, runs(first, prompts, seeds)
 
-    if options.budget:
-        options.schedule = _planner(options, pipe).search(_forecaster(options), options.budget)
-        print(f"planned: {options.schedule}")
-    predictor = _untrained(options, pipe, store, reference)
+    calls, lessons = {}, []
+    for store in stores:
+        reference = list(store)
+        calls[tuple(reference[0].grid.tolist())] = store.collection.call
+        validation = runs(reference[0], prompts, seeds)
+        for schedule in _schedules_to_learn(options, pipe, store):
+            lessons.append(training.Lesson(reference, validation, schedule))
+    predictor = _untrained(options, pipe, stores, lessons)
     if options.loss == "steps":
-        training.least_squares(predictor, reference)
+        training.least_squares(predictor, lessons[0].reference)
         predictor.save_pretrained(out)
         return print(out)
     recipe = training.Config.paper() if options.paper else training.Config(loss=options.loss)
     config = replace(recipe, rounds=options.rounds, updates=tuple(options.updates), seed=options.seed)
-    head = tap.head(pipe.transformer, predictor.origin.tap)
-    validation = runs(prompts, seeds)
-    result = training.train(predictor, reference, validation, head, record_runs, config, out / "rounds")
+    head = tap.head(pipe.transformer, where)
+    result = training.train(predictor, lessons, head, record_runs, config, out / "rounds")
     result.predictor.save_pretrained(out)
     earlier = result.ground_truth
     earlier.origin = replace(earlier.origin, training={**earlier.origin.training, "phase": "ground-truth"})
@@ -202,40 +205,71 @@ def _train(options: argparse.Namespace) -> None:
     print(out)
 
 
+def _check_training(options: argparse.Namespace) -> None:
+    if options.paper:
+        options.method, options.history, options.loss = "lesa", "all", "features"
+    if options.loss == "steps" and options.method != "l2p":
+        raise ValueError("--loss steps fits each step alone, which free rows can: it needs --method l2p.")
+    if len(options.data) * len(options.budgets or [0]) > 1 and options.method != "lesa-continuous":
+        raise ValueError(
+            f"--method {options.method} learns one grid and one schedule, got {len(options.data)} collections and "
+            f"{len(options.budgets or [0])} budgets; name one of each, or take --method lesa-continuous."
+        )
+
+
+def _schedules_to_learn(options: argparse.Namespace, pipe: Any, store: Any) -> list[Any]:
+    """Return the schedule named, or one planned for each budget."""
+    if not options.budgets:
+        return [options.schedule]
+    planner, forecaster = _planner(options, pipe, store), _forecaster(options)
+    found = [planner.search(forecaster, budget) for budget in options.budgets]
+    print("\n".join(f"planned: {schedule}  {schedule.draw(planner.steps)}" for schedule in found), flush=True)
+    return found
+
+
 def _calibrate(options: argparse.Namespace) -> None:
     """Collect, plan and train, with few runs and few updates; the round is chosen on the same prompts, other seeds."""
     runs = Path(options.out) / "runs"
     few = argparse.Namespace(**{**vars(options), "out": runs, "seeds": None, "tokens": None})
     _collect(few)
     chosen = dict(method="l2p", history="full", loss="latents", paper=False, rounds=1, updates=(100, 100), seed=0)
-    data = dict(data=runs, validation_prompts=options.prompts, validation=options.limit, predictor=None)
+    data = dict(
+        data=[runs],
+        budgets=[options.budget],
+        validation_prompts=options.prompts,
+        validation=options.limit,
+        predictor=None,
+    )
     _train(argparse.Namespace(**{**vars(few), **chosen, **data, "out": options.out}))
 
 
-def _untrained(options: argparse.Namespace, pipe: Any, store: Any, reference: Sequence[Any]) -> Any:
+def _untrained(options: argparse.Namespace, pipe: Any, stores: Sequence[Any], lessons: Sequence[Any]) -> Any:
     import diffusers
     import torch
 
-    from lesa.predictor import L2P, LESA, Origin, configuration
+    from lesa.predictor import L2P, LESA, ContinuousLESA, Origin, configuration
     from lesa.tap import tap_of
 
-    if not reference:
-        raise ValueError(f"training needs recorded runs, and {options.data} holds none; run lesa collect.")
     settings = {name: getattr(options, name) for name in ("loss", "rounds", "updates", "seed", "history", "paper")}
     origin = Origin(
-        model=store.collection.model,
+        model=stores[0].collection.model,
         transformer=type(pipe.transformer).__name__,
         config=configuration(pipe.transformer),
         tap=tap_of(pipe.transformer, options.tap),
-        grid=tuple(reference[0].grid.tolist()),
-        schedule=str(options.schedule),
-        streams=reference[0].streams,
-        data=store.digest(),
+        grid=tuple(lessons[0].reference[0].grid.tolist()),
+        schedule=str(lessons[0].schedule),
+        streams=lessons[0].reference[0].streams,
+        data=" ".join(store.digest() for store in stores),
         training=settings,
         versions={"torch": torch.__version__, "diffusers": diffusers.__version__, "lesa": _version()},
     )
     if options.paper:
         return LESA.paper(origin)
+    if options.method == "lesa-continuous":
+        schedules: dict[tuple[float, ...], list[str]] = {}
+        for lesson in lessons:
+            schedules.setdefault(tuple(lesson.reference[0].grid.tolist()), []).append(str(lesson.schedule))
+        return ContinuousLESA(origin, schedules=list(schedules.items()))
     kind = LESA if options.method == "lesa" else L2P
     return kind(origin, remembers_forecasts=options.history == "all")
 
@@ -410,14 +444,18 @@ def _add_training(commands: Any) -> None:
     calibrate.add_argument("--out", required=True, metavar="FOLDER")
 
     train = _command(commands, "train", _train, "train a predictor on collected runs; resumable")
-    train.add_argument("--data", required=True, metavar="FOLDER", help="what lesa collect wrote")
+    train.add_argument(
+        "--data", nargs="+", required=True, metavar="FOLDER", help="what lesa collect wrote; several: lesa-continuous"
+    )
     train.add_argument("--validation-prompts", required=True, metavar="FILE", help="one a line; they choose the round")
     train.add_argument("--validation", type=_count, default=32, help="how many of them (32)")
     train.add_argument("--schedule", type=_schedule, default="paper:7", help="which steps are full (paper:7)")
-    train.add_argument("--budget", type=_count, help="plan the schedule, for so many full steps, with --forecaster")
-    train.add_argument("--forecaster", default="lagrange:2", help="what --budget is planned with (lagrange:2)")
+    train.add_argument(
+        "--budgets", type=_counts, metavar="N", help="plan the schedule, of N full steps; N,M: lesa-continuous"
+    )
+    train.add_argument("--forecaster", default="lagrange:2", help="what is planned with (lagrange:2)")
     train.add_argument("--tap", choices=("feature", "output"), default="feature", help="what is forecast (feature)")
-    train.add_argument("--method", choices=("lesa", "l2p"), default="lesa")
+    train.add_argument("--method", choices=("lesa", "lesa-continuous", "l2p"), default="lesa")
     train.add_argument("--history", choices=("full", "all"), default="full", help="of full steps, or of forecasts too")
     train.add_argument("--loss", choices=("latents", "features", "steps"), default="latents")
     train.add_argument(

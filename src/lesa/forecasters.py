@@ -14,7 +14,7 @@ from lesa.row import Row
 
 
 class Forecaster(Protocol):
-    """What every forecaster has; deriving from this class gives the defaults of `wants` and `for_stream`.
+    """What every forecaster has; deriving from this class gives the defaults of all but `row`.
 
     `memory` is how many past features one forecast may combine; `remembers_forecasts` says whether its own forecasts
     enter the history (LESA and L2P) or full steps only (reuse, Taylor).
@@ -26,6 +26,10 @@ class Forecaster(Protocol):
     def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
         """Return the row of `step`: one coefficient for each step of `past`, the history's steps, oldest first."""
         ...
+
+    def rows_of(self, grid: Tensor, pasts: Mapping[int, Sequence[int]]) -> dict[int, Row]:
+        """Return the rows of several steps at once, each after its past."""
+        return {step: self.row(grid, step, past) for step, past in pasts.items()}
 
     def wants(self, grid: Tensor, step: int) -> int:
         """Return how many past features the row of `step` is made for; with fewer it is a makeshift."""

@@ -134,6 +134,7 @@ class Planner:
         found = [_descend(start, cost, self.steps, until) for start in _starts(self.steps, budget)]
         return Schedule.at(min(found, key=cost))
 
+    @torch.no_grad()
     def _gap(self, forecaster: Forecaster, past: tuple[int, ...], end: int) -> tuple[Tensor, list[float]]:
         """Return what the steps from the newest of `past` to `end` add to the drift: (P, size), and a share of each
         drift that the steps of `past` saw."""
@@ -143,8 +144,8 @@ class Planner:
             answers, left = torch.zeros(len(past)), torch.zeros(self._errors.shape[2:])
             answers[-1] = self._durations[newest]
             if skipped:
-                rows = [forecaster.row(self.grid, step, past).coefficients.float() for step in skipped]
-                coefficients = torch.stack(rows)
+                rows = forecaster.rows_of(self.grid, dict.fromkeys(skipped, past)).values()
+                coefficients = torch.stack([row.coefficients.float() for row in rows])
                 left = torch.einsum("sk,kspd->pd", coefficients, self._errors[list(past)][:, list(skipped)])
                 answers += self._durations[list(skipped)] @ coefficients
             self._gaps[key] = left, (answers * self._responses[list(past)]).tolist()

@@ -7,6 +7,8 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -18,7 +20,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lesa.forecasters import Forecaster
+from lesa.forecasters import Forecaster, Lagrange
 from lesa.grid import matches, stage_of, validate
 from lesa.kan import KAN, KANLayer, bspline_basis
 from lesa.row import Row
@@ -116,8 +118,8 @@ class Predictor(
         self.full = self.schedule.full_steps(len(self.grid) - 1)
 
     @abstractmethod
-    def rows(self, pasts: Mapping[int, Sequence[int]], stream: str) -> dict[int, Row]:
-        """Return the rows of several steps of this predictor's grid, differentiable; `pasts` as in `row`."""
+    def stream_rows(self, stream: str, grid: Tensor, pasts: Mapping[int, Sequence[int]]) -> dict[int, Row]:
+        """Return the rows of several steps of one stream, differentiable; nothing is checked."""
 
     @abstractmethod
     def numbers(self, stream: str) -> list[nn.Parameter]:
@@ -130,9 +132,16 @@ class Predictor(
     def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
         """Return the row of the first stream.
 
-        Raises: ValueError if this is not the grid of the predictor.
+        Raises: ValueError if the predictor is bound to another grid or schedule.
         """
-        return self.for_stream(self.origin.streams[0]).row(grid, step, past)
+        return self.rows_of(grid, {step: past})[step]
+
+    def rows_of(self, grid: Tensor, pasts: Mapping[int, Sequence[int]]) -> dict[int, Row]:
+        """Return the rows of several steps of the first stream.
+
+        Raises: ValueError if the predictor is bound to another grid or schedule.
+        """
+        return self.for_stream(self.origin.streams[0]).rows_of(grid, pasts)
 
     def for_stream(self, name: str) -> Forecaster:
         """Return the forecaster of one stream.
@@ -146,8 +155,23 @@ class Predictor(
             )
         return _Stream(self, name)
 
+    def schedule_for(self, grid: Sequence[float] | Tensor, budget: int | None = None, start: int = 0) -> Schedule:
+        """Return the schedule of a run on this grid that begins at `start`; with a `budget`, one of so many full steps.
+
+        Raises: ValueError if there is none such.
+        """
+        if budget not in (None, len(self.full)):
+            raise ValueError(
+                f"this predictor was trained for {len(self.full)} full steps, got a budget of {budget}; take another."
+            )
+        return self.schedule
+
+    def is_for(self, schedule: Schedule | None = None, budget: int | None = None) -> bool:
+        """Tell whether the predictor was trained for this schedule and this number of full steps, whatever the grid."""
+        return schedule in (None, self.schedule) and budget in (None, len(self.full))
+
     def check_grid(self, grid: Tensor) -> None:
-        """Raise ValueError unless this is the grid that the predictor was trained for."""
+        """Raise ValueError unless the predictor can run on this grid: the one that it was trained for."""
         if not matches(grid, self.grid):
             raise ValueError(
                 f"this predictor was trained for {_grid_words(self.grid)}, got {_grid_words(grid)}; call the pipeline "
@@ -236,9 +260,13 @@ class _Stream(Forecaster):
         self.memory, self.remembers_forecasts = predictor.memory, predictor.remembers_forecasts
 
     def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
+        return self.rows_of(grid, {step: past})[step]
+
+    def rows_of(self, grid: Tensor, pasts: Mapping[int, Sequence[int]]) -> dict[int, Row]:
         self._predictor.check_grid(grid)
-        self._predictor.check_past(step, past)
-        return self._predictor.rows({step: past}, self._name)[step]
+        for step, past in pasts.items():
+            self._predictor.check_past(step, past)
+        return self._predictor.stream_rows(self._name, grid, pasts)
 
     def wants(self, grid: Tensor, step: int) -> int:
         return self._predictor.wants(grid, step)
@@ -305,9 +333,7 @@ class LESA(Predictor):
         super().__init__(origin)
         if len(memories) != len(bounds) + 1 or min(memories) < 2:
             raise ValueError(f"{len(bounds) + 1} stages need as many memories of at least 2, got {list(memories)}.")
-        if sorted(bounds, reverse=True) != list(bounds):
-            raise ValueError(f"the bounds between stages fall, as times do, got {list(bounds)}; sort them.")
-        self.bounds, self.memories = tuple(bounds), tuple(memories)
+        self.bounds, self.memories = _falling(bounds), tuple(memories)
         self.stages = [stage_of(float(time), self.bounds) for time in self.grid[:-1]]
         self.memory, self.remembers_forecasts = max(memories), remembers_forecasts
         self._kan = dict(hidden=list(hidden), grid_size=grid_size, span=list(span), spline_noise=spline_noise)
@@ -355,7 +381,9 @@ class LESA(Predictor):
         """Return the K of the step's stage, or as many past features as the schedule leaves if these are fewer."""
         return min(self.memories[self.stages[step]], len(self.past(step)))
 
-    def rows(self, pasts: Mapping[int, Sequence[int]], stream: str, alphas: Tensor | None = None) -> dict[int, Row]:
+    def stream_rows(
+        self, stream: str, grid: Tensor, pasts: Mapping[int, Sequence[int]], alphas: Tensor | None = None
+    ) -> dict[int, Row]:
         """Return the rows of several steps, with these `alphas`, shape (S,), in place of the KANs' if given."""
         experts = self.stage_experts(stream)
         alphas = self.alphas(stream, sorted(pasts)) if alphas is None else alphas
@@ -442,7 +470,7 @@ class L2P(Predictor):
         """Return how many past features the schedule leaves in the history."""
         return len(self.past(step))
 
-    def rows(self, pasts: Mapping[int, Sequence[int]], stream: str) -> dict[int, Row]:
+    def stream_rows(self, stream: str, grid: Tensor, pasts: Mapping[int, Sequence[int]]) -> dict[int, Row]:
         table = self.coefficients[stream]
         return {step: Row(table[step, self.memory - len(past) :], table.new_zeros(())) for step, past in pasts.items()}
 
@@ -450,11 +478,171 @@ class L2P(Predictor):
         return f"L2P({self.origin.model!r}, schedule={self.origin.schedule!r})"
 
 
-def shipped_for(pipe: Any, schedule: Schedule | None = None) -> Predictor:
-    """Load the predictor that lies beside a pipeline's own files: of several, the LESA with the most full steps, and
-    of as many full steps the one whose schedule was planned.
+class ContinuousLESA(Predictor):
+    """LESA as a function of times: one predictor for many grids, image sizes and schedules.
 
-    With a `schedule`, only those that were trained for it count.
+    Its inputs are the times of the row alone, not the whole grid. A row is Newton's form of the polynomial in t through
+    the newest full steps, with every term scaled by the KAN of the step's stage:
+
+        h_s = p_0 + sum_j (1 + a_j) (p_j - p_{j-1}),   (a_1, ..., a_J) = KAN_stage(t_s, t_1, ..., t_{J+1})
+
+    where p_j is the forecast of `Lagrange(j)` and t_1, t_2, ... are the times of the newest full steps, 1 where there
+    are none. A new predictor is `Lagrange(J)`, J being its `order`, and the KAN bends it from there.
+
+    It gives a row for any step after any full steps, so any schedule can be run, and planned for it. `schedules` are
+    the grids that it was trained for with the schedules planned for each, several if they differ in the number of full
+    steps; the default is the origin's grid and schedule alone.
+
+    Raises: ValueError if `bounds` do not fall, or `order` is less than 1.
+    """
+
+    method = "lesa-continuous"
+    remembers_forecasts = False
+
+    def __init__(
+        self,
+        origin: Origin,
+        *,
+        schedules: Sequence[tuple[Sequence[float], Sequence[str]]] = (),
+        bounds: Sequence[float] = (0.9, 0.5),
+        order: int = 3,
+        hidden: Sequence[int] = (16,),
+        grid_size: int = 10,
+        spline_noise: float = 3.0,
+    ):
+        super().__init__(origin)
+        if order < 1:
+            raise ValueError(f"a polynomial's order is at least 1, got {order}; raise it.")
+        self.schedules = [(tuple(grid), tuple(texts)) for grid, texts in schedules]
+        self.schedules = self.schedules or [(origin.grid, (origin.schedule,))]
+        self.bounds, self.order, self.memory = _falling(bounds), order, order + 1
+        self._kan = dict(hidden=list(hidden), grid_size=grid_size, spline_noise=spline_noise)
+        widths = [order + 2, *hidden, order]
+
+        def expert() -> KAN:
+            return KAN(widths, grid_size, span=(0.0, 1.0), spline_noise=spline_noise, spline_scale=1.0)
+
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.default_generator.manual_seed(0)
+            self.experts = nn.ModuleDict({s: nn.ModuleList(expert() for _ in (*bounds, 0)) for s in origin.streams})
+            for parameter in self.parameters():
+                parameter.copy_(parameter.half())
+            for stream in origin.streams:
+                for kan in self.stage_kans(stream):
+                    last = cast("KANLayer", kan[-1])
+                    last.base.zero_()
+                    last.spline.zero_()
+
+    def options(self) -> dict[str, Any]:
+        schedules = [[list(grid), list(texts)] for grid, texts in self.schedules]
+        return dict(schedules=schedules, bounds=list(self.bounds), order=self.order, **self._kan)
+
+    def stage_kans(self, stream: str) -> list[KAN]:
+        """Return the KANs of one stream, the noisiest stage's first."""
+        return cast("list[KAN]", list(cast("nn.ModuleList", self.experts[stream])))
+
+    def numbers(self, stream: str) -> list[nn.Parameter]:
+        return list(self.experts[stream].parameters())
+
+    def check_grid(self, grid: Tensor) -> None:
+        """Accept any grid."""
+
+    def check_past(self, step: int, past: Sequence[int]) -> None:
+        """Accept any past."""
+
+    def is_for(self, schedule: Schedule | None = None, budget: int | None = None) -> bool:
+        known = [(Schedule.parse(text), len(grid) - 1) for grid, texts in self.schedules for text in texts]
+        return any(
+            schedule in (None, other) and budget in (None, len(other.full_steps(steps))) for other, steps in known
+        )
+
+    def schedule_for(self, grid: Sequence[float] | Tensor, budget: int | None = None, start: int = 0) -> Schedule:
+        """Return the schedule trained for this grid, or that of the grid most like it with full steps at like times.
+
+        Of several, the one with `budget` full steps, or the most. A run that begins at a later step has a full step
+        there, and those of the schedule that come after.
+
+        Raises: ValueError if no schedule has such a budget, or the grid has fewer steps.
+        """
+        grid = validate(grid)
+
+        def distance(other: tuple[float, ...]) -> tuple[int, float]:
+            middles = (torch.tensor(times)[len(times) // 2] for times in (grid.tolist(), other))
+            return abs(len(other) - len(grid)), float(abs(next(middles) - next(middles)))
+
+        found: dict[int, list[tuple[tuple[float, ...], tuple[int, ...]]]] = {}
+        for other, texts in self.schedules:
+            for text in texts:
+                full = Schedule.parse(text).full_steps(len(other) - 1)
+                found.setdefault(len(full), []).append((other, full))
+        budget = max(found) if budget is None else budget
+        if budget not in found or budget >= len(grid):
+            raise ValueError(
+                f"this predictor has schedules of {', '.join(map(str, sorted(found)))} full steps, got a budget of "
+                f"{budget} on {_grid_words(grid)}; name one of these, or plan another (lesa plan) and pass it."
+            )
+        other, full = min(found[budget], key=lambda one: distance(one[0]))
+        steps = _at_times([other[k] for k in full], grid)
+        return Schedule.at([start, *(step for step in steps if step > start)])
+
+    def stream_rows(self, stream: str, grid: Tensor, pasts: Mapping[int, Sequence[int]]) -> dict[int, Row]:
+        times = grid.tolist()
+        newest = {step: tuple(times[k] for k in past[-self.memory :]) for step, past in pasts.items()}
+        bends = self.bends(stream, [(times[step], *reversed(newest[step])) for step in pasts])
+        rows = {}
+        for bend, (step, past) in zip(bends, pasts.items(), strict=True):
+            terms = _newton_terms(times[step], newest[step], self.order)
+            coefficients = terms[0] + (1 + bend) @ terms[1:]
+            rows[step] = Row(functional.pad(coefficients, (len(past) - len(coefficients), 0)), torch.zeros(()))
+        return rows
+
+    def bends(self, stream: str, times: Sequence[tuple[float, ...]]) -> Tensor:
+        """Return by how much each term of each row is scaled besides 1, (rows, order), from (t_s, t_1, t_2, ...)."""
+        inputs = torch.ones(len(times), self.order + 2)
+        for k, some in enumerate(times):
+            inputs[k, : len(some)] = torch.tensor(some)
+        stages = torch.tensor([stage_of(some[0], self.bounds) for some in times])
+        result = torch.zeros(len(times), self.order)
+        for stage, kan in enumerate(self.stage_kans(stream)):
+            mine = (stages == stage).nonzero()[:, 0]
+            if len(mine):
+                result = result.index_copy(0, mine, kan(inputs[mine]))
+        return result
+
+    def __repr__(self) -> str:
+        return f"ContinuousLESA({self.origin.model!r}, {len(self.schedules)} grids)"
+
+
+@lru_cache(maxsize=1 << 14)
+def _newton_terms(time: float, past: tuple[float, ...], order: int) -> Tensor:
+    """Return the rows p_0, p_1 - p_0, ..., p_order - p_{order-1}: (order + 1, len(past)), the polynomials through the
+    newest full steps at times `past`, oldest first, at `time`; the last ones are 0 where these are too few."""
+    grid = torch.tensor([*past, time], dtype=torch.float64)
+    polynomials = [Lagrange(j).row(grid, len(past), range(len(past))).coefficients for j in range(order + 1)]
+    terms = torch.stack([polynomials[0], *(b - a for a, b in pairwise(polynomials))])
+    return terms.float()
+
+
+def _at_times(times: Sequence[float], grid: Tensor) -> list[int]:
+    """Return the steps of a grid nearest to falling times: all different, the first one 0."""
+    steps = [0]
+    for k, time in enumerate(times[1:], start=1):
+        nearest = int((grid[:-1] - time).abs().argmin())
+        steps.append(min(max(nearest, steps[-1] + 1), len(grid) - 1 - len(times) + k))
+    return steps
+
+
+def _falling(bounds: Sequence[float]) -> tuple[float, ...]:
+    if sorted(bounds, reverse=True) != list(bounds):
+        raise ValueError(f"the bounds between stages fall, as times do, got {list(bounds)}; sort them.")
+    return tuple(bounds)
+
+
+def shipped_for(pipe: Any, schedule: Schedule | None = None, budget: int | None = None) -> Predictor:
+    """Load the predictor that lies beside a pipeline's own files: of several, the one for many grids, and then the LESA
+    with the most full steps.
+
+    With a `schedule`, only those that were trained for it count; with a `budget`, those for so many full steps.
 
     Raises: LookupError if there is none.
     """
@@ -466,11 +654,11 @@ def shipped_for(pipe: Any, schedule: Schedule | None = None) -> Predictor:
             "(lesa.Predictor.from_pretrained(...)), or take a forecaster that needs no training, e.g. "
             "lesa.accelerate(pipe, lesa.Taylor(order=1), schedule=lesa.Schedule.paper(7))."
         )
-    loaded = [one for one in map(Predictor.from_pretrained, found) if schedule in (None, one.schedule)]
+    loaded = [one for one in map(Predictor.from_pretrained, found) if one.is_for(schedule, budget)]
     if not loaded:
-        names = ", ".join(folder.name for folder in found)
-        raise LookupError(f"no predictor shipped for {source} was trained for {schedule!r}, only {names}; train one.")
-    return max(loaded, key=lambda p: (isinstance(p, LESA), len(p.full), p.schedule.rule == "at"))
+        names, wanted = ", ".join(folder.name for folder in found), repr(schedule or f"{budget} full steps")
+        raise LookupError(f"no predictor shipped for {source} was trained for {wanted}, only {names}; train one.")
+    return max(loaded, key=lambda p: (isinstance(p, ContinuousLESA), isinstance(p, LESA), len(p.full)))
 
 
 def _read(source: str, config: bytes, weights: bytes) -> Predictor:
@@ -481,7 +669,7 @@ def _read(source: str, config: bytes, weights: bytes) -> Predictor:
             raise ValueError(f"its format is {entries.get('format')!r}, not {FORMAT!r}")
         if entries.pop("sha256", None) != _digest(entries, weights):
             raise ValueError("its files are not as they were saved")
-        kind = {known.method: known for known in (LESA, L2P)}[entries.pop("method")]
+        kind = {known.method: known for known in (LESA, L2P, ContinuousLESA)}[entries.pop("method")]
         options = entries.pop("options")
         del entries["format"]
         predictor = kind(Origin.from_dict(entries), **options)

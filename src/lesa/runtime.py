@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,6 +23,8 @@ from lesa.schedule import Schedule
 from lesa.tap import Tap, attach, hear_streams, tap_of
 
 DEFAULT_STREAM = "cond"
+ScheduleFor = Callable[[Sequence[float], int], Schedule]
+"""(times of the grid, first step of the run) -> which steps are full"""
 PLANS_KEPT = 64
 
 
@@ -230,7 +232,7 @@ class Executor:
         self,
         clock: SchedulerClock | LoopClock,
         forecaster: Forecaster,
-        schedule: Schedule,
+        schedule_for: ScheduleFor,
         strict: bool,
         storage: Storage,
     ):
@@ -242,7 +244,7 @@ class Executor:
 
         @lru_cache(PLANS_KEPT)
         def compiled(name: str, start: int, times: tuple[float, ...]) -> Plan:
-            return plans.compile(forecaster.for_stream(name), times, schedule, start, strict)
+            return plans.compile(forecaster.for_stream(name), times, schedule_for(times, start), start, strict)
 
         self._compiled = compiled
 
@@ -332,6 +334,7 @@ def accelerate(
     forecaster: Forecaster | None = None,
     *,
     schedule: Schedule | None = None,
+    budget: int | None = None,
     grid: Sequence[float] | Tensor | None = None,
     tap: Tap | str | None = None,
     history: str = "model",
@@ -345,8 +348,11 @@ def accelerate(
 
     It holds from the call on (`lesa.enable` is the same function) until the `with` block ends or `lesa.disable` is
     called; then the model is as it was. Without a forecaster the predictor shipped for the pipeline is taken; without
-    a schedule, the forecaster's own. A transformer alone needs the `grid` of its loop, S + 1 falling times, and
-    `run.at(step)` before each call. With `strict`, a forecast from fewer past features than it is made for is an error.
+    a schedule, the forecaster's own. `budget` is a number of full steps: it picks the predictor shipped, or its
+    schedule, that has so many (`lesa.accelerate(pipe, budget=6)`).
+
+    A transformer alone needs the `grid` of its loop, S + 1 falling times, and `run.at(step)` before each call. With
+    `strict`, a forecast from fewer past features than it is made for is an error.
 
     `tap` is 'feature', what enters the final norm, or 'output', what the transformer returns: far smaller, and its
     forwards do not run at all on skipped steps; or a `lesa.Tap`. Without one it is the predictor's own, or 'feature'.
@@ -365,14 +371,10 @@ def accelerate(
         raise ValueError("grid= is for a transformer in a loop of your own, and needed there; a pipeline has its own.")
     if schedule is not None and not isinstance(schedule, Schedule):
         raise ValueError(f"a schedule is a lesa.Schedule, got {schedule!r}; lesa.Schedule.parse reads a text.")
-    forecaster = predictors.shipped_for(pipe, schedule) if forecaster is None else forecaster
+    forecaster = predictors.shipped_for(pipe, schedule, budget) if forecaster is None else forecaster
     if isinstance(forecaster, type) or not hasattr(forecaster, "row"):
         raise ValueError(f"a forecaster is an object such as lesa.Taylor(order=1), got {forecaster!r}.")
-    schedule = schedule or getattr(forecaster, "schedule", None)
-    if schedule is None:
-        raise ValueError(
-            f"{forecaster!r} does not say which steps are full; pass a schedule, e.g. schedule=lesa.Schedule.paper(7)."
-        )
+    schedule_for = _schedule_for(forecaster, schedule, budget)
     if tap is None and isinstance(forecaster, predictors.Predictor):
         tap = forecaster.origin.tap
     tap = tap if isinstance(tap, Tap) else tap_of(transformer, tap or "feature")
@@ -383,7 +385,7 @@ def accelerate(
     with _lock:
         if _RUN in transformer.__dict__:
             raise ValueError("a transformer is accelerated once, but this one is already; call lesa.disable first.")
-        run = Run(transformer, Executor(clock, forecaster, schedule, strict, storage), tap)
+        run = Run(transformer, Executor(clock, forecaster, schedule_for, strict, storage), tap)
         transformer.__dict__[_RUN] = run
     return run
 
@@ -396,6 +398,24 @@ def disable(pipe: Any) -> None:
     run = _transformer_of(pipe).__dict__.get(_RUN)
     if run is not None:
         run.close()
+
+
+def _schedule_for(forecaster: Forecaster, schedule: Schedule | None, budget: int | None) -> ScheduleFor:
+    """Find who says which steps of a run are full: the caller, or a predictor, once it sees the grid."""
+    own = getattr(forecaster, "schedule", None)
+    if schedule is not None and budget is not None:
+        raise ValueError("a schedule has its number of full steps; pass schedule= or budget=, not both.")
+    if schedule is None and isinstance(forecaster, predictors.Predictor):
+        forecaster.schedule_for(forecaster.grid, budget)  # an error now rather than in the run
+        return lambda times, start: forecaster.schedule_for(times, budget, start)
+    if budget is not None:
+        raise ValueError(f"a budget picks among a predictor's schedules, got {forecaster!r}; pass a schedule instead.")
+    chosen = schedule or own
+    if chosen is None:
+        raise ValueError(
+            f"{forecaster!r} does not say which steps are full; pass a schedule, e.g. schedule=lesa.Schedule.paper(7)."
+        )
+    return lambda _times, _start: chosen
 
 
 def _transformer_of(pipe: Any) -> nn.Module:

@@ -24,14 +24,12 @@ from lesa.grid import matches
 from lesa.plan import histories
 from lesa.predictor import L2P, LESA, Predictor
 from lesa.row import Row
+from lesa.schedule import Schedule
 from lesa.tap import Tap
 from lesa.trajectory import Trajectory, write_atomically
 
 Head = Callable[[Tensor, Tensor], Tensor]
 """(features (..., n, C), conditioning (..., D)) -> outputs (..., n, C_out)"""
-RecordRuns = Callable[[Predictor], tuple[Sequence[Trajectory], Sequence[Trajectory]]]
-"""Record the runs of a predictor: on the training prompts and on the validation prompts, in their order."""
-
 LOSSES = ("latents", "features")
 TINY = 1e-12
 CURVE_FILE, SETTINGS_FILE = "curve.json", "training.json"
@@ -124,20 +122,47 @@ class Runs(NamedTuple):
         return all(bool(t.isfinite().all()) for t in self)
 
 
-class Problem:
-    """What one stream's rows are fitted to: the head, the schedule's shape and the loss.
+class Lesson(NamedTuple):
+    """What a predictor learns one grid and schedule from: runs with every step full, to train and to validate on.
 
-    Raises: ValueError if the predictor's schedule skips no step.
+    Without a schedule it is the predictor's own for that grid.
     """
 
-    def __init__(self, predictor: Predictor, stream: str, head: Head, loss: str):
-        self.steps = len(predictor.grid) - 1
-        self.full = predictor.full
+    reference: Sequence[Trajectory]
+    validation: Sequence[Trajectory]
+    schedule: Schedule | None = None
+
+
+RecordRuns = Callable[[Predictor, Lesson], tuple[Sequence[Trajectory], Sequence[Trajectory]]]
+"""Record a predictor's runs of a lesson: on its training prompts and on its validation prompts, in their order."""
+
+
+class Problem:
+    """What one stream's rows are fitted to: the head, the loss, and the shape of a schedule on a grid.
+
+    Grid and schedule are the predictor's own if not given.
+
+    Raises: ValueError if the schedule skips no step.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        stream: str,
+        head: Head,
+        loss: str,
+        grid: Tensor | None = None,
+        schedule: Schedule | None = None,
+    ):
+        self.grid = predictor.grid if grid is None else grid
+        schedule = schedule or predictor.schedule_for(self.grid)
+        self.steps = len(self.grid) - 1
+        self.full = schedule.full_steps(self.steps)
         self.pasts = dict(histories(self.steps, self.full, 0, predictor.memory, predictor.remembers_forecasts))
         self.skipped = list(self.pasts)
         if not self.skipped:
-            raise ValueError(f"there is nothing to forecast where {predictor.schedule!r} skips no step; skip some.")
-        self.durations = predictor.grid.diff().float()[:, None, None]  # x_{s+1} = x_s + (t_{s+1} - t_s) v
+            raise ValueError(f"there is nothing to forecast where {schedule!r} skips no step; skip some.")
+        self.durations = self.grid.diff().float()[:, None, None]  # x_{s+1} = x_s + (t_{s+1} - t_s) v
         self.stream, self.head, self.loss_name = stream, head, loss
         self.responses = torch.zeros(self.steps)
 
@@ -208,8 +233,8 @@ class Curve:
 class Result(NamedTuple):
     """A trained predictor, what it was after the ground-truth phase, and how the training went.
 
-    `scores` holds the drift in dB of every round's real runs on the validation prompts; the first is after the
-    ground-truth phase, and the predictor is that of the lowest.
+    `scores` holds the drift in dB of every round's real runs on the validation prompts, the mean over the lessons; the
+    first is after the ground-truth phase, and the predictor is that of the lowest.
     """
 
     predictor: Predictor
@@ -236,8 +261,7 @@ def drift(runs: Sequence[Trajectory], reference: Sequence[Trajectory]) -> float:
 
 def train(
     predictor: Predictor,
-    reference: Sequence[Trajectory],
-    validation: Sequence[Trajectory],
+    lessons: Sequence[Lesson],
     head: Head,
     record_runs: RecordRuns,
     config: Config = Config(),
@@ -245,17 +269,20 @@ def train(
 ) -> Result:
     """Fit a predictor's rows: first to recorded runs, then in closed loop to what its own runs record.
 
-    `reference` and `validation` are runs with every step full. Round 0 is the ground-truth phase. Each closed-loop
-    round fits the predictor on the runs of all rounds before it, the reference runs among them; after every round the
-    predictor's runs are recorded, and the round whose runs end nearest to the validation prompts' reference runs is
-    returned. With a `folder`, every round's predictor is kept there, and a stopped training goes on after the newest
-    (it records the runs of finished rounds again). The predictor given stays as it is.
+    A predictor for one grid and schedule has one lesson. Round 0 is the ground-truth phase. Each closed-loop round fits
+    the predictor on the runs of all rounds before it, the reference runs among them; after every round the predictor's
+    runs are recorded, and the round whose runs end nearest to the validation prompts' reference runs is returned. With
+    a `folder`, every round's predictor is kept there, and a stopped training goes on after the newest (it records the
+    runs of finished rounds again). The predictor given stays as it is.
 
-    Raises: ValueError if the runs do not fit the predictor or each other, or the folder holds another training.
+    Raises: ValueError if there are no lessons, their runs do not fit the predictor or each other, or the folder holds
+        another training.
     """
+    if not lessons:
+        raise ValueError("training needs recorded runs, got no lessons; collect some first.")
     predictor = copy.deepcopy(predictor)
-    fits = [_Fit(predictor, name, reference, validation, head, config) for name in predictor.origin.streams]
-    kept = _Rounds(Path(folder) if folder else None, _settings(predictor, reference, validation, config))
+    fits = [_Fit(predictor, name, lessons, head, config) for name in predictor.origin.streams]
+    kept = _Rounds(Path(folder) if folder else None, _settings(predictor, lessons, config))
     curve, scores, finished = Curve(), [], []
     for round_ in range(config.rounds + 1):
         if not kept.load(round_, predictor, curve):
@@ -263,11 +290,14 @@ def train(
                 fit.run(round_, curve)
             kept.save(round_, predictor, curve)
         finished.append(copy.deepcopy(predictor).eval())
-        trained, validated = record_runs(finished[-1])
-        scores.append(drift(validated, validation))
-        for fit in fits:
-            fit.add(trained, validated)
-        del trained, validated  # they hold the features of all steps, and the next round's fit needs few
+        drifts = []
+        for k, lesson in enumerate(lessons):
+            trained, validated = record_runs(finished[-1], lesson)
+            drifts.append(drift(validated, lesson.validation))
+            for fit in fits:
+                fit.tasks[k].add(trained, validated)
+            del trained, validated  # they hold the features of all steps, and the next round's fit needs few
+        scores.append(sum(drifts) / len(drifts))
     best = scores.index(min(scores))
     return Result(finished[best], finished[0], scores, curve)
 
@@ -290,37 +320,24 @@ def response(runs: Runs, reference: Runs, full: Sequence[int]) -> Tensor:
     return result
 
 
-class _Fit:
-    """One stream's problem, the runs it is fitted on, and the fit itself."""
+class _Task:
+    """One stream of one lesson: its problem, and the runs that it is fitted on."""
 
-    def __init__(
-        self,
-        predictor: Predictor,
-        stream: str,
-        reference: Sequence[Trajectory],
-        validation: Sequence[Trajectory],
-        head: Head,
-        config: Config,
-    ):
-        self.predictor, self.config = predictor, config
-        self.problem = Problem(predictor, stream, head, config.loss)
-        self.reference, self.validation = reference, validation
-        tap = predictor.origin.tap
-        self.truth = (Runs.stack(reference, stream, tap=tap), Runs.stack(validation, stream, tap=tap))
+    def __init__(self, predictor: Predictor, stream: str, lesson: Lesson, truth: tuple[Runs, Runs], problem: Problem):
+        self.predictor, self.lesson, self.problem, self.truth = predictor, lesson, problem, truth
+        reference, validation, _ = lesson
         _check_alike([*reference, *validation], reference[0], stream)
-        predictor.check_grid(reference[0].grid)
+        predictor.check_grid(problem.grid)
+        for step, past in problem.pasts.items():
+            predictor.check_past(step, past)
         if skipping := [run for run in (*reference, *validation) if len(run.full) < run.steps]:
             raise ValueError(f"reference runs have every step full, got {skipping[0]!r}; record it unaccelerated.")
-        if config.free_alphas and isinstance(predictor, LESA):  # better known before the training than after
-            rough = torch.rand(self.problem.steps, generator=torch.Generator().manual_seed(0))
-            copy.deepcopy(predictor).absorb(rough, stream)
-        full = self.problem.full
-        self.sets = [(self.truth[0].at(full), self.truth[1].at(full))]
+        self.sets = [(truth[0].at(problem.full), truth[1].at(problem.full))]
 
     def add(self, trained: Sequence[Trajectory], validated: Sequence[Trajectory]) -> None:
         """Take a round's runs in; of runs that ended in numbers that are not finite nothing can be learned."""
         problem = self.problem
-        for runs, wanted in ((trained, self.reference), (validated, self.validation)):
+        for runs, wanted in ((trained, self.lesson.reference), (validated, self.lesson.validation)):
             _check_pairs(runs, wanted)
             _check_alike(runs, wanted[0], problem.stream)
             if other := [run for run in runs if run.full != problem.full]:
@@ -331,11 +348,48 @@ class _Fit:
             self.sets.append((stacked[0], stacked[1]))
             problem.responses = response(stacked[0], self.truth[0], problem.full)
 
+    def loss(self, rows: Mapping[int, Row], batch: int, generator: torch.Generator, closed_loop: bool) -> Tensor:
+        """Return the loss on a batch of the runs of one round."""
+        sets = self._sets(closed_loop)
+        runs, _ = sets[int(torch.randint(len(sets), (), generator=generator))]
+        chosen = torch.randperm(len(runs.outputs), generator=generator)[:batch]
+        return self.problem.loss(rows, runs.pick(chosen), self.truth[0].pick(chosen), closed_loop)
+
+    def check(self, rows: Mapping[int, Row], closed_loop: bool) -> float:
+        """Return the mean loss on the validation runs of all rounds."""
+        losses = [self.problem.loss(rows, runs, self.truth[1], closed_loop) for _, runs in self._sets(closed_loop)]
+        return float(torch.stack(losses).mean())
+
+    def _sets(self, closed_loop: bool) -> list[tuple[Runs, Runs]]:
+        return self.sets if closed_loop else [self.truth]
+
+
+class _Fit:
+    """One stream's tasks, a lesson each, and the fit of the rows to them."""
+
+    def __init__(self, predictor: Predictor, stream: str, lessons: Sequence[Lesson], head: Head, config: Config):
+        self.predictor, self.stream, self.config = predictor, stream, config
+        stacked: dict[int, Runs] = {}  # lessons on one grid share their runs
+
+        def stack(runs: Sequence[Trajectory]) -> Runs:
+            if id(runs) not in stacked:
+                stacked[id(runs)] = Runs.stack(runs, stream, tap=predictor.origin.tap)
+            return stacked[id(runs)]
+
+        self.tasks: list[_Task] = []
+        for lesson in lessons:
+            truth = stack(lesson.reference), stack(lesson.validation)
+            problem = Problem(predictor, stream, head, config.loss, lesson.reference[0].grid, lesson.schedule)
+            self.tasks.append(_Task(predictor, stream, lesson, truth, problem))
+        if config.free_alphas and isinstance(predictor, LESA):  # better known before the training than after
+            rough = torch.rand(self.tasks[0].problem.steps, generator=torch.Generator().manual_seed(0))
+            copy.deepcopy(predictor).absorb(rough, stream)
+
     def run(self, round_: int, curve: Curve) -> None:
         """Fit the rows on the runs of all rounds and keep the update with the best loss on the validation runs."""
         config, closed_loop = self.config, round_ > 0
         generator = torch.Generator().manual_seed(config.seed + round_)
-        unknowns = _Unknowns(self.predictor, self.problem, config.free_alphas)
+        unknowns = _Unknowns(self.predictor, self.stream, config.free_alphas)
         optimiser = torch.optim.Adam(unknowns.parameters, lr=config.learning_rate, betas=(0.9, 0.98))
         updates = config.updates[int(closed_loop)]
         best, best_loss = unknowns.values(), math.inf
@@ -345,7 +399,7 @@ class _Fit:
             optimiser.param_groups[0]["lr"] = _falling(config.learning_rate, update, updates)
             if update % config.check_every == 0 or update == updates:
                 checked = self._check(unknowns, closed_loop)
-                curve.add(phase, round_, update, checked, self.problem.stream)
+                curve.add(phase, round_, update, checked, self.stream)
                 bar.set_postfix(validation=f"{checked:.4f}")
                 if checked < best_loss:
                     best, best_loss = unknowns.values(), checked
@@ -356,41 +410,34 @@ class _Fit:
     def _update(
         self, unknowns: _Unknowns, optimiser: torch.optim.Optimizer, generator: torch.Generator, closed_loop: bool
     ) -> None:
-        """Take one optimiser step on a batch of the runs of one round."""
-        sets = self._sets(closed_loop)
-        runs, _ = sets[int(torch.randint(len(sets), (), generator=generator))]
-        chosen = torch.randperm(len(runs.outputs), generator=generator)[: self.config.batch]
+        """Take one optimiser step on a batch of one lesson."""
+        task = self.tasks[int(torch.randint(len(self.tasks), (), generator=generator))]
         optimiser.zero_grad()
-        self.problem.loss(unknowns.rows(), runs.pick(chosen), self.truth[0].pick(chosen), closed_loop).backward()
+        task.loss(unknowns.rows(task.problem), self.config.batch, generator, closed_loop).backward()
         nn.utils.clip_grad_norm_(unknowns.parameters, 1.0)
         optimiser.step()
 
     @torch.no_grad()
     def _check(self, unknowns: _Unknowns, closed_loop: bool) -> float:
-        """Return the mean loss on the validation runs of all rounds."""
-        rows = unknowns.rows()
-        losses = [self.problem.loss(rows, runs, self.truth[1], closed_loop) for _, runs in self._sets(closed_loop)]
-        return float(torch.stack(losses).mean())
-
-    def _sets(self, closed_loop: bool) -> list[tuple[Runs, Runs]]:
-        return self.sets if closed_loop else [self.truth]
+        """Return the mean over lessons of the loss on the validation runs."""
+        return sum(task.check(unknowns.rows(task.problem), closed_loop) for task in self.tasks) / len(self.tasks)
 
 
 class _Unknowns:
     """The numbers that are fitted: a stream's parameters, with LESA's alphas in the KANs' place if they are free."""
 
-    def __init__(self, predictor: Predictor, problem: Problem, free_alphas: bool):
-        self.predictor, self.problem = predictor, problem
-        self.parameters: list[Tensor] = list(predictor.numbers(problem.stream))
+    def __init__(self, predictor: Predictor, stream: str, free_alphas: bool):
+        self.predictor, self.stream = predictor, stream
+        self.parameters: list[Tensor] = list(predictor.numbers(stream))
         self.alphas: Tensor | None = None
         if free_alphas and isinstance(predictor, LESA):
-            self.alphas = predictor.alphas(problem.stream).detach().requires_grad_()
-            experts = predictor.stage_experts(problem.stream)
+            self.alphas = predictor.alphas(stream).detach().requires_grad_()
+            experts = predictor.stage_experts(stream)
             self.parameters = [self.alphas, *(p for expert in experts for p in (expert.weight, expert.bias))]
 
-    def rows(self) -> dict[int, Row]:
+    def rows(self, problem: Problem) -> dict[int, Row]:
         alphas = {} if self.alphas is None else {"alphas": self.alphas}
-        return self.predictor.rows(self.problem.pasts, self.problem.stream, **alphas)
+        return self.predictor.stream_rows(self.stream, problem.grid, problem.pasts, **alphas)
 
     def values(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.parameters]
@@ -401,7 +448,7 @@ class _Unknowns:
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
         if self.alphas is not None and isinstance(self.predictor, LESA):
-            self.predictor.absorb(self.alphas, self.problem.stream)
+            self.predictor.absorb(self.alphas, self.stream)
 
 
 def _falling(learning_rate: float, update: int, updates: int) -> float:
@@ -471,17 +518,15 @@ class _Rounds:
         return self._folder / f"round-{round_}"
 
 
-def _settings(
-    predictor: Predictor, reference: Sequence[Trajectory], validation: Sequence[Trajectory], config: Config
-) -> dict[str, Any]:
+def _settings(predictor: Predictor, lessons: Sequence[Lesson], config: Config) -> dict[str, Any]:
     """Describe a training as far as it changes its rounds; a longer one may go on with a shorter one's."""
     settings = {
         **asdict(predictor.origin),
         **asdict(config),
         "method": predictor.method,
         "options": predictor.options(),
-        "runs": [[run.prompt, run.seed] for run in reference],
-        "validation": [[run.prompt, run.seed] for run in validation],
+        "runs": [[str(lesson.schedule), [[run.prompt, run.seed] for run in lesson.reference]] for lesson in lessons],
+        "validation": [[[run.prompt, run.seed] for run in lesson.validation] for lesson in lessons],
     }
     unimportant = ("versions", "training", "rounds")
     return json.loads(json.dumps({name: value for name, value in settings.items() if name not in unimportant}))
