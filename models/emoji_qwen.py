@@ -133,8 +133,8 @@ class Qwen(Recipe):
 
 def one_frame(self: QwenImageCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
     """Convolve a first frame: all frames before it are zeros, so that it meets the newest slice of the kernel alone."""
-    bias, stride, padding = self.bias, self.stride[1:], (self._padding[2], self._padding[0])
-    return F.conv2d(x.squeeze(2), self.weight[:, :, -1], bias, stride, padding)[:, :, None]
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x.squeeze(2), self.weight[:, :, -1]))
+    return F.conv2d(x, weight, self.bias, self.stride[1:], (self._padding[2], self._padding[0]))[:, :, None]
 
 
 def build_tokenizer(corpus: list[str]) -> Qwen2Tokenizer:

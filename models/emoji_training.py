@@ -99,7 +99,7 @@ def cosine(progress: float, warmup: float = 0.01) -> float:
 # --- the autoencoder
 
 
-def train_vae(recipe: Recipe, folder: Path, runs: Path, minutes: float) -> None:
+def train_vae(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32: bool = False) -> None:
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     drawn = pictures(folder, prompts(folder, "train"))
@@ -111,14 +111,14 @@ def train_vae(recipe: Recipe, folder: Path, runs: Path, minutes: float) -> None:
         vae.load_state_dict(state["vae"])
         optimiser.load_state_dict(state["optimiser"])
         spent, step = state["spent"], state["step"]
-    generator = torch.Generator().manual_seed(step)
+    generator, mixed = torch.Generator().manual_seed(step), torch.autocast("cpu", torch.bfloat16, enabled=not float32)
     bar = tqdm(total=round(minutes * 60), initial=round(spent), unit="s", desc="vae", mininterval=5)
     while spent < minutes * 60:
         start = time.monotonic()
         optimiser.param_groups[0]["lr"] = 2e-3 * cosine(spent / (minutes * 60), warmup=0.03)
         batch = drawn[torch.randint(len(drawn), (recipe.vae_batch,), generator=generator)]
         real = to_unit(batch)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed:
             posterior = recipe.encode(vae, real)
             decoded = recipe.decode(vae, posterior.sample())
         difference = decoded.float() - real
@@ -304,12 +304,12 @@ def main(recipe: Recipe, description: str | None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--minutes", type=float, help="of training in all, resumed ones included")
     parser.add_argument("--runs", type=Path, help="folder of the checkpoints (default: .runs/ and the model's name)")
-    parser.add_argument("--float32", action="store_true", help="train the transformer without bfloat16 products")
+    parser.add_argument("--float32", action="store_true", help="train without bfloat16, where it is slower")
     parser.add_argument("--count", type=int, default=200, help="held-out prompts to evaluate")
     options = parser.parse_args()
     runs = options.runs or Path(".runs") / options.folder.name
     if options.what == "vae":
-        train_vae(recipe, options.folder, runs, options.minutes or 12)
+        train_vae(recipe, options.folder, runs, options.minutes or 12, options.float32)
     elif options.what == recipe.name:
         train_transformer(recipe, options.folder, runs, options.minutes or 120, options.float32)
     elif options.what == "export":

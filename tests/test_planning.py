@@ -120,11 +120,11 @@ def test_training_knows_the_drift_of_rows_that_were_not_run(reference):
     """Runs of one set of rows, with their answers, tell where other rows would lead."""
     world, schedule = plain_world(answering), "at:0,4,9,13"
     free = L2P(origin(schedule))
-    problem = Problem(free, "cond", head, "latents")
+    problem = Problem(free, head, "latents")
     runs = world.runs(range(6), Forecast(Reuse(), Schedule.parse(schedule)))
     other = world.runs(range(6), Forecast(Lagrange(2), Schedule.parse(schedule)))
-    truth, recorded = Runs.stack(reference, "cond"), Runs.stack(runs, "cond", problem.full)
-    problem.responses = response(recorded, truth, problem.full)
+    truth, recorded = Runs.stack(reference, ["cond"]), Runs.stack(runs, ["cond"], problem.full)
+    problem.responses = response(recorded, truth, problem.full, problem.guidance)
     pasts = dict(histories(STEPS, problem.full, 0, free.memory, False))
     plan = compile(Lagrange(2), reference[0].grid, Schedule.parse(schedule))
 
@@ -134,9 +134,9 @@ def test_training_knows_the_drift_of_rows_that_were_not_run(reference):
         return Row(torch.tensor([*missing, *coefficients]), torch.tensor(0.0))
 
     # the features of the full steps are as recorded, so what they answer is all that differs
-    rows = {step: row(step) for step in pasts}
-    outputs = head(problem.forecasts(rows, recorded.features, True), recorded.conditioning[:, problem.skipped])
-    moved = recorded.outputs.index_copy(1, torch.tensor(problem.skipped), outputs) - truth.outputs
+    rows = {"cond": {step: row(step) for step in pasts}}
+    outputs = head(problem.forecasts(rows, recorded.features, True), recorded.conditioning[:, :, problem.skipped])
+    moved = (recorded.outputs.index_copy(2, torch.tensor(problem.skipped), outputs) - truth.outputs)[:, 0]
     found = problem.drift(rows, problem.durations * moved, recorded, truth)
     real = torch.stack([run.latents for run in other]) - truth.latents
     torch.testing.assert_close(found, real[:, 1:], atol=1e-4, rtol=1e-3)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lesa import grid as grids
+from lesa.pipelines import for_each
 from lesa.tap import Tap, hear_streams, tap_of
 from lesa.trajectory import COLLECTION, Collection, Store, Trajectory, draw_tokens
 
@@ -51,7 +52,6 @@ def record(
     _check_pairs(prompts, seeds)
     if reserved := sorted(set(call) & set(_OURS)):
         raise ValueError(f"a recording sets {', '.join(reserved)} itself; leave it out of the call.")
-    texts = {k: [v] * len(prompts) for k, v in call.items() if "prompt" in k and isinstance(v, str)}
     recorder = _Recorder(pipe, tokens, tap or tap_of(pipe.transformer))
     with recorder.listening():
         final = pipe(
@@ -59,7 +59,7 @@ def record(
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="latent",
             return_dict=False,
-            **{**call, **texts},
+            **for_each(prompts, call),
         )[0]
     return recorder.trajectories(prompts, seeds, final)
 

@@ -2,6 +2,8 @@
 
 Training sees tensors only: what runs recorded, the head as a callable, and a callable that records the runs of a
 predictor. The rows of a run are a matrix, so a whole closed loop unrolls as one product, differentiable to the rows.
+The rows of all streams are fitted together: their errors meet in one velocity, where guidance multiplies what differs
+between them, and cancels what they share.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from lesa.grid import matches
+from lesa.guidance import Guidance
 from lesa.plan import histories
 from lesa.predictor import L2P, LESA, Predictor
 from lesa.row import Row
@@ -80,10 +83,10 @@ class Config:
 
 
 class Runs(NamedTuple):
-    """Runs of several prompts on one grid, one stream, as they were recorded.
+    """Runs of several prompts on one grid, as they were recorded.
 
-    `features` (P, S, n, C), or those of some steps only; `outputs` (P, S, n, C_out), `conditioning` (P, S, D),
-    `latents` (P, S + 1, n, latent channels).
+    `features` (P, streams, S, n, C), or those of some steps only; `outputs` (P, streams, S, n, C_out), `conditioning`
+    (P, streams, S, D), `latents` (P, S + 1, n, latent channels).
     """
 
     features: Tensor
@@ -93,23 +96,31 @@ class Runs(NamedTuple):
 
     @classmethod
     def stack(
-        cls, trajectories: Sequence[Trajectory], stream: str, steps: Sequence[int] | None = None, tap: Tap | None = None
+        cls,
+        trajectories: Sequence[Trajectory],
+        streams: Sequence[str],
+        steps: Sequence[int] | None = None,
+        tap: Tap | None = None,
     ) -> Runs:
         """Join trajectories of one collection, keeping the features of these steps (all, if none are named).
 
         At the output tap the features are the outputs, whatever tap they were recorded at.
 
-        Raises: ValueError if there are none or they differ in grid or tokens or recorded no such stream.
+        Raises: ValueError if there are none or they differ in grid or tokens or recorded no such streams.
         """
         if not trajectories:
             raise ValueError("training needs recorded runs, got none; collect some first.")
-        _check_alike(trajectories, trajectories[0], stream)
+        _check_alike(trajectories, trajectories[0], streams)
         kept = slice(None) if steps is None else list(steps)
         at_output = tap is not None and tap.module is None
+
+        def joined(of_run: Callable[[Trajectory], Mapping[str, Tensor]], kept: Any = slice(None)) -> Tensor:
+            return torch.stack([torch.stack([of_run(t)[stream][kept] for stream in streams]) for t in trajectories])
+
         return cls(
-            torch.stack([(t.outputs if at_output else t.features)[stream][kept] for t in trajectories]),
-            torch.stack([t.outputs[stream] for t in trajectories]),
-            torch.stack([t.conditioning[stream] for t in trajectories]),
+            joined(lambda t: t.outputs if at_output else t.features, kept),
+            joined(lambda t: t.outputs),
+            joined(lambda t: t.conditioning),
             torch.stack([t.latents for t in trajectories]),
         )
 
@@ -118,19 +129,23 @@ class Runs(NamedTuple):
 
     def at(self, steps: Sequence[int]) -> Runs:
         """Keep the features of these steps only."""
-        return self._replace(features=self.features[:, list(steps)])
+        return self._replace(features=self.features[:, :, list(steps)])
 
     def finite(self) -> bool:
         return all(bool(t.isfinite().all()) for t in self)
 
 
+Rows = Mapping[str, Mapping[int, Row]]
+"""By stream and step."""
+
+
 class Problem:
-    """What one stream's rows are fitted to: the head, the schedule's shape and the loss.
+    """What a predictor's rows are fitted to: the head, the guidance, the schedule's shape and the loss.
 
     Raises: ValueError if the predictor's schedule skips no step.
     """
 
-    def __init__(self, predictor: Predictor, stream: str, head: Head, loss: str):
+    def __init__(self, predictor: Predictor, head: Head, loss: str, guidance: Guidance | None = None):
         self.steps = len(predictor.grid) - 1
         self.full = predictor.full
         self.pasts = dict(histories(self.steps, self.full, 0, predictor.memory, predictor.remembers_forecasts))
@@ -138,35 +153,38 @@ class Problem:
         if not self.skipped:
             raise ValueError(f"there is nothing to forecast where {predictor.schedule!r} skips no step; skip some.")
         self.durations = predictor.grid.diff().float()[:, None, None]  # x_{s+1} = x_s + (t_{s+1} - t_s) v
-        self.stream, self.head, self.loss_name = stream, head, loss
+        self.guidance = Guidance(predictor.origin.streams) if guidance is None else guidance
+        self.streams, self.head, self.loss_name = predictor.origin.streams, head, loss
         self.responses = torch.zeros(self.steps)
 
-    def loss(self, rows: Mapping[int, Row], runs: Runs, reference: Runs, closed_loop: bool) -> Tensor:
+    def loss(self, rows: Rows, runs: Runs, reference: Runs, closed_loop: bool) -> Tensor:
         """Return the mean over prompts of how far the forecasts on `runs` lead away from the reference runs.
 
         In closed loop `runs` holds the features of the full steps alone.
         """
         forecasts = self.forecasts(rows, runs.features, closed_loop)
         if self.loss_name == "features":
-            return (forecasts - reference.features[:, self.skipped]).abs().mean()
-        outputs = self.head(forecasts, runs.conditioning[:, self.skipped]).float()
-        outputs = runs.outputs.float().index_copy(1, torch.tensor(self.skipped), outputs)
-        moves = self.durations * (outputs - reference.outputs)
+            return (forecasts - reference.features[:, :, self.skipped]).abs().mean()
+        outputs = self.head(forecasts, runs.conditioning[:, :, self.skipped]).float()
+        outputs = runs.outputs.float().index_copy(2, torch.tensor(self.skipped), outputs)
+        velocity, wanted = (self.guidance.velocity(x) for x in (outputs, reference.outputs.float()))
+        moves = self.durations * (velocity - wanted)
         if not closed_loop:
             return moves.square().mean(dim=(1, 2, 3)).add(TINY).log().mean()
         drifts = self.drift(rows, moves, runs, reference).square().mean(dim=(2, 3))
         return 0.5 * (drifts[:, -1].add(TINY).log() + drifts.mean(1).add(TINY).log()).mean()
 
-    def drift(self, rows: Mapping[int, Row], moves: Tensor, runs: Runs, reference: Runs) -> Tensor:
+    def drift(self, rows: Rows, moves: Tensor, runs: Runs, reference: Runs) -> Tensor:
         """Return how far the latents are from the reference run's after every step, (P, S, n, C_out).
 
-        The full steps were recorded at latents that drifted by r_k. Where these rows make them drift by d_k, the output
-        of full step k differs by `responses[k]` (d_k - r_k), and so does what is forecast from it:
-        d_{s+1} = d_s + moves_s + dt_s sum_k m_sk responses_k (d_k - r_k), with m the matrix of the closed loop.
+        The full steps were recorded at latents that drifted by r_k. Where these rows make them drift by d_k, the
+        velocity of full step k differs by `responses[k]` (d_k - r_k), and so does what is forecast from it:
+        d_{s+1} = d_s + moves_s + dt_s sum_k m_sk responses_k (d_k - r_k), with m the matrix of the closed loop, its
+        streams weighted as guidance does.
         """
         if not self.responses.any():
             return moves.cumsum(1)
-        matrix, _ = self.matrix(rows, True)
+        matrix = torch.einsum("i,isk->sk", self.guidance.weights, self.matrix(rows, True)[0])
         steps = torch.eye(self.steps).index_copy(0, torch.tensor(self.skipped), matrix)
         feedback = self.durations[:, :, 0] * steps * self.responses
         recorded = (runs.latents - reference.latents)[:, :-1].float()
@@ -174,24 +192,28 @@ class Problem:
         carried = functional.pad((torch.eye(self.steps) + feedback)[1:, 1:], (0, 1, 1, 0))  # of d_s to d_{s+1}
         return torch.einsum("sk,pknc->psnc", torch.linalg.inv(torch.eye(self.steps) - carried), moves)
 
-    def forecasts(self, rows: Mapping[int, Row], features: Tensor, closed_loop: bool) -> Tensor:
-        """Return the skipped steps' forecasts (P, skipped, n, C): from all steps' features, or in closed loop."""
+    def forecasts(self, rows: Rows, features: Tensor, closed_loop: bool) -> Tensor:
+        """Return the skipped steps' forecasts (P, streams, skipped, n, C) of all features, or those of full steps."""
         matrix, offsets = self.matrix(rows, closed_loop)
-        matrix = matrix[:, list(self.full)] if closed_loop else matrix
-        return torch.einsum("sk,pknc->psnc", matrix, features.float()) + offsets[:, None, None]
+        matrix = matrix[:, :, list(self.full)] if closed_loop else matrix
+        return torch.einsum("isk,piknc->pisnc", matrix, features.float()) + offsets[:, :, None, None]
 
-    def matrix(self, rows: Mapping[int, Row], closed_loop: bool) -> tuple[Tensor, Tensor]:
-        """Stack rows into a matrix (skipped, S) over the steps' features and offsets (skipped,).
+    def matrix(self, rows: Rows, closed_loop: bool) -> tuple[Tensor, Tensor]:
+        """Stack rows into matrices (streams, skipped, S) over the steps' features and offsets (streams, skipped).
 
         In closed loop the forecasts among the past are replaced by what they are made of: only full steps are left.
         """
         identity = torch.eye(self.steps + 1)  # the last column is the offset
-        unrolled = list(identity[: self.steps])
-        for step, past in self.pasts.items():
-            sources = torch.stack([unrolled[k] if closed_loop else identity[k] for k in past])
-            unrolled[step] = rows[step].coefficients @ sources + rows[step].offset * identity[-1]
-        stacked = torch.stack([unrolled[step] for step in self.skipped])
-        return stacked[:, :-1], stacked[:, -1]
+        stacked = []
+        for stream in self.streams:
+            unrolled = list(identity[: self.steps])
+            for step, past in self.pasts.items():
+                row = rows[stream][step]
+                sources = torch.stack([unrolled[k] if closed_loop else identity[k] for k in past])
+                unrolled[step] = row.coefficients @ sources + row.offset * identity[-1]
+            stacked.append(torch.stack([unrolled[step] for step in self.skipped]))
+        matrices = torch.stack(stacked)
+        return matrices[..., :-1], matrices[..., -1]
 
 
 @dataclass
@@ -200,9 +222,8 @@ class Curve:
 
     entries: list[dict] = field(default_factory=list)
 
-    def add(self, phase: str, round_: int, update: int, validation_loss: float, stream: str = "cond") -> None:
-        entry = dict(phase=phase, round=round_, update=update, validation_loss=validation_loss, stream=stream)
-        self.entries.append(entry)
+    def add(self, phase: str, round_: int, update: int, validation_loss: float) -> None:
+        self.entries.append(dict(phase=phase, round=round_, update=update, validation_loss=validation_loss))
 
 
 class Result(NamedTuple):
@@ -254,66 +275,63 @@ def train(
     Raises: ValueError if the runs do not fit the predictor or each other, or the folder holds another training.
     """
     predictor = copy.deepcopy(predictor)
-    fits = [_Fit(predictor, name, reference, validation, head, config) for name in predictor.origin.streams]
+    fit = _Fit(predictor, reference, validation, head, config)
     kept = _Rounds(Path(folder) if folder else None, _settings(predictor, reference, validation, config))
     curve, scores, finished = Curve(), [], []
     for round_ in range(config.rounds + 1):
         if not kept.load(round_, predictor, curve):
-            for fit in fits:
-                fit.run(round_, curve)
+            fit.run(round_, curve)
             kept.save(round_, predictor, curve)
         finished.append(copy.deepcopy(predictor).eval())
         trained, validated = record_runs(finished[-1])
         scores.append(drift(validated, validation))
-        for fit in fits:
-            fit.add(trained, validated)
+        fit.add(trained, validated)
         del trained, validated  # they hold the features of all steps, and the next round's fit needs few
     best = scores.index(min(scores))
     return Result(finished[best], finished[0], scores, curve)
 
 
-def response(runs: Runs, reference: Runs, full: Sequence[int]) -> Tensor:
-    """Return by how much the transformer's output answers a drift of the latents at every full step, (S,); 0 elsewhere.
+def response(runs: Runs, reference: Runs, full: Sequence[int], guidance: Guidance) -> Tensor:
+    """Return by how much the velocity answers a drift of the latents at every full step, (S,); 0 elsewhere.
 
     It is the least squares fit of one number per step, v - v_ref = response (x - x_ref): near 1 / t where the model
     sees noise and takes most of a drift back, 0 where it trusts the latents. On the embedded model this one number
     explains 97 % and more of the change. It is 0 where outputs and latents are not alike, or nothing drifted.
     """
-    result = torch.zeros(runs.outputs.shape[1])
-    if runs.outputs.shape != reference.latents[:, 1:].shape:
-        return result
     steps = list(full)
-    moved = (runs.latents - reference.latents)[:, steps].float().flatten(2)
-    answer = (runs.outputs - reference.outputs)[:, steps].float().flatten(2)
-    size = moved.square().sum(dim=(0, 2))
-    result[steps] = (moved * answer).sum(dim=(0, 2)) / size.clamp_min(TINY) * (size > TINY)
+    result = torch.zeros(runs.outputs.shape[2])
+    velocity, wanted = (guidance.velocity(x.outputs[:, :, steps].float()) for x in (runs, reference))
+    moved = (runs.latents - reference.latents)[:, steps].float()
+    if velocity.shape != moved.shape:
+        return result
+    size = moved.square().sum(dim=(0, 2, 3))
+    result[steps] = (moved * (velocity - wanted)).sum(dim=(0, 2, 3)) / size.clamp_min(TINY) * (size > TINY)
     return result
 
 
 class _Fit:
-    """One stream's problem, the runs it is fitted on, and the fit itself."""
+    """The problem, the runs it is fitted on, and the fit itself."""
 
     def __init__(
         self,
         predictor: Predictor,
-        stream: str,
         reference: Sequence[Trajectory],
         validation: Sequence[Trajectory],
         head: Head,
         config: Config,
     ):
         self.predictor, self.config = predictor, config
-        self.problem = Problem(predictor, stream, head, config.loss)
         self.reference, self.validation = reference, validation
-        tap = predictor.origin.tap
-        self.truth = (Runs.stack(reference, stream, tap=tap), Runs.stack(validation, stream, tap=tap))
-        _check_alike([*reference, *validation], reference[0], stream)
+        tap, streams = predictor.origin.tap, predictor.origin.streams
+        self.truth = (Runs.stack(reference, streams, tap=tap), Runs.stack(validation, streams, tap=tap))
+        _check_alike([*reference, *validation], reference[0], streams)
+        self.problem = Problem(predictor, head, config.loss, Guidance.of(reference, streams))
         predictor.check_grid(reference[0].grid)
         if skipping := [run for run in (*reference, *validation) if len(run.full) < run.steps]:
             raise ValueError(f"reference runs have every step full, got {skipping[0]!r}; record it unaccelerated.")
         if config.free_alphas and isinstance(predictor, LESA):  # better known before the training than after
             rough = torch.rand(self.problem.steps, generator=torch.Generator().manual_seed(0))
-            copy.deepcopy(predictor).absorb(rough, stream)
+            copy.deepcopy(predictor).absorb(rough, streams[0])
         full = self.problem.full
         self.sets = [(self.truth[0].at(full), self.truth[1].at(full))]
 
@@ -322,14 +340,14 @@ class _Fit:
         problem = self.problem
         for runs, wanted in ((trained, self.reference), (validated, self.validation)):
             _check_pairs(runs, wanted)
-            _check_alike(runs, wanted[0], problem.stream)
+            _check_alike(runs, wanted[0], problem.streams)
             if other := [run for run in runs if run.full != problem.full]:
                 raise ValueError(f"a round's runs are accelerated by {self.predictor!r}, got {other[0]!r}; do so.")
         tap = self.predictor.origin.tap
-        stacked = [Runs.stack(runs, problem.stream, problem.full, tap) for runs in (trained, validated)]
+        stacked = [Runs.stack(runs, problem.streams, problem.full, tap) for runs in (trained, validated)]
         if all(runs.finite() for runs in stacked):
             self.sets.append((stacked[0], stacked[1]))
-            problem.responses = response(stacked[0], self.truth[0], problem.full)
+            problem.responses = response(stacked[0], self.truth[0], problem.full, problem.guidance)
 
     def run(self, round_: int, curve: Curve) -> None:
         """Fit the rows on the runs of all rounds and keep the update with the best loss on the validation runs."""
@@ -345,7 +363,7 @@ class _Fit:
             optimiser.param_groups[0]["lr"] = _falling(config.learning_rate, update, updates)
             if update % config.check_every == 0 or update == updates:
                 checked = self._check(unknowns, closed_loop)
-                curve.add(phase, round_, update, checked, self.problem.stream)
+                curve.add(phase, round_, update, checked)
                 bar.set_postfix(validation=f"{checked:.4f}")
                 if checked < best_loss:
                     best, best_loss = unknowns.values(), checked
@@ -377,20 +395,24 @@ class _Fit:
 
 
 class _Unknowns:
-    """The numbers that are fitted: a stream's parameters, with LESA's alphas in the KANs' place if they are free."""
+    """The numbers that are fitted: a predictor's parameters, with LESA's alphas in the KANs' place if they are free."""
 
     def __init__(self, predictor: Predictor, problem: Problem, free_alphas: bool):
         self.predictor, self.problem = predictor, problem
-        self.parameters: list[Tensor] = list(predictor.numbers(problem.stream))
-        self.alphas: Tensor | None = None
+        self.alphas: dict[str, Tensor] = {}
         if free_alphas and isinstance(predictor, LESA):
-            self.alphas = predictor.alphas(problem.stream).detach().requires_grad_()
-            experts = predictor.stage_experts(problem.stream)
-            self.parameters = [self.alphas, *(p for expert in experts for p in (expert.weight, expert.bias))]
+            self.alphas = {s: predictor.alphas(s).detach().requires_grad_() for s in problem.streams}
+        self.parameters: list[Tensor] = [p for stream in problem.streams for p in self._of(stream)]
 
-    def rows(self) -> dict[int, Row]:
-        alphas = {} if self.alphas is None else {"alphas": self.alphas}
-        return self.predictor.rows(self.problem.pasts, self.problem.stream, **alphas)
+    def _of(self, stream: str) -> list[Tensor]:
+        if stream not in self.alphas or not isinstance(self.predictor, LESA):
+            return list(self.predictor.numbers(stream))
+        experts = self.predictor.stage_experts(stream)
+        return [self.alphas[stream], *(p for expert in experts for p in (expert.weight, expert.bias))]
+
+    def rows(self) -> dict[str, dict[int, Row]]:
+        given = {stream: {"alphas": alphas} for stream, alphas in self.alphas.items()}
+        return {s: self.predictor.rows(self.problem.pasts, s, **given.get(s, {})) for s in self.problem.streams}
 
     def values(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.parameters]
@@ -400,8 +422,8 @@ class _Unknowns:
         """Set the predictor to these values."""
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
-        if self.alphas is not None and isinstance(self.predictor, LESA):
-            self.predictor.absorb(self.alphas, self.problem.stream)
+        for stream, alphas in self.alphas.items():
+            cast(LESA, self.predictor).absorb(alphas, stream)
 
 
 def _falling(learning_rate: float, update: int, updates: int) -> float:
@@ -416,12 +438,12 @@ def least_squares(predictor: L2P, reference: Sequence[Trajectory]) -> None:
 
     Raises: ValueError if the runs do not fit the predictor or each other.
     """
+    pasts = Problem(predictor, lambda x, _: x, "features").pasts
     for stream in predictor.origin.streams:
-        features = Runs.stack(reference, stream, tap=predictor.origin.tap).features
+        features = Runs.stack(reference, [stream], tap=predictor.origin.tap).features[:, 0]
         predictor.check_grid(reference[0].grid)
-        problem = Problem(predictor, stream, lambda x, _: x, "features")
         table = predictor.coefficients[stream]
-        for step, past in problem.pasts.items():
+        for step, past in pasts.items():
             known = torch.stack([features[:, k].flatten() for k in past], dim=1).double()
             solved = torch.linalg.lstsq(known, features[:, step].double().flatten()[:, None]).solution[:, 0]
             table.data[step, predictor.memory - len(past) :] = solved.to(table.dtype)
@@ -487,13 +509,13 @@ def _settings(
     return json.loads(json.dumps({name: value for name, value in settings.items() if name not in unimportant}))
 
 
-def _check_alike(runs: Sequence[Trajectory], first: Trajectory, stream: str) -> None:
+def _check_alike(runs: Sequence[Trajectory], first: Trajectory, streams: Sequence[str]) -> None:
     for other in runs:
         if not (matches(first.grid, other.grid) and torch.equal(first.tokens, other.tokens)):
             raise ValueError(f"all runs share grid and tokens, {other!r} differs from {first!r}; collect them alike.")
-        if stream not in other.features:
+        if missing := [stream for stream in streams if stream not in other.features]:
             raise ValueError(
-                f"{other!r} recorded no stream {stream!r}; collect with the guidance that the predictor is for."
+                f"{other!r} recorded no stream {missing[0]!r}; collect with the guidance that the predictor is for."
             )
 
 
