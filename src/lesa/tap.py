@@ -60,6 +60,13 @@ def tap_of(transformer: nn.Module, place: str = "feature") -> Tap:
     )
 
 
+def place_of(kind: str, tap: Tap) -> str:
+    """Name the place of a tap of a class of transformers; 'feature' where it is the class's usual one, or unknown."""
+    if kind not in TAPS or tap == TAPS[kind]:
+        return "output" if tap.module is None else "feature"
+    return next((place for place, module in MODULES.items() if module == tap.module), "feature")
+
+
 def head(transformer: nn.Module, tap: Tap) -> Callable[[Tensor, Tensor], Tensor]:
     """Return what the transformer does after its tap: a call that turns features and conditioning into outputs.
 
