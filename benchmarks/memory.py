@@ -23,7 +23,7 @@ import lesa
 from lesa.benchmark import REFERENCE, Method, Pair, batches, draw, label, pair_up
 from lesa.collect import read_prompts
 from lesa.metrics import interval, paired_interval, psnr
-from lesa.tap import PLACES, tap_of
+from lesa.tap import place_of, tap_of
 
 MODEL = "models/emoji-flux"
 AUTHORS_FEATURES = 16
@@ -48,10 +48,9 @@ class Measured(NamedTuple):
 
 def cases(predictors: Sequence[lesa.Predictor], schedule: lesa.Schedule) -> list[Case]:
     """Taylor-2 at both taps, and each predictor at its own."""
-    plain = [Case("Taylor-2", lesa.Taylor(2), schedule, place) for place in PLACES]
+    plain = [Case("Taylor-2", lesa.Taylor(2), schedule, place) for place in ("feature", "output")]
     return plain + [
-        Case(label(one), one, one.schedule, "output" if one.origin.tap.module is None else "feature")
-        for one in predictors
+        Case(label(one), one, one.schedule, place_of(one.origin.transformer, one.origin.tap)) for one in predictors
     ]
 
 

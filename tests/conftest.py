@@ -1,4 +1,4 @@
-"""What the tests share: a tiny FluxPipeline and the arguments that fit its calls."""
+"""What the tests share: tiny pipelines and the arguments that fit their calls."""
 
 from typing import Any
 
@@ -14,6 +14,14 @@ def tiny_flux():
     from tiny import build_pipeline  # it takes seconds to import, and few tests need it
 
     return build_pipeline()
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen():
+    """A tiny QwenImagePipeline with random weights, shared by all tests: leave it as it was."""
+    from tiny import build_qwen_pipeline
+
+    return build_qwen_pipeline()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lesa import cli
+from lesa import cli, tap
 from lesa.cli import main
 
 STEPS = 10
@@ -219,6 +219,10 @@ def test_without_a_command_there_is_help(capsys):
 @pytest.mark.parametrize(("text", "seeds"), [("0", [0]), ("2:5", [2, 3, 4]), ("7,1", [7, 1])])
 def test_seeds_are_read(text, seeds):
     assert cli._seeds(text) == seeds
+
+
+def test_the_commands_know_all_taps():
+    assert cli.PLACES == tap.PLACES
 
 
 def test_schedules_may_hold_commas():

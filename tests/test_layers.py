@@ -10,7 +10,7 @@ import lesa
 LAYERS = [
     {"grid", "schedule", "kan", "row", "tap", "metrics", "emoji", "pipelines"},
     {"forecasters", "trajectory"},
-    {"predictor", "plan"},
+    {"predictor", "plan", "guidance"},
     {"runtime", "collect"},
     {"training"},
     {"planning"},

@@ -4,9 +4,10 @@ from itertools import combinations
 
 import pytest
 import torch
-from test_training import CHANNELS, OUT, STEPS, TOKENS, WEIGHTS, World, bending, head, origin
+from test_training import BOTH, CHANNELS, OUT, STEPS, TOKENS, WEIGHTS, World, bending, head, origin
 
 from lesa.forecasters import Lagrange, LinearRows, PlannedRow, Reuse, Taylor
+from lesa.guidance import Guidance
 from lesa.plan import compile, histories
 from lesa.planning import Planner, disturbance, responses
 from lesa.predictor import L2P
@@ -24,17 +25,17 @@ def answering(seed, step, latents):
 
 
 class Forecast:
-    """Stands for a predictor in a `World`: a forecaster with its schedule."""
+    """Stands for a predictor in a `World`: a forecaster, or one for each stream, with its schedule."""
 
     def __init__(self, forecaster, schedule):
         self.forecaster, self.schedule = forecaster, schedule
 
-    def for_stream(self, _):
-        return self.forecaster
+    def for_stream(self, name):
+        return self.forecaster[name] if isinstance(self.forecaster, dict) else self.forecaster
 
 
-def plain_world(feature) -> World:
-    world = World(feature)
+def plain_world(feature, guidance: Guidance | None = None) -> World:
+    world = World(feature, guidance)
     world.conditioning = torch.ones(STEPS, CHANNELS)
     return world
 
@@ -116,28 +117,43 @@ def test_what_cannot_be_planned_is_an_error(planner):
         planner.search(own, 3)
 
 
-def test_training_knows_the_drift_of_rows_that_were_not_run(reference):
-    """Runs of one set of rows, with their answers, tell where other rows would lead."""
-    world, schedule = plain_world(answering), "at:0,4,9,13"
-    free = L2P(origin(schedule))
-    problem = Problem(free, "cond", head, "latents")
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(BOTH, 3.0)], ids=str)
+def test_training_knows_the_drift_of_rows_that_were_not_run(guidance):
+    """Runs of one set of rows, with their answers, tell where other rows would lead, in each stream others."""
+    world, schedule = plain_world(answering, guidance), "at:0,4,9,13"
+    reference, streams = world.runs(range(6)), guidance.streams
+    free = L2P(origin(schedule, streams=streams))
+    problem = Problem(free, head, "latents", guidance)
+    new = dict(zip(BOTH, (Lagrange(2), Taylor(1)), strict=True))
     runs = world.runs(range(6), Forecast(Reuse(), Schedule.parse(schedule)))
-    other = world.runs(range(6), Forecast(Lagrange(2), Schedule.parse(schedule)))
-    truth, recorded = Runs.stack(reference, "cond"), Runs.stack(runs, "cond", problem.full)
-    problem.responses = response(recorded, truth, problem.full)
+    other = world.runs(range(6), Forecast(new, Schedule.parse(schedule)))
+    truth, recorded = Runs.stack(reference, streams), Runs.stack(runs, streams, problem.full)
+    problem.responses = response(recorded, truth, problem.full, guidance)
     pasts = dict(histories(STEPS, problem.full, 0, free.memory, False))
-    plan = compile(Lagrange(2), reference[0].grid, Schedule.parse(schedule))
 
-    def row(step):
+    def row(step, plan):
         past, coefficients, _ = plan.rows[step]
         missing = [0.0] * (len(pasts[step]) - len(past))
         return Row(torch.tensor([*missing, *coefficients]), torch.tensor(0.0))
 
     # the features of the full steps are as recorded, so what they answer is all that differs
-    rows = {step: row(step) for step in pasts}
-    outputs = head(problem.forecasts(rows, recorded.features, True), recorded.conditioning[:, problem.skipped])
-    moved = recorded.outputs.index_copy(1, torch.tensor(problem.skipped), outputs) - truth.outputs
+    plans = {s: compile(new[s], reference[0].grid, Schedule.parse(schedule)) for s in streams}
+    rows = {stream: {step: row(step, plan) for step in pasts} for stream, plan in plans.items()}
+    outputs = head(problem.forecasts(rows, recorded.features, True), recorded.conditioning[:, :, problem.skipped])
+    outputs = recorded.outputs.index_copy(2, torch.tensor(problem.skipped), outputs)
+    moved = guidance.velocity(outputs) - guidance.velocity(truth.outputs)
     found = problem.drift(rows, problem.durations * moved, recorded, truth)
     real = torch.stack([run.latents for run in other]) - truth.latents
     torch.testing.assert_close(found, real[:, 1:], atol=1e-4, rtol=1e-3)
     assert found.shape == (6, STEPS, TOKENS, OUT)
+
+
+@pytest.mark.parametrize(("rescaled", "within"), [(False, 0.3), (True, 1.0)])
+def test_the_drift_of_guided_runs_is_known_before_them(rescaled, within):
+    world = plain_world(answering, Guidance(BOTH, 3.0, rescaled))
+    reference = world.runs(range(6))
+    disturbed = world.runs(range(6), Forecast(Reuse(), disturbance(STEPS)))
+    planner = Planner(reference, head, responses(disturbed, reference), size=2048)
+    for forecaster in (Reuse(), Lagrange(2)):
+        real = drift(world.runs(range(6), Forecast(forecaster, Schedule.at(SCHEDULES[1]))), reference)
+        assert planner.drift(forecaster, SCHEDULES[1]) == pytest.approx(real, abs=within)

@@ -120,7 +120,7 @@ def test_the_training_curve_is_a_picture(tmp_path):
     curve = Curve()
     for round_, phase in enumerate(["ground-truth", "closed-loop", "closed-loop"]):
         for update in (0, 10, 20):
-            curve.add(phase, round_, update, -1.0 - round_ - update / 10, "cond")
+            curve.add(phase, round_, update, -1.0 - round_ - update / 10)
     report.training_curve(curve, tmp_path / "curve.png")
     drawn = np.asarray(Image.open(tmp_path / "curve.png").convert("RGB"))
     assert drawn.shape[0] > 300 and {tuple(c) for c in drawn.reshape(-1, 3)} >= {(31, 119, 180), (44, 160, 44)}

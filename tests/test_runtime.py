@@ -1,3 +1,4 @@
+import copy
 import gc
 import threading
 import weakref
@@ -660,7 +661,8 @@ def test_a_pipeline_that_shares_the_transformer_alone_is_refused(pipe):
 
 
 def test_two_threads_run_their_own_pipelines(pipe):
-    other = another(pipe, transformer=build_transformer(seed=1))
+    own = {name: copy.deepcopy(getattr(pipe, name)) for name in ("tokenizer", "tokenizer_2")}  # they keep settings
+    other = another(pipe, transformer=build_transformer(seed=1), **own)
     turns, drawn = threading.Barrier(2, timeout=60), {}
 
     def take_turns(_pipe, _step, _time, tensors):

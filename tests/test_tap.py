@@ -5,10 +5,10 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from tiny import build_transformer
+from tiny import build_qwen_transformer, build_transformer
 from torch import Tensor, nn
 
-from lesa.tap import Tap, attach, head, hear_streams, tap_of
+from lesa.tap import Tap, attach, head, hear_streams, place_of, tap_of
 
 TAP = Tap(("blocks",), "norm_out")
 OUTPUT = Tap(("blocks",), None)
@@ -406,8 +406,19 @@ def test_taps_are_found_by_class_and_parent_class():
 def test_the_output_tap_has_the_same_blocks_and_no_module():
     transformer = build_transformer()
     assert tap_of(transformer, "output") == tap_of(transformer)._replace(module=None)
-    with pytest.raises(ValueError, match="one of feature, output, got 'input'"):
+    with pytest.raises(ValueError, match="one of feature, norm, projection, output, got 'input'"):
         tap_of(transformer, "input")
+
+
+def test_each_class_has_its_usual_tap_and_all_have_the_others():
+    modules = {"norm": "norm_out", "projection": "proj_out", "output": None}
+    for transformer, usual in ((build_transformer(), "norm"), (build_qwen_transformer(), "projection")):
+        kind, usual_tap = type(transformer).__name__, tap_of(transformer)
+        assert usual_tap == tap_of(transformer, usual)
+        assert {place: tap_of(transformer, place).module for place in modules} == modules
+        names = {place: place_of(kind, tap_of(transformer, place)) for place in modules}
+        assert names == {**{place: place for place in modules}, usual: "feature"}
+    assert place_of("Toy", TAP) == "feature" and place_of("Toy", OUTPUT) == "output"
 
 
 def test_after_the_output_nothing_is_left_to_do():
@@ -504,4 +515,4 @@ def test_the_head_refuses_what_does_not_pair_up():
     with pytest.raises(ValueError, match=r"\(2, 9, 24\) and \(24,\)"):
         outputs(torch.zeros(2, 9, 24), torch.zeros(24))
     with pytest.raises(ValueError, match="write the call"):
-        head(transformer, Tap(("transformer_blocks",), "proj_out"))
+        head(transformer, Tap(("transformer_blocks",), "final_layer"))

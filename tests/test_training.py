@@ -18,6 +18,7 @@ from torch import Tensor
 from lesa import predictor as predictors
 from lesa import training
 from lesa.forecasters import Lagrange, Reuse, Taylor
+from lesa.guidance import Guidance
 from lesa.plan import compile
 from lesa.predictor import L2P, LESA, Origin
 from lesa.schedule import Schedule
@@ -30,6 +31,7 @@ GRID = torch.linspace(1, 0, STEPS + 1, dtype=torch.float64)
 GRID = 2 * GRID / (1 + GRID)  # a shifted grid, as FLUX's
 SMALL = dict(hidden=(6,), grid_size=40)
 """KANs that hold 16 alphas."""
+BOTH = ("cond", "uncond")
 WEIGHTS = torch.randn(CHANNELS, OUT, generator=torch.Generator().manual_seed(7))
 
 
@@ -48,8 +50,10 @@ class World:
     `feature(seed, step, latents)` is what the blocks give at a full step; streams differ in their seed.
     """
 
-    def __init__(self, feature, streams=("cond",), dtype=torch.float32):
-        self.feature, self.streams, self.dtype = feature, streams, dtype
+    def __init__(self, feature, guidance: Guidance | None = None, dtype=torch.float32):
+        self.feature, self.dtype = feature, dtype
+        self.guidance = guidance or Guidance()
+        self.streams = self.guidance.streams
         self.conditioning = 1 + 0.1 * torch.randn(STEPS, CHANNELS, generator=torch.Generator().manual_seed(2))
 
     def run(self, seed: int, predictor=None) -> Trajectory:
@@ -68,7 +72,7 @@ class World:
                     feature = sum(c * felt[stream][k] for k, c in zip(past, coefficients, strict=True)) + offset
                 felt[stream].append(feature)
                 outputs[stream].append(head(feature, self.conditioning[step]))
-            velocity = sum(outputs[stream][-1] for stream in self.streams) / len(self.streams)
+            velocity = self.guidance.velocity(torch.stack([outputs[stream][-1] for stream in self.streams])[None])[0]
             latents.append(latents[-1] + float(GRID[step + 1] - GRID[step]) * velocity)
         return Trajectory(
             prompt=f"prompt {seed}",
@@ -142,7 +146,7 @@ def test_free_rows_find_a_known_recurrence(loss, remembers_forecasts):
     result = World(swinging).train(free, config)
     assert min(result.scores) < -50  # dB
     if remembers_forecasts:
-        coefficients = result.predictor.coefficients["cond"][Problem(free, "cond", head, loss).skipped]
+        coefficients = result.predictor.coefficients["cond"][Problem(free, head, loss).skipped]
         wanted = torch.tensor([OLDER, NEWEST]).expand_as(coefficients)
         torch.testing.assert_close(coefficients.detach(), wanted, rtol=0, atol=0.01)
 
@@ -213,9 +217,9 @@ def test_a_phase_ends_at_its_best_validation_loss():
     result = World(bending).train(L2P(origin()), config)
     losses = [entry["validation_loss"] for entry in result.curve.entries]
     assert min(losses) < losses[-1] - 0.5  # it overshot
-    problem = Problem(result.predictor, "cond", head, "latents")
-    validation = Runs.stack(World(bending).runs(range(100, 104)), "cond")
-    rows = result.predictor.stream_rows("cond", problem.grid, problem.pasts)
+    problem = Problem(result.predictor, head, "latents")
+    validation = Runs.stack(World(bending).runs(range(100, 104)), ["cond"])
+    rows = {"cond": result.predictor.stream_rows("cond", problem.grid, problem.pasts)}
     assert problem.loss(rows, validation, validation, closed_loop=False).item() == pytest.approx(min(losses))
 
 
@@ -241,47 +245,50 @@ def test_the_closed_loop_is_the_unrolled_plan(make):
     with torch.no_grad():
         for parameter in predictor.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    plan, problem = compile(predictor, GRID, predictor.schedule), Problem(predictor, "cond", head, "latents")
-    rows = predictor.stream_rows("cond", problem.grid, problem.pasts)
-    matrix, offsets = problem.matrix(rows, closed_loop=True)
+    plan, problem = compile(predictor, GRID, predictor.schedule), Problem(predictor, head, "latents")
+    rows = {"cond": predictor.stream_rows("cond", problem.grid, problem.pasts)}
+    (matrix,), (offsets,) = problem.matrix(rows, closed_loop=True)
     unrolled = plan.unroll()[problem.skipped].float()
     torch.testing.assert_close(matrix, unrolled[:, :-1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(offsets, unrolled[:, -1], rtol=1e-4, atol=1e-4)
-    open_, _ = problem.matrix(rows, closed_loop=False)
+    (open_,), _ = problem.matrix(rows, closed_loop=False)
     for line, (step, row) in zip(open_, plan.rows.items(), strict=True):
         assert line[list(row.past)].tolist() == pytest.approx(row.coefficients, abs=1e-5), step
         assert line.count_nonzero() <= len(row.past)
 
 
-def test_the_loss_is_the_drift_of_the_run():
-    """Where full steps do not react, the unrolled loss is that of the real run, stream by stream."""
-    world = World(bending)
-    predictor = LESA(origin(), remembers_forecasts=True, **SMALL)
-    problem = Problem(predictor, "cond", head, "latents")
+@pytest.mark.parametrize("guidance", [None, Guidance(BOTH, 3.0), Guidance(BOTH, 3.0, rescaled=True)], ids=str)
+def test_the_loss_is_the_drift_of_the_run(guidance):
+    """Where full steps do not react, the unrolled loss is that of the real run, whatever its streams make of it."""
+    world = World(bending, guidance=guidance)
+    predictor = LESA(origin(streams=world.streams), remembers_forecasts=True, **SMALL)
+    problem = Problem(predictor, head, "latents", guidance)
     reference, run = world.runs(range(3)), world.runs(range(3), predictor)
-    rows = predictor.stream_rows("cond", problem.grid, problem.pasts)
-    got = problem.loss(rows, Runs.stack(run, "cond", problem.full), Runs.stack(reference, "cond"), closed_loop=True)
+    rows = {stream: predictor.stream_rows(stream, problem.grid, problem.pasts) for stream in world.streams}
+    felt, truth = Runs.stack(run, world.streams), Runs.stack(reference, world.streams)
+    got = problem.loss(rows, felt.at(problem.full), truth, closed_loop=True)
     wanted = []
     for mine, theirs in zip(run, reference, strict=True):
         errors = (mine.latents - theirs.latents)[1:].square().mean(dim=(1, 2))
         wanted += [errors[-1].log(), errors.mean().log()]
     assert got.item() == pytest.approx(torch.stack(wanted).mean().item(), abs=1e-4)
-    felt = Runs.stack(run, "cond").features - Runs.stack(reference, "cond").features
-    l1 = Problem(predictor, "cond", head, "features")
-    got = l1.loss(rows, Runs.stack(run, "cond", problem.full), Runs.stack(reference, "cond"), closed_loop=True)
-    assert got.item() == pytest.approx(felt[:, problem.skipped].abs().mean().item(), abs=1e-5)
+    l1 = Problem(predictor, head, "features", guidance)
+    got = l1.loss(rows, felt.at(problem.full), truth, closed_loop=True)
+    l1_of_runs = (felt.features - truth.features)[:, :, problem.skipped].abs().mean()
+    assert got.item() == pytest.approx(l1_of_runs.item(), abs=1e-5)
 
 
 def test_gradients_flow_through_the_whole_loop():
     predictor = L2P(origin("at:0,1"), memory=3, remembers_forecasts=True)
-    problem = Problem(predictor, "cond", head, "latents")
-    runs = Runs.stack(World(bending).runs(range(3)), "cond")
+    problem = Problem(predictor, head, "latents")
+    runs = Runs.stack(World(bending).runs(range(3)), ["cond"])
     table = predictor.coefficients["cond"]
 
+    def rows():
+        return {"cond": predictor.stream_rows("cond", problem.grid, problem.pasts)}
+
     def loss() -> Tensor:
-        return problem.loss(
-            predictor.stream_rows("cond", problem.grid, problem.pasts), runs.at(problem.full), runs, closed_loop=True
-        )
+        return problem.loss(rows(), runs.at(problem.full), runs, closed_loop=True)
 
     loss().backward()
     assert table.grad is not None
@@ -293,21 +300,19 @@ def test_gradients_flow_through_the_whole_loop():
                 found.append(loss().item())
             table[step, -1] = kept
         assert table.grad[step, -1].item() == pytest.approx((found[0] - found[1]) / 2e-2, rel=0.05), step
-    last = problem.forecasts(
-        predictor.stream_rows("cond", problem.grid, problem.pasts), runs.at(problem.full).features, True
-    )[:, -1]
+    last = problem.forecasts(rows(), runs.at(problem.full).features, True)[:, 0, -1]
     (gradient,) = torch.autograd.grad(last.sum(), table)
     assert gradient[2].abs().max() > 1e-3  # thirteen forecasts later
 
 
 def test_each_stream_is_fitted_to_its_own_features():
-    world = World(swinging, streams=("cond", "uncond"))
-    both = L2P(origin(streams=("cond", "uncond")), memory=2, remembers_forecasts=True)
+    world = World(swinging, Guidance(BOTH, 0.5))
+    both = L2P(origin(streams=BOTH), memory=2, remembers_forecasts=True)
     result = world.train(both, Config(updates=(100, 20), rounds=1, learning_rate=0.1, check_every=20))
     assert min(result.scores) < -30
     tables = [result.predictor.coefficients[stream] for stream in world.streams]
     assert not torch.equal(*tables)
-    assert [entry["stream"] for entry in result.curve.entries if entry["round"]] == ["cond"] * 2 + ["uncond"] * 2
+    assert [entry["update"] for entry in result.curve.entries if entry["round"]] == [0, 20]
 
 
 # --- least squares
@@ -319,7 +324,7 @@ def test_least_squares_are_those_of_numpy(remembers_forecasts):
     rows = L2P(origin(), memory=3, remembers_forecasts=remembers_forecasts)
     least_squares(rows, reference)
     features = np.stack([run.features["cond"].double().numpy() for run in reference])
-    for step, past in Problem(rows, "cond", head, "features").pasts.items():
+    for step, past in Problem(rows, head, "features").pasts.items():
         known = features[:, list(past)].transpose(0, 2, 3, 1).reshape(-1, len(past))
         wanted = np.linalg.lstsq(known, features[:, step].reshape(-1), rcond=None)[0]
         np.testing.assert_allclose(
@@ -564,17 +569,19 @@ def test_runs_keep_their_dtype_and_no_more_features_than_needed(monkeypatch):
     result = world.train(small(), CONFIG)
     assert len(kept[-1].sets) == 4 and all(math.isfinite(score) for score in result.scores)
     for runs, validation in kept[-1].sets:
-        assert runs.features.shape == (8, len(kept[-1].problem.full), TOKENS, CHANNELS)
+        assert runs.features.shape == (8, 1, len(kept[-1].problem.full), TOKENS, CHANNELS)
         assert validation.features.shape[0] == 4
         assert {t.dtype for t in runs} == {torch.bfloat16}
 
 
 def test_the_loss_changes_no_data():
     predictor = small()
-    problem = Problem(predictor, "cond", head, "latents")
-    runs = Runs.stack(World(reacting).runs(range(2)), "cond")
+    problem = Problem(predictor, head, "latents")
+    runs = Runs.stack(World(reacting).runs(range(2)), ["cond"])
     before = [t.clone() for t in runs]
-    problem.loss(predictor.stream_rows("cond", problem.grid, problem.pasts), runs, runs, closed_loop=False).backward()
+    problem.loss(
+        {"cond": predictor.stream_rows("cond", problem.grid, problem.pasts)}, runs, runs, closed_loop=False
+    ).backward()
     assert all(torch.equal(a, b) for a, b in zip(runs, before, strict=True))
 
 

@@ -1,13 +1,31 @@
-"""A tiny FluxPipeline with seeded random weights."""
+"""Tiny pipelines with seeded random weights."""
 
 import json
 from itertools import product
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 TEXT_TOKENS = 16
 PARTS = (["small", "large"], ["red", "green", "blue"], ["apple", "pear", "fish"], ["white", "grey"], ["left", "right"])
@@ -98,5 +116,83 @@ def build_pipeline() -> FluxPipeline:
         use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=4, max_image_seq_len=64
     )
     pipe = FluxPipeline(scheduler, vae.eval(), text.eval(), clip, text_2.eval(), t5, transformer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+QWEN_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """A tokenizer to which each word of the template is one token, so that the pipeline drops all 34 and no more."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=special[:1],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
+    template = QWEN_TEMPLATE.replace(special[1], "").replace(special[2], "")
+    bpe.train_from_iterator([template] * 200 + CORPUS, trainer)
+    learned = json.loads(bpe.to_str())["model"]
+    merges = [tuple(merge) for merge in learned["merges"]]
+    return Qwen2Tokenizer(vocab=learned["vocab"], merges=merges, additional_special_tokens=special[1:])
+
+
+def build_qwen_transformer(seed: int = 0, **config: Any) -> QwenImageTransformer2DModel:
+    """A QwenImageTransformer2DModel of 2 blocks and 24 channels with seeded random weights."""
+    torch.manual_seed(seed)
+    small = dict(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 4),
+    )
+    return QwenImageTransformer2DModel(**{**small, **config}).eval()
+
+
+def build_qwen_pipeline() -> QwenImagePipeline:
+    """A whole QwenImagePipeline with seeded random weights: 32 x 32 pixels are 16 image tokens."""
+    tokenizer, transformer = qwen_tokenizer(), build_qwen_transformer()
+    text = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config=dict(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                rope_scaling={"mrope_section": [2, 3, 3], "rope_type": "default", "type": "default"},
+            ),
+            vision_config=dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32),
+        )
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1] * 4,
+        latents_std=[2.0] * 4,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=0.9,
+        shift_terminal=0.02,
+        base_image_seq_len=4,
+        max_image_seq_len=64,
+    )
+    pipe = QwenImagePipeline(scheduler, vae.eval(), text.eval(), tokenizer, transformer)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -26,7 +26,7 @@ from lesa.metrics import Interval
 from lesa.predictor import LESA, ContinuousLESA, Predictor
 from lesa.runtime import accelerate
 from lesa.schedule import Schedule
-from lesa.tap import tap_of
+from lesa.tap import place_of, tap_of
 
 PAIRS_A_TURN = 2
 Key = tuple[str, str]
@@ -73,7 +73,8 @@ def forecast(name: str, forecaster: Forecaster, schedule: Schedule) -> Method:
 def label(predictor: Predictor) -> str:
     """Name a predictor in tables: its method, and in brackets what sets it apart from the usual one of its kind."""
     training = predictor.origin.training
-    apart = ["output tap"] if predictor.origin.tap.module is None else []
+    place = place_of(predictor.origin.transformer, predictor.origin.tap)
+    apart = [] if place == "feature" else [f"{place} tap"]
     apart += ["with forecasts"] if isinstance(predictor, LESA) and predictor.remembers_forecasts else []
     apart += ["phase 1"] if training.get("phase") == "ground-truth" else []
     apart += {"features": ["feature loss"], "steps": ["per step"]}.get(training.get("loss", "latents"), [])
@@ -476,6 +477,9 @@ def add_bounds(
 
 
 def decode(pipe: Any, pairs: Sequence[Pair], latents: Tensor) -> list[np.ndarray]:
-    """Decode final latents as the pipeline does: it runs one step, after which they are put in the place of its own."""
+    """Decode final latents as the pipeline does: they are put in the place of its own after the last of two steps.
+
+    A scheduler that stretches its grid to a last time, as Qwen-Image's, divides zero by zero in a run of one step.
+    """
     latents = latents.to(pipe.device, pipe.transformer.dtype)
-    return _pictures(pipe, pairs, num_inference_steps=1, callback_on_step_end=lambda *_: {"latents": latents})
+    return _pictures(pipe, pairs, num_inference_steps=2, callback_on_step_end=lambda *_: {"latents": latents})

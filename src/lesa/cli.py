@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 EMBEDDED = "models/emoji-flux"
+PLACES = ("feature", "norm", "projection", "output")
 VALIDATION_SEED, TRAINING_SEED = 1_000_000, 2_000_000  # the first ones; held-out pairs count from 0, so none coincide
 USER_ERRORS = (ValueError, LookupError, OSError, RuntimeError, ImportError)
 
@@ -114,11 +115,22 @@ def _planner(options: argparse.Namespace, pipe: Any, store: Any = None) -> Any:
 
     tap = tap_of(pipe.transformer, getattr(options, "tap", "feature"))
     if store is not None:
+        tap = _recorded(store, tap) if hasattr(options, "tap") else tap._replace(module=store.collection.tap)
         first = [store.load(k) for k in range(min(PLANNED_ON, len(store)))]
         return Planner.of(pipe, first, tap, **store.collection.call)
     prompts = _prompts(Path(options.model) / "prompts" / "train.txt", PLANNED_ON)
     seeds = range(TRAINING_SEED, TRAINING_SEED + len(prompts))
     return Planner.of(pipe, record(pipe, prompts, seeds, draw_tokens), tap)
+
+
+def _recorded(store: Any, tap: Any) -> Any:
+    """Return a tap that a collection's features are of; outputs are part of every collection."""
+    if tap.module not in (None, store.collection.tap):
+        raise ValueError(
+            f"{store.folder} was collected at the tap {store.collection.tap!r}, got {tap.module!r}; collect with the "
+            "--tap that is wanted."
+        )
+    return tap
 
 
 def _rows(options: argparse.Namespace) -> None:
@@ -132,17 +144,20 @@ def _rows(options: argparse.Namespace) -> None:
 
 def _collect(options: argparse.Namespace) -> None:
     from lesa.collect import collect
+    from lesa.tap import tap_of
 
     prompts = _prompts(options.prompts, options.limit)
     pairs = [(prompt, seed) for k, prompt in enumerate(prompts) for seed in options.seeds or [TRAINING_SEED + k]]
+    pipe = _pipeline(options)
     store = collect(
-        _pipeline(options),
+        pipe,
         [prompt for prompt, _ in pairs],
         [seed for _, seed in pairs],
         options.out,
         model=options.model,
         tokens=options.tokens,
         batch_size=options.batch_size,
+        tap=tap_of(pipe.transformer, options.tap),
         num_inference_steps=options.steps,
         **options.call,
     )
@@ -230,17 +245,13 @@ def _schedules_to_learn(options: argparse.Namespace, pipe: Any, store: Any) -> l
 def _calibrate(options: argparse.Namespace) -> None:
     """Collect, plan and train, with few runs and few updates; the round is chosen on the same prompts, other seeds."""
     runs = Path(options.out) / "runs"
-    few = argparse.Namespace(**{**vars(options), "out": runs, "seeds": None, "tokens": None})
+    at = "feature" if options.tap == "output" else options.tap
+    few = argparse.Namespace(**{**vars(options), "out": runs, "seeds": None, "tokens": None, "tap": at})
     _collect(few)
     chosen = dict(method="l2p", history="full", loss="latents", paper=False, rounds=1, updates=(100, 100), seed=0)
-    data = dict(
-        data=[runs],
-        budgets=[options.budget],
-        validation_prompts=options.prompts,
-        validation=options.limit,
-        predictor=None,
-    )
-    _train(argparse.Namespace(**{**vars(few), **chosen, **data, "out": options.out}))
+    data = dict(data=[runs], budgets=[options.budget], predictor=None)
+    chosen |= dict(validation_prompts=options.prompts, validation=options.limit)
+    _train(argparse.Namespace(**{**vars(few), **chosen, **data, "out": options.out, "tap": options.tap}))
 
 
 def _untrained(options: argparse.Namespace, pipe: Any, stores: Sequence[Any], lessons: Sequence[Any]) -> Any:
@@ -255,7 +266,7 @@ def _untrained(options: argparse.Namespace, pipe: Any, stores: Sequence[Any], le
         model=stores[0].collection.model,
         transformer=type(pipe.transformer).__name__,
         config=configuration(pipe.transformer),
-        tap=tap_of(pipe.transformer, options.tap),
+        tap=_recorded(stores[0], tap_of(pipe.transformer, options.tap)),
         grid=tuple(lessons[0].reference[0].grid.tolist()),
         schedule=str(lessons[0].schedule),
         streams=lessons[0].reference[0].streams,
@@ -430,6 +441,7 @@ def _add_training(commands: Any) -> None:
         type=_seeds,
         help="each prompt with each of 0,3,7 or 0:4; default: one for each prompt, none the same",
     )
+    collect.add_argument("--tap", choices=PLACES[:-1], default="feature", help="where features are taken (feature)")
     collect.add_argument("--tokens", type=_count, help="tokens kept of each run; default: a hundredth, or up to 41")
     collect.add_argument("--batch-size", type=_count, default=16)
     collect.add_argument("--out", required=True, metavar="FOLDER")
@@ -439,7 +451,7 @@ def _add_training(commands: Any) -> None:
     calibrate.add_argument("--limit", type=_count, default=8, help="how many of them (8)")
     calibrate.add_argument("--budget", type=_count, default=8, help="full steps (8)")
     calibrate.add_argument("--forecaster", default="lagrange:2", help="what the schedule is planned with (lagrange:2)")
-    calibrate.add_argument("--tap", choices=("feature", "output"), default="feature", help="where forecasts are made")
+    calibrate.add_argument("--tap", choices=PLACES, default="feature", help="where forecasts are made")
     calibrate.add_argument("--batch-size", type=_count, default=8)
     calibrate.add_argument("--out", required=True, metavar="FOLDER")
 
@@ -454,7 +466,7 @@ def _add_training(commands: Any) -> None:
         "--budgets", type=_counts, metavar="N", help="plan the schedule, of N full steps; N,M: lesa-continuous"
     )
     train.add_argument("--forecaster", default="lagrange:2", help="what is planned with (lagrange:2)")
-    train.add_argument("--tap", choices=("feature", "output"), default="feature", help="what is forecast (feature)")
+    train.add_argument("--tap", choices=PLACES, default="feature", help="what is forecast (feature)")
     train.add_argument("--method", choices=("lesa", "lesa-continuous", "l2p"), default="lesa")
     train.add_argument("--history", choices=("full", "all"), default="full", help="of full steps, or of forecasts too")
     train.add_argument("--loss", choices=("latents", "features", "steps"), default="latents")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lesa import grid as grids
+from lesa.pipelines import for_each
 from lesa.tap import Tap, hear_streams, tap_of
 from lesa.trajectory import COLLECTION, Collection, Store, Trajectory, draw_tokens
 
@@ -51,7 +52,6 @@ def record(
     _check_pairs(prompts, seeds)
     if reserved := sorted(set(call) & set(_OURS)):
         raise ValueError(f"a recording sets {', '.join(reserved)} itself; leave it out of the call.")
-    texts = {k: [v] * len(prompts) for k, v in call.items() if "prompt" in k and isinstance(v, str)}
     recorder = _Recorder(pipe, tokens, tap or tap_of(pipe.transformer))
     with recorder.listening():
         final = pipe(
@@ -59,7 +59,7 @@ def record(
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="latent",
             return_dict=False,
-            **{**call, **texts},
+            **for_each(prompts, call),
         )[0]
     return recorder.trajectories(prompts, seeds, final)
 
@@ -191,19 +191,22 @@ def collect(
     model: str,
     tokens: int | None = None,
     batch_size: int = 1,
+    tap: Tap | None = None,
     **call: Any,
 ) -> Store:
     """Record each prompt with the seed beside it, every step full, into a store on disk.
 
     Called again after it was stopped, at whatever moment, it goes on and ends with the same bytes as if it had not been
     stopped: its batches are fixed by number, and a batch that is partly there is run again as a whole. `model` is the
-    name that the store remembers; `tokens` how many tokens are kept (see `draw_tokens`); the rest goes to the pipeline.
+    name that the store remembers; `tokens` how many tokens are kept (see `draw_tokens`); `tap` where the features are
+    taken, by default at the class's usual tap; the rest goes to the pipeline.
 
     Raises: ValueError if prompts and seeds do not pair up or a pair is repeated, if the folder holds another
     collection, or if the pipeline is accelerated; RuntimeError if another process collects into the folder; OSError if
     the disk is full: what is stored by then stays.
     """
-    folder, wanted = Path(folder), _describe(pipe, prompts, seeds, model, tokens, batch_size, call)
+    tap = tap or tap_of(pipe.transformer)
+    folder, wanted = Path(folder), _describe(pipe, prompts, seeds, model, tokens, batch_size, tap, call)
     with _alone_in(folder):
         store = Store.open(folder) if (folder / COLLECTION).exists() else None
         if store is not None:
@@ -213,18 +216,21 @@ def collect(
             for start in range(0, len(pairs), batch_size):
                 batch = pairs[start : start + batch_size]
                 if store is None or not all(store.path(*pair).exists() for pair in batch):
-                    store = _add(pipe, store, batch, folder, wanted)
+                    store = _add(pipe, store, batch, folder, tap, wanted)
                 bar.update(len(batch))
     return Store.open(folder)
 
 
-def _add(pipe: Any, store: Store | None, batch: list[tuple[int, int]], folder: Path, wanted: dict[str, Any]) -> Store:
+def _add(
+    pipe: Any, store: Store | None, batch: list[tuple[int, int]], folder: Path, tap: Tap, wanted: dict[str, Any]
+) -> Store:
     """Record one batch and write what the store lacks of it; the first batch begins the store."""
     trajectories = record(
         pipe,
         [wanted["prompts"][number] for number, _ in batch],
         [seed for _, seed in batch],
         lambda available: draw_tokens(available, wanted["sample"]),
+        tap,
         **wanted["call"],
     )
     first = trajectories[0]
@@ -247,6 +253,7 @@ def _describe(
     model: str,
     tokens: int | None,
     batch_size: int,
+    tap: Tap,
     call: dict[str, Any],
 ) -> dict[str, Any]:
     """Check the arguments of a collection; returns the fields of `Collection` that are known before it runs."""
@@ -264,7 +271,7 @@ def _describe(
         "model": model,
         "pipeline": type(pipe).__name__,
         "weights": fingerprint(pipe),
-        "tap": tap_of(pipe.transformer).module,
+        "tap": tap.module,
         "call": plain,
         "batch_size": batch_size,
         "sample": tokens,

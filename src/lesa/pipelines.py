@@ -37,6 +37,8 @@ def load(path: str | Path, **options: Any) -> Any:
 def with_call(pipe: Any, arguments: dict[str, Any]) -> Any:
     """Let a pipeline's calls start from these arguments; returns the pipeline.
 
+    A text among them (such as `negative_prompt`) goes with every prompt of a call.
+
     Raises: ValueError if the pipeline's call takes no such argument.
     """
     kind = type(pipe)
@@ -49,8 +51,16 @@ def with_call(pipe: Any, arguments: dict[str, Any]) -> Any:
     @functools.wraps(kind.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind_partial(self, *args, **kwargs).arguments
-        return kind.__call__(self, *args, **{k: v for k, v in arguments.items() if k not in given}, **kwargs)
+        missing = {k: v for k, v in arguments.items() if k not in given}
+        return kind.__call__(self, *args, **for_each(given.get("prompt"), missing), **kwargs)
 
     # a subclass of the same name, which diffusers writes when it saves the pipeline
     pipe.__class__ = type(kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__})
     return pipe
+
+
+def for_each(prompt: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Repeat the texts among the arguments of a call for each of its prompts, where there is a list of them."""
+    if not isinstance(prompt, (list, tuple)):
+        return arguments
+    return {k: [v] * len(prompt) if "prompt" in k and isinstance(v, str) else v for k, v in arguments.items()}

@@ -7,7 +7,8 @@ reusing the feature of step k leaves in the output of step s, a row with coeffic
     d_{s+1} = d_s + (t_{s+1} - t_s) (sum_k c_k E_ks + sum_k c_k r_k d_k)
 
 over the full steps k that the row of s combines, a full step being its own. r_k is how the transformer answers a drift:
-full steps take most of an early drift back, which is why full steps are worth more late in a run.
+full steps take most of an early drift back, which is why full steps are worth more late in a run. Where there are two
+streams, an output is the velocity that guidance makes of theirs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from lesa.collect import record
 from lesa.forecasters import Forecaster, Reuse
+from lesa.guidance import Guidance
 from lesa.runtime import accelerate
 from lesa.schedule import Schedule
 from lesa.tap import Tap, head, tap_of
@@ -40,7 +42,7 @@ def disturbance(steps: int) -> Schedule:
     return Schedule.at([0, *range(min(max(2, steps // 6), steps - 1), steps)])
 
 
-def responses(disturbed: Sequence[Trajectory], reference: Sequence[Trajectory], stream: str = "cond") -> Tensor:
+def responses(disturbed: Sequence[Trajectory], reference: Sequence[Trajectory]) -> Tensor:
     """Return how the transformer answers a drift at every step, (S,), from runs on `disturbance` and their references.
 
     Before their first full step after the skipped ones it is taken to be in proportion to 1 / t, as where a model sees
@@ -53,7 +55,9 @@ def responses(disturbed: Sequence[Trajectory], reference: Sequence[Trajectory], 
             f"each disturbed run has its reference run, got {len(disturbed)} and {len(reference)}; record the same."
         )
     full = disturbed[0].full
-    found = response(Runs.stack(disturbed, stream), Runs.stack(reference, stream), full)
+    streams = reference[0].streams
+    runs, wanted = (Runs.stack(some, streams) for some in (disturbed, reference))
+    found = response(runs, wanted, full, Guidance.of(reference, streams))
     times, first = reference[0].grid[:-1].float(), full[1]
     found[:first] = found[first] * times[first] / times[:first]
     return found
@@ -73,15 +77,15 @@ class Planner:
         outputs_of: Head,
         responses: Tensor | None = None,
         *,
-        stream: str = "cond",
         tap: Tap | None = None,
         size: int = 64,
     ):
-        runs = Runs.stack(reference, stream, tap=tap)
+        streams = reference[0].streams if reference else ()
+        runs = Runs.stack(reference, streams, tap=tap)
         self.grid, self.steps = reference[0].grid, reference[0].steps
         self._durations = self.grid.diff().float()
         self._responses = torch.zeros(self.steps) if responses is None else responses
-        self._errors, self._scale = _errors(runs, outputs_of, self._durations, size)
+        self._errors, self._scale = _errors(runs, outputs_of, Guidance.of(reference, streams), self._durations, size)
         self._gaps: dict[tuple, tuple[Tensor, list[float]]] = {}
 
     @classmethod
@@ -93,11 +97,11 @@ class Planner:
         if not reference:
             raise ValueError("planning needs recorded runs, got none; collect some first.")
         tap, again = tap or tap_of(pipe.transformer), reference[:DISTURBED]
-        tokens, stream = reference[0].tokens, reference[0].streams[0]
+        tokens = reference[0].tokens
         with accelerate(pipe, Reuse(), schedule=disturbance(reference[0].steps)):
             disturbed = record(pipe, [run.prompt for run in again], [run.seed for run in again], tokens, **call)
-        answers = responses(disturbed, again, stream)
-        return cls(reference[:PLANNED_ON], head(pipe.transformer, tap), answers, stream=stream, tap=tap)
+        answers = responses(disturbed, again)
+        return cls(reference[:PLANNED_ON], head(pipe.transformer, tap), answers, tap=tap)
 
     def drift(self, forecaster: Forecaster, full: Sequence[int]) -> float:
         """Return how far a run would end from its reference run: mean over runs of 10 log10(|d|^2 / |x|^2), in dB.
@@ -153,18 +157,19 @@ class Planner:
 
 
 @torch.no_grad()
-def _errors(runs: Runs, outputs_of: Head, durations: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _errors(runs: Runs, outputs_of: Head, guidance: Guidance, durations: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Return (t_{s+1} - t_s) E_ks projected, (S, S, P, size), 0 unless k < s, and |x|^2 of every run's end, (P,)."""
-    prompts, steps, tokens, channels = runs.outputs.shape
+    prompts, _, steps, tokens, channels = runs.outputs.shape
     generator = torch.Generator().manual_seed(0)
     projection = torch.randn(tokens * channels, size, generator=generator) / math.sqrt(size)
-    own = runs.outputs.float().flatten(2) @ projection
+    own = guidance.velocity(runs.outputs.float()).flatten(2) @ projection
     errors = torch.zeros(steps, steps, prompts, size)
     for k in range(steps - 1):
         later = slice(k + 1, steps)
-        reused = runs.features[:, k : k + 1].expand(-1, steps - k - 1, -1, -1)
-        outputs = outputs_of(reused, runs.conditioning[:, later]).float().flatten(2) @ projection
-        errors[k, later] = ((outputs - own[:, later]) * durations[later, None]).movedim(1, 0)
+        reused = runs.features[:, :, k : k + 1].expand(-1, -1, steps - k - 1, -1, -1)
+        outputs = outputs_of(reused, runs.conditioning[:, :, later]).float()
+        velocity = guidance.velocity(outputs).flatten(2) @ projection
+        errors[k, later] = ((velocity - own[:, later]) * durations[later, None]).movedim(1, 0)
     return errors, runs.latents[:, -1].float().square().sum(dim=(1, 2))
 
 

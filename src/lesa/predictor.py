@@ -40,6 +40,8 @@ ROUNDING = 1e-6
 HELD = 1e-3
 """How far a KAN may miss the alphas that it takes up."""
 NEAR_REUSE = 0.02
+BOUNDS, OTHER_BOUNDS = (0.9, 0.5), {"QwenImageTransformer2DModel": (0.9, 0.4)}
+"""The paper's falling times between stages, and where a class of transformers has others."""
 
 CARD = """---
 {{ card_data }}
@@ -301,7 +303,8 @@ class Expert(nn.Module):
 class LESA(Predictor):
     """The stage-aware predictor of LESA (arXiv 2602.20497): one expert for each stage and stream.
 
-    `bounds` are the falling times between stages and `memories` how many past features each stage's expert combines.
+    `bounds` are the falling times between stages, by default the paper's for the class of transformers, and `memories`
+    how many past features each stage's expert combines.
     With `remembers_forecasts`, as in the paper, these are full and forecast ones; without, full steps only. A new
     predictor is near reuse in the first case (the newest difference after a full step is a correction, no slope) and
     the straight line through the newest two full steps in the second.
@@ -322,7 +325,7 @@ class LESA(Predictor):
         self,
         origin: Origin,
         *,
-        bounds: Sequence[float] = (0.9, 0.5),
+        bounds: Sequence[float] | None = None,
         memories: Sequence[int] = (4, 8, 8),
         remembers_forecasts: bool = False,
         hidden: Sequence[int] = (32,),
@@ -331,6 +334,7 @@ class LESA(Predictor):
         spline_noise: float = 40.0,
     ):
         super().__init__(origin)
+        bounds = OTHER_BOUNDS.get(origin.transformer, BOUNDS) if bounds is None else bounds
         if len(memories) != len(bounds) + 1 or min(memories) < 2:
             raise ValueError(f"{len(bounds) + 1} stages need as many memories of at least 2, got {list(memories)}.")
         self.bounds, self.memories = _falling(bounds), tuple(memories)
@@ -504,7 +508,7 @@ class ContinuousLESA(Predictor):
         origin: Origin,
         *,
         schedules: Sequence[tuple[Sequence[float], Sequence[str]]] = (),
-        bounds: Sequence[float] = (0.9, 0.5),
+        bounds: Sequence[float] | None = None,
         order: int = 3,
         hidden: Sequence[int] = (16,),
         grid_size: int = 10,
@@ -513,6 +517,7 @@ class ContinuousLESA(Predictor):
         super().__init__(origin)
         if order < 1:
             raise ValueError(f"a polynomial's order is at least 1, got {order}; raise it.")
+        bounds = OTHER_BOUNDS.get(origin.transformer, BOUNDS) if bounds is None else bounds
         self.schedules = [(tuple(grid), tuple(texts)) for grid, texts in schedules]
         self.schedules = self.schedules or [(origin.grid, (origin.schedule,))]
         self.bounds, self.order, self.memory = _falling(bounds), order, order + 1

@@ -175,9 +175,9 @@ def training_curve(curve: Curve, path: str | Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="updates", ylabel="validation loss")
     before = 0
-    for (phase, round_, stream), entries in groupby(curve.entries, key=itemgetter("phase", "round", "stream")):
+    for (phase, round_), entries in groupby(curve.entries, key=itemgetter("phase", "round")):
         points = [(before + entry["update"], entry["validation_loss"]) for entry in entries]
-        axes.plot(*zip(*points, strict=True), marker=".", label=f"{phase} {round_ or ''} ({stream})")
+        axes.plot(*zip(*points, strict=True), marker=".", label=f"{phase} {round_ or ''}".strip())
         before = points[-1][0]
     axes.legend()
     axes.grid(alpha=0.3)

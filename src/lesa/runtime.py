@@ -354,8 +354,9 @@ def accelerate(
     A transformer alone needs the `grid` of its loop, S + 1 falling times, and `run.at(step)` before each call. With
     `strict`, a forecast from fewer past features than it is made for is an error.
 
-    `tap` is 'feature', what enters the final norm, or 'output', what the transformer returns: far smaller, and its
-    forwards do not run at all on skipped steps; or a `lesa.Tap`. Without one it is the predictor's own, or 'feature'.
+    `tap` is 'norm', what enters the final norm, 'projection', what enters the last projection, 'feature', the one of
+    them that the paper takes for the model, or 'output', what the transformer returns: far smaller, and its forwards do
+    not run at all on skipped steps; or a `lesa.Tap`. Without one it is the predictor's own, or 'feature'.
 
     `history` is how past features are stored: as they are ('model'); the newest as it is and the others as differences
     of a byte an element ('int8', 'fp8'); or the same in the CPU's memory ('cpu', 'int8-cpu', 'fp8-cpu'). In each,

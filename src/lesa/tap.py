@@ -1,9 +1,9 @@
 """Where a transformer's feature is read and written back.
 
-At the feature tap it is what enters the final norm (or the last projection, where a model has no such norm): with the
-blocks bypassed and that tensor put back, everything else of the transformer's own forward does what it does in a full
-step. At the output tap it is what the transformer returns, a fraction of that size, and on skipped steps its forward
-does not run at all.
+At the feature tap it is what enters the final norm or the last projection, whichever the paper forecasts for the class:
+with the blocks bypassed and that tensor put back, everything else of the transformer's own forward does what it does in
+a full step. At the output tap it is what the transformer returns, a fraction of that size, and on skipped steps its
+forward does not run at all.
 """
 
 from __future__ import annotations
@@ -27,17 +27,23 @@ class Tap(NamedTuple):
     module: str | None
 
 
+NORM, PROJECTION = "norm_out", "proj_out"
+"""What diffusers calls the final norm and the projection that follows it."""
 TAPS = {
-    "FluxTransformer2DModel": Tap(("transformer_blocks", "single_transformer_blocks"), "norm_out"),
+    "FluxTransformer2DModel": Tap(("transformer_blocks", "single_transformer_blocks"), NORM),
+    "QwenImageTransformer2DModel": Tap(("transformer_blocks",), PROJECTION),
 }
-PLACES = ("feature", "output")
-PROJECTION = "proj_out"
-"""What diffusers calls the projection that follows the final norm."""
+"""Where the paper taps each class: its place called 'feature'."""
+MODULES = {"norm": NORM, "projection": PROJECTION, "output": None}
+PLACES = ("feature", *MODULES)
 COMPILE_BLOCKS = "compile its repeated blocks instead: transformer.compile_repeated_blocks(fullgraph=True)."
 
 
 def tap_of(transformer: nn.Module, place: str = "feature") -> Tap:
-    """Find the tap of a transformer, 'feature' or 'output', by the name of its class or of a parent class.
+    """Find the tap of a transformer at a place, by the name of its class or of a parent class.
+
+    'norm' is what enters the final norm, 'projection' what enters the last projection, 'output' what the transformer
+    returns, and 'feature' the one of them that the paper forecasts for the class.
 
     Raises: ValueError if the place or the class is unknown, or if the transformer is compiled as a whole.
     """
@@ -47,11 +53,18 @@ def tap_of(transformer: nn.Module, place: str = "feature") -> Tap:
     for parent in type(transformer).__mro__:
         if parent.__name__ in TAPS:
             tap = TAPS[parent.__name__]
-            return tap if place == "feature" else tap._replace(module=None)
+            return tap if place == "feature" else tap._replace(module=MODULES[place])
     raise ValueError(
         f"a tap is known for {', '.join(sorted(TAPS))}, got a {type(transformer).__name__}; pass "
         "tap=lesa.Tap(blocks=(...), module=...) with the names of its block lists and of its final norm."
     )
+
+
+def place_of(kind: str, tap: Tap) -> str:
+    """Name the place of a tap of a class of transformers; 'feature' where it is the class's usual one, or unknown."""
+    if kind not in TAPS or tap == TAPS[kind]:
+        return "output" if tap.module is None else "feature"
+    return next((place for place, module in MODULES.items() if module == tap.module), "feature")
 
 
 def head(transformer: nn.Module, tap: Tap) -> Callable[[Tensor, Tensor], Tensor]:
@@ -59,19 +72,22 @@ def head(transformer: nn.Module, tap: Tap) -> Callable[[Tensor, Tensor], Tensor]
 
     For FLUX it is proj_out(norm_out(feature, conditioning)). Features are (..., n, C), of any n tokens, conditioning is
     (..., D), both with the same leading dimensions; all is done on the device and in the dtype of the transformer's
-    weights, and the outputs come back to the device of the features. After the output tap nothing is left to be done.
+    weights, and the outputs come back to the device of the features. After the norm no conditioning is needed, and
+    after the output tap nothing is left to be done.
 
     Raises: ValueError if the transformer has no such modules; the call does if leading dimensions differ.
     """
     if tap.module is None:
         return lambda features, _conditioning: features
     module, projection = getattr(transformer, tap.module, None), getattr(transformer, PROJECTION, None)
-    if module is None or projection is None or module is projection:
+    if module is None or projection is None:
         raise ValueError(
             f"a head is a final norm and {PROJECTION!r}, got a {type(transformer).__name__} tapped at {tap.module!r}; "
             "write the call that turns its features into outputs by hand."
         )
     weight = next(projection.parameters())
+    if module is projection:
+        return lambda features, _conditioning: projection(features.to(weight)).to(features.device)
 
     def outputs(features: Tensor, conditioning: Tensor) -> Tensor:
         *leading, tokens, channels = features.shape

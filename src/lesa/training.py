@@ -2,6 +2,8 @@
 
 Training sees tensors only: what runs recorded, the head as a callable, and a callable that records the runs of a
 predictor. The rows of a run are a matrix, so a whole closed loop unrolls as one product, differentiable to the rows.
+The rows of all streams are fitted together: their errors meet in one velocity, where guidance multiplies what differs
+between them, and cancels what they share.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from lesa.grid import matches
+from lesa.guidance import Guidance
 from lesa.plan import histories
 from lesa.predictor import L2P, LESA, Predictor
 from lesa.row import Row
@@ -78,10 +81,10 @@ class Config:
 
 
 class Runs(NamedTuple):
-    """Runs of several prompts on one grid, one stream, as they were recorded.
+    """Runs of several prompts on one grid, as they were recorded.
 
-    `features` (P, S, n, C), or those of some steps only; `outputs` (P, S, n, C_out), `conditioning` (P, S, D),
-    `latents` (P, S + 1, n, latent channels).
+    `features` (P, streams, S, n, C), or those of some steps only; `outputs` (P, streams, S, n, C_out), `conditioning`
+    (P, streams, S, D), `latents` (P, S + 1, n, latent channels).
     """
 
     features: Tensor
@@ -91,23 +94,31 @@ class Runs(NamedTuple):
 
     @classmethod
     def stack(
-        cls, trajectories: Sequence[Trajectory], stream: str, steps: Sequence[int] | None = None, tap: Tap | None = None
+        cls,
+        trajectories: Sequence[Trajectory],
+        streams: Sequence[str],
+        steps: Sequence[int] | None = None,
+        tap: Tap | None = None,
     ) -> Runs:
         """Join trajectories of one collection, keeping the features of these steps (all, if none are named).
 
         At the output tap the features are the outputs, whatever tap they were recorded at.
 
-        Raises: ValueError if there are none or they differ in grid or tokens or recorded no such stream.
+        Raises: ValueError if there are none or they differ in grid or tokens or recorded no such streams.
         """
         if not trajectories:
             raise ValueError("training needs recorded runs, got none; collect some first.")
-        _check_alike(trajectories, trajectories[0], stream)
+        _check_alike(trajectories, trajectories[0], streams)
         kept = slice(None) if steps is None else list(steps)
         at_output = tap is not None and tap.module is None
+
+        def joined(of_run: Callable[[Trajectory], Mapping[str, Tensor]], kept: Any = slice(None)) -> Tensor:
+            return torch.stack([torch.stack([of_run(t)[stream][kept] for stream in streams]) for t in trajectories])
+
         return cls(
-            torch.stack([(t.outputs if at_output else t.features)[stream][kept] for t in trajectories]),
-            torch.stack([t.outputs[stream] for t in trajectories]),
-            torch.stack([t.conditioning[stream] for t in trajectories]),
+            joined(lambda t: t.outputs if at_output else t.features, kept),
+            joined(lambda t: t.outputs),
+            joined(lambda t: t.conditioning),
             torch.stack([t.latents for t in trajectories]),
         )
 
@@ -116,10 +127,14 @@ class Runs(NamedTuple):
 
     def at(self, steps: Sequence[int]) -> Runs:
         """Keep the features of these steps only."""
-        return self._replace(features=self.features[:, list(steps)])
+        return self._replace(features=self.features[:, :, list(steps)])
 
     def finite(self) -> bool:
         return all(bool(t.isfinite().all()) for t in self)
+
+
+Rows = Mapping[str, Mapping[int, Row]]
+"""By stream and step."""
 
 
 class Lesson(NamedTuple):
@@ -138,7 +153,7 @@ RecordRuns = Callable[[Predictor, Lesson], tuple[Sequence[Trajectory], Sequence[
 
 
 class Problem:
-    """What one stream's rows are fitted to: the head, the loss, and the shape of a schedule on a grid.
+    """What a predictor's rows are fitted to: the head, the guidance, the loss, and the shape of a schedule on a grid.
 
     Grid and schedule are the predictor's own if not given.
 
@@ -148,9 +163,9 @@ class Problem:
     def __init__(
         self,
         predictor: Predictor,
-        stream: str,
         head: Head,
         loss: str,
+        guidance: Guidance | None = None,
         grid: Tensor | None = None,
         schedule: Schedule | None = None,
     ):
@@ -163,35 +178,38 @@ class Problem:
         if not self.skipped:
             raise ValueError(f"there is nothing to forecast where {schedule!r} skips no step; skip some.")
         self.durations = self.grid.diff().float()[:, None, None]  # x_{s+1} = x_s + (t_{s+1} - t_s) v
-        self.stream, self.head, self.loss_name = stream, head, loss
+        self.guidance = Guidance(predictor.origin.streams) if guidance is None else guidance
+        self.streams, self.head, self.loss_name = predictor.origin.streams, head, loss
         self.responses = torch.zeros(self.steps)
 
-    def loss(self, rows: Mapping[int, Row], runs: Runs, reference: Runs, closed_loop: bool) -> Tensor:
+    def loss(self, rows: Rows, runs: Runs, reference: Runs, closed_loop: bool) -> Tensor:
         """Return the mean over prompts of how far the forecasts on `runs` lead away from the reference runs.
 
         In closed loop `runs` holds the features of the full steps alone.
         """
         forecasts = self.forecasts(rows, runs.features, closed_loop)
         if self.loss_name == "features":
-            return (forecasts - reference.features[:, self.skipped]).abs().mean()
-        outputs = self.head(forecasts, runs.conditioning[:, self.skipped]).float()
-        outputs = runs.outputs.float().index_copy(1, torch.tensor(self.skipped), outputs)
-        moves = self.durations * (outputs - reference.outputs)
+            return (forecasts - reference.features[:, :, self.skipped]).abs().mean()
+        outputs = self.head(forecasts, runs.conditioning[:, :, self.skipped]).float()
+        outputs = runs.outputs.float().index_copy(2, torch.tensor(self.skipped), outputs)
+        velocity, wanted = (self.guidance.velocity(x) for x in (outputs, reference.outputs.float()))
+        moves = self.durations * (velocity - wanted)
         if not closed_loop:
             return moves.square().mean(dim=(1, 2, 3)).add(TINY).log().mean()
         drifts = self.drift(rows, moves, runs, reference).square().mean(dim=(2, 3))
         return 0.5 * (drifts[:, -1].add(TINY).log() + drifts.mean(1).add(TINY).log()).mean()
 
-    def drift(self, rows: Mapping[int, Row], moves: Tensor, runs: Runs, reference: Runs) -> Tensor:
+    def drift(self, rows: Rows, moves: Tensor, runs: Runs, reference: Runs) -> Tensor:
         """Return how far the latents are from the reference run's after every step, (P, S, n, C_out).
 
-        The full steps were recorded at latents that drifted by r_k. Where these rows make them drift by d_k, the output
-        of full step k differs by `responses[k]` (d_k - r_k), and so does what is forecast from it:
-        d_{s+1} = d_s + moves_s + dt_s sum_k m_sk responses_k (d_k - r_k), with m the matrix of the closed loop.
+        The full steps were recorded at latents that drifted by r_k. Where these rows make them drift by d_k, the
+        velocity of full step k differs by `responses[k]` (d_k - r_k), and so does what is forecast from it:
+        d_{s+1} = d_s + moves_s + dt_s sum_k m_sk responses_k (d_k - r_k), with m the matrix of the closed loop, its
+        streams weighted as guidance does.
         """
         if not self.responses.any():
             return moves.cumsum(1)
-        matrix, _ = self.matrix(rows, True)
+        matrix = torch.einsum("i,isk->sk", self.guidance.weights, self.matrix(rows, True)[0])
         steps = torch.eye(self.steps).index_copy(0, torch.tensor(self.skipped), matrix)
         feedback = self.durations[:, :, 0] * steps * self.responses
         recorded = (runs.latents - reference.latents)[:, :-1].float()
@@ -199,24 +217,28 @@ class Problem:
         carried = functional.pad((torch.eye(self.steps) + feedback)[1:, 1:], (0, 1, 1, 0))  # of d_s to d_{s+1}
         return torch.einsum("sk,pknc->psnc", torch.linalg.inv(torch.eye(self.steps) - carried), moves)
 
-    def forecasts(self, rows: Mapping[int, Row], features: Tensor, closed_loop: bool) -> Tensor:
-        """Return the skipped steps' forecasts (P, skipped, n, C): from all steps' features, or in closed loop."""
+    def forecasts(self, rows: Rows, features: Tensor, closed_loop: bool) -> Tensor:
+        """Return the skipped steps' forecasts (P, streams, skipped, n, C) of all features, or those of full steps."""
         matrix, offsets = self.matrix(rows, closed_loop)
-        matrix = matrix[:, list(self.full)] if closed_loop else matrix
-        return torch.einsum("sk,pknc->psnc", matrix, features.float()) + offsets[:, None, None]
+        matrix = matrix[:, :, list(self.full)] if closed_loop else matrix
+        return torch.einsum("isk,piknc->pisnc", matrix, features.float()) + offsets[:, :, None, None]
 
-    def matrix(self, rows: Mapping[int, Row], closed_loop: bool) -> tuple[Tensor, Tensor]:
-        """Stack rows into a matrix (skipped, S) over the steps' features and offsets (skipped,).
+    def matrix(self, rows: Rows, closed_loop: bool) -> tuple[Tensor, Tensor]:
+        """Stack rows into matrices (streams, skipped, S) over the steps' features and offsets (streams, skipped).
 
         In closed loop the forecasts among the past are replaced by what they are made of: only full steps are left.
         """
         identity = torch.eye(self.steps + 1)  # the last column is the offset
-        unrolled = list(identity[: self.steps])
-        for step, past in self.pasts.items():
-            sources = torch.stack([unrolled[k] if closed_loop else identity[k] for k in past])
-            unrolled[step] = rows[step].coefficients @ sources + rows[step].offset * identity[-1]
-        stacked = torch.stack([unrolled[step] for step in self.skipped])
-        return stacked[:, :-1], stacked[:, -1]
+        stacked = []
+        for stream in self.streams:
+            unrolled = list(identity[: self.steps])
+            for step, past in self.pasts.items():
+                row = rows[stream][step]
+                sources = torch.stack([unrolled[k] if closed_loop else identity[k] for k in past])
+                unrolled[step] = row.coefficients @ sources + row.offset * identity[-1]
+            stacked.append(torch.stack([unrolled[step] for step in self.skipped]))
+        matrices = torch.stack(stacked)
+        return matrices[..., :-1], matrices[..., -1]
 
 
 @dataclass
@@ -225,9 +247,8 @@ class Curve:
 
     entries: list[dict] = field(default_factory=list)
 
-    def add(self, phase: str, round_: int, update: int, validation_loss: float, stream: str = "cond") -> None:
-        entry = dict(phase=phase, round=round_, update=update, validation_loss=validation_loss, stream=stream)
-        self.entries.append(entry)
+    def add(self, phase: str, round_: int, update: int, validation_loss: float) -> None:
+        self.entries.append(dict(phase=phase, round=round_, update=update, validation_loss=validation_loss))
 
 
 class Result(NamedTuple):
@@ -281,52 +302,50 @@ def train(
     if not lessons:
         raise ValueError("training needs recorded runs, got no lessons; collect some first.")
     predictor = copy.deepcopy(predictor)
-    fits = [_Fit(predictor, name, lessons, head, config) for name in predictor.origin.streams]
+    fit = _Fit(predictor, lessons, head, config)
     kept = _Rounds(Path(folder) if folder else None, _settings(predictor, lessons, config))
     curve, scores, finished = Curve(), [], []
     for round_ in range(config.rounds + 1):
         if not kept.load(round_, predictor, curve):
-            for fit in fits:
-                fit.run(round_, curve)
+            fit.run(round_, curve)
             kept.save(round_, predictor, curve)
         finished.append(copy.deepcopy(predictor).eval())
         drifts = []
-        for k, lesson in enumerate(lessons):
+        for lesson, task in zip(lessons, fit.tasks, strict=True):
             trained, validated = record_runs(finished[-1], lesson)
             drifts.append(drift(validated, lesson.validation))
-            for fit in fits:
-                fit.tasks[k].add(trained, validated)
+            task.add(trained, validated)
             del trained, validated  # they hold the features of all steps, and the next round's fit needs few
         scores.append(sum(drifts) / len(drifts))
     best = scores.index(min(scores))
     return Result(finished[best], finished[0], scores, curve)
 
 
-def response(runs: Runs, reference: Runs, full: Sequence[int]) -> Tensor:
-    """Return by how much the transformer's output answers a drift of the latents at every full step, (S,); 0 elsewhere.
+def response(runs: Runs, reference: Runs, full: Sequence[int], guidance: Guidance) -> Tensor:
+    """Return by how much the velocity answers a drift of the latents at every full step, (S,); 0 elsewhere.
 
     It is the least squares fit of one number per step, v - v_ref = response (x - x_ref): near 1 / t where the model
     sees noise and takes most of a drift back, 0 where it trusts the latents. On the embedded model this one number
     explains 97 % and more of the change. It is 0 where outputs and latents are not alike, or nothing drifted.
     """
-    result = torch.zeros(runs.outputs.shape[1])
-    if runs.outputs.shape != reference.latents[:, 1:].shape:
-        return result
     steps = list(full)
-    moved = (runs.latents - reference.latents)[:, steps].float().flatten(2)
-    answer = (runs.outputs - reference.outputs)[:, steps].float().flatten(2)
-    size = moved.square().sum(dim=(0, 2))
-    result[steps] = (moved * answer).sum(dim=(0, 2)) / size.clamp_min(TINY) * (size > TINY)
+    result = torch.zeros(runs.outputs.shape[2])
+    velocity, wanted = (guidance.velocity(x.outputs[:, :, steps].float()) for x in (runs, reference))
+    moved = (runs.latents - reference.latents)[:, steps].float()
+    if velocity.shape != moved.shape:
+        return result
+    size = moved.square().sum(dim=(0, 2, 3))
+    result[steps] = (moved * (velocity - wanted)).sum(dim=(0, 2, 3)) / size.clamp_min(TINY) * (size > TINY)
     return result
 
 
 class _Task:
-    """One stream of one lesson: its problem, and the runs that it is fitted on."""
+    """One lesson: its problem, and the runs that it is fitted on."""
 
-    def __init__(self, predictor: Predictor, stream: str, lesson: Lesson, truth: tuple[Runs, Runs], problem: Problem):
+    def __init__(self, predictor: Predictor, lesson: Lesson, truth: tuple[Runs, Runs], problem: Problem):
         self.predictor, self.lesson, self.problem, self.truth = predictor, lesson, problem, truth
         reference, validation, _ = lesson
-        _check_alike([*reference, *validation], reference[0], stream)
+        _check_alike([*reference, *validation], reference[0], problem.streams)
         predictor.check_grid(problem.grid)
         for step, past in problem.pasts.items():
             predictor.check_past(step, past)
@@ -339,23 +358,23 @@ class _Task:
         problem = self.problem
         for runs, wanted in ((trained, self.lesson.reference), (validated, self.lesson.validation)):
             _check_pairs(runs, wanted)
-            _check_alike(runs, wanted[0], problem.stream)
+            _check_alike(runs, wanted[0], problem.streams)
             if other := [run for run in runs if run.full != problem.full]:
                 raise ValueError(f"a round's runs are accelerated by {self.predictor!r}, got {other[0]!r}; do so.")
         tap = self.predictor.origin.tap
-        stacked = [Runs.stack(runs, problem.stream, problem.full, tap) for runs in (trained, validated)]
+        stacked = [Runs.stack(runs, problem.streams, problem.full, tap) for runs in (trained, validated)]
         if all(runs.finite() for runs in stacked):
             self.sets.append((stacked[0], stacked[1]))
-            problem.responses = response(stacked[0], self.truth[0], problem.full)
+            problem.responses = response(stacked[0], self.truth[0], problem.full, problem.guidance)
 
-    def loss(self, rows: Mapping[int, Row], batch: int, generator: torch.Generator, closed_loop: bool) -> Tensor:
+    def loss(self, rows: Rows, batch: int, generator: torch.Generator, closed_loop: bool) -> Tensor:
         """Return the loss on a batch of the runs of one round."""
         sets = self._sets(closed_loop)
         runs, _ = sets[int(torch.randint(len(sets), (), generator=generator))]
         chosen = torch.randperm(len(runs.outputs), generator=generator)[:batch]
         return self.problem.loss(rows, runs.pick(chosen), self.truth[0].pick(chosen), closed_loop)
 
-    def check(self, rows: Mapping[int, Row], closed_loop: bool) -> float:
+    def check(self, rows: Rows, closed_loop: bool) -> float:
         """Return the mean loss on the validation runs of all rounds."""
         losses = [self.problem.loss(rows, runs, self.truth[1], closed_loop) for _, runs in self._sets(closed_loop)]
         return float(torch.stack(losses).mean())
@@ -365,31 +384,32 @@ class _Task:
 
 
 class _Fit:
-    """One stream's tasks, a lesson each, and the fit of the rows to them."""
+    """The tasks, a lesson each, and the fit of the rows to them."""
 
-    def __init__(self, predictor: Predictor, stream: str, lessons: Sequence[Lesson], head: Head, config: Config):
-        self.predictor, self.stream, self.config = predictor, stream, config
+    def __init__(self, predictor: Predictor, lessons: Sequence[Lesson], head: Head, config: Config):
+        self.predictor, self.config, streams = predictor, config, predictor.origin.streams
         stacked: dict[int, Runs] = {}  # lessons on one grid share their runs
 
         def stack(runs: Sequence[Trajectory]) -> Runs:
             if id(runs) not in stacked:
-                stacked[id(runs)] = Runs.stack(runs, stream, tap=predictor.origin.tap)
+                stacked[id(runs)] = Runs.stack(runs, streams, tap=predictor.origin.tap)
             return stacked[id(runs)]
 
         self.tasks: list[_Task] = []
         for lesson in lessons:
             truth = stack(lesson.reference), stack(lesson.validation)
-            problem = Problem(predictor, stream, head, config.loss, lesson.reference[0].grid, lesson.schedule)
-            self.tasks.append(_Task(predictor, stream, lesson, truth, problem))
+            guidance, grid = Guidance.of(lesson.reference, streams), lesson.reference[0].grid
+            problem = Problem(predictor, head, config.loss, guidance, grid, lesson.schedule)
+            self.tasks.append(_Task(predictor, lesson, truth, problem))
         if config.free_alphas and isinstance(predictor, LESA):  # better known before the training than after
             rough = torch.rand(self.tasks[0].problem.steps, generator=torch.Generator().manual_seed(0))
-            copy.deepcopy(predictor).absorb(rough, stream)
+            copy.deepcopy(predictor).absorb(rough, streams[0])
 
     def run(self, round_: int, curve: Curve) -> None:
         """Fit the rows on the runs of all rounds and keep the update with the best loss on the validation runs."""
         config, closed_loop = self.config, round_ > 0
         generator = torch.Generator().manual_seed(config.seed + round_)
-        unknowns = _Unknowns(self.predictor, self.stream, config.free_alphas)
+        unknowns = _Unknowns(self.predictor, config.free_alphas)
         optimiser = torch.optim.Adam(unknowns.parameters, lr=config.learning_rate, betas=(0.9, 0.98))
         updates = config.updates[int(closed_loop)]
         best, best_loss = unknowns.values(), math.inf
@@ -399,7 +419,7 @@ class _Fit:
             optimiser.param_groups[0]["lr"] = _falling(config.learning_rate, update, updates)
             if update % config.check_every == 0 or update == updates:
                 checked = self._check(unknowns, closed_loop)
-                curve.add(phase, round_, update, checked, self.stream)
+                curve.add(phase, round_, update, checked)
                 bar.set_postfix(validation=f"{checked:.4f}")
                 if checked < best_loss:
                     best, best_loss = unknowns.values(), checked
@@ -424,20 +444,25 @@ class _Fit:
 
 
 class _Unknowns:
-    """The numbers that are fitted: a stream's parameters, with LESA's alphas in the KANs' place if they are free."""
+    """The numbers that are fitted: a predictor's parameters, with LESA's alphas in the KANs' place if they are free."""
 
-    def __init__(self, predictor: Predictor, stream: str, free_alphas: bool):
-        self.predictor, self.stream = predictor, stream
-        self.parameters: list[Tensor] = list(predictor.numbers(stream))
-        self.alphas: Tensor | None = None
+    def __init__(self, predictor: Predictor, free_alphas: bool):
+        self.predictor, self.streams = predictor, predictor.origin.streams
+        self.alphas: dict[str, Tensor] = {}
         if free_alphas and isinstance(predictor, LESA):
-            self.alphas = predictor.alphas(stream).detach().requires_grad_()
-            experts = predictor.stage_experts(stream)
-            self.parameters = [self.alphas, *(p for expert in experts for p in (expert.weight, expert.bias))]
+            self.alphas = {s: predictor.alphas(s).detach().requires_grad_() for s in self.streams}
+        self.parameters: list[Tensor] = [p for stream in self.streams for p in self._of(stream)]
 
-    def rows(self, problem: Problem) -> dict[int, Row]:
-        alphas = {} if self.alphas is None else {"alphas": self.alphas}
-        return self.predictor.stream_rows(self.stream, problem.grid, problem.pasts, **alphas)
+    def _of(self, stream: str) -> list[Tensor]:
+        if stream not in self.alphas or not isinstance(self.predictor, LESA):
+            return list(self.predictor.numbers(stream))
+        experts = self.predictor.stage_experts(stream)
+        return [self.alphas[stream], *(p for expert in experts for p in (expert.weight, expert.bias))]
+
+    def rows(self, problem: Problem) -> dict[str, dict[int, Row]]:
+        given = {stream: {"alphas": alphas} for stream, alphas in self.alphas.items()}
+        rows_of, grid, pasts = self.predictor.stream_rows, problem.grid, problem.pasts
+        return {stream: rows_of(stream, grid, pasts, **given.get(stream, {})) for stream in self.streams}
 
     def values(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.parameters]
@@ -447,8 +472,8 @@ class _Unknowns:
         """Set the predictor to these values."""
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
-        if self.alphas is not None and isinstance(self.predictor, LESA):
-            self.predictor.absorb(self.alphas, self.stream)
+        for stream, alphas in self.alphas.items():
+            cast(LESA, self.predictor).absorb(alphas, stream)
 
 
 def _falling(learning_rate: float, update: int, updates: int) -> float:
@@ -463,12 +488,12 @@ def least_squares(predictor: L2P, reference: Sequence[Trajectory]) -> None:
 
     Raises: ValueError if the runs do not fit the predictor or each other.
     """
+    pasts = Problem(predictor, lambda x, _: x, "features").pasts
     for stream in predictor.origin.streams:
-        features = Runs.stack(reference, stream, tap=predictor.origin.tap).features
+        features = Runs.stack(reference, [stream], tap=predictor.origin.tap).features[:, 0]
         predictor.check_grid(reference[0].grid)
-        problem = Problem(predictor, stream, lambda x, _: x, "features")
         table = predictor.coefficients[stream]
-        for step, past in problem.pasts.items():
+        for step, past in pasts.items():
             known = torch.stack([features[:, k].flatten() for k in past], dim=1).double()
             solved = torch.linalg.lstsq(known, features[:, step].double().flatten()[:, None]).solution[:, 0]
             table.data[step, predictor.memory - len(past) :] = solved.to(table.dtype)
@@ -532,13 +557,13 @@ def _settings(predictor: Predictor, lessons: Sequence[Lesson], config: Config) -
     return json.loads(json.dumps({name: value for name, value in settings.items() if name not in unimportant}))
 
 
-def _check_alike(runs: Sequence[Trajectory], first: Trajectory, stream: str) -> None:
+def _check_alike(runs: Sequence[Trajectory], first: Trajectory, streams: Sequence[str]) -> None:
     for other in runs:
         if not (matches(first.grid, other.grid) and torch.equal(first.tokens, other.tokens)):
             raise ValueError(f"all runs share grid and tokens, {other!r} differs from {first!r}; collect them alike.")
-        if stream not in other.features:
+        if missing := [stream for stream in streams if stream not in other.features]:
             raise ValueError(
-                f"{other!r} recorded no stream {stream!r}; collect with the guidance that the predictor is for."
+                f"{other!r} recorded no stream {missing[0]!r}; collect with the guidance that the predictor is for."
             )
 
 

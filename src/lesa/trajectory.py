@@ -109,7 +109,8 @@ class Collection:
     """The pipeline's class."""
     weights: str
     """A fingerprint of the pipeline's weights."""
-    tap: str
+    tap: str | None
+    """The module that the features enter; None at the transformer's output."""
     call: dict[str, Any]
     """The arguments of the pipeline's call beside the prompt."""
     batch_size: int

@@ -1,0 +1,318 @@
+"""What the trainings of the embedded models share: pictures, loops that resume, and the figures of a model card."""
+
+import argparse
+import math
+import os
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+import lesa
+from lesa.emoji import PIXELS, Atlas, parse
+
+IMAGE_TOKENS = 64
+CHECKPOINT_SECONDS = 240
+
+
+class Recipe(ABC):
+    """One embedded model: how its pipeline is built and how its parts are called in training."""
+
+    name: str  # of its transformer's training
+    text_encoders: tuple[str, ...]  # the pipeline's components that are trained along with the transformer
+    unconditional: tuple[str, ...] = ("",)  # what a dropped caption reads
+    dropped: float  # share of the captions that are dropped, so that classifier-free guidance works
+    vae_batch = 16
+    batch = 96
+
+    @abstractmethod
+    def build_vae(self) -> Any: ...
+
+    @abstractmethod
+    def encode(self, vae: Any, pictures: Tensor) -> Any:
+        """Return the posterior of pictures in [-1, 1], (N, 3, PIXELS, PIXELS)."""
+
+    @abstractmethod
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        """Return pictures (N, 3, PIXELS, PIXELS)."""
+
+    @abstractmethod
+    def whiten(self, vae: Any, means: Tensor) -> None:
+        """Register what gives the transformer latents of zero mean and unit spread; means are a sample of latents."""
+
+    @abstractmethod
+    def build_pipeline(self, folder: Path) -> Any:
+        """Join the trained autoencoder with fresh text encoders and a fresh transformer."""
+
+    @abstractmethod
+    def pack(self, pipe: Any, means: Tensor) -> Tensor:
+        """Make of the autoencoder's latents what the transformer sees, (N, IMAGE_TOKENS, 16)."""
+
+    @abstractmethod
+    def tokens(self, pipe: Any, captions: list[str]) -> tuple[Tensor, ...]:
+        """Return token ids, and what else belongs to the captions, one row each."""
+
+    @abstractmethod
+    def velocity(self, pipe: Any, noised: Tensor, sigma: Tensor, *tokens: Tensor) -> Tensor:
+        """Run text encoders and transformer on noised latents (B, IMAGE_TOKENS, 16)."""
+
+
+def prompts(folder: Path, split: str) -> list[str]:
+    return (folder / "prompts" / f"{split}.txt").read_text().splitlines()
+
+
+def all_prompts(folder: Path) -> list[str]:
+    return [c for split in ("train", "heldout", "validation") for c in prompts(folder, split)]
+
+
+def pictures(folder: Path, captions: list[str]) -> Tensor:
+    """Draw captions as uint8 of shape (N, 3, PIXELS, PIXELS)."""
+    atlas = Atlas(folder)
+    drawn = np.stack([atlas.draw(*parse(c)) for c in captions])
+    return torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()
+
+
+def to_unit(drawn: Tensor) -> Tensor:
+    """uint8 pixels to [-1, 1]."""
+    return drawn.float() / 127.5 - 1
+
+
+def save_atomically(state: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, part := path.with_suffix(".part"))
+    os.replace(part, path)
+
+
+def cosine(progress: float, warmup: float = 0.01) -> float:
+    """Learning-rate factor: linear warm-up, then cosine to zero."""
+    return min(progress / warmup, 1.0) * (0.5 + 0.5 * math.cos(math.pi * min(progress, 1.0)))
+
+
+# --- the autoencoder
+
+
+def train_vae(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32: bool = False) -> None:
+    torch.manual_seed(0)
+    torch.set_flush_denormal(True)
+    drawn = pictures(folder, prompts(folder, "train"))
+    vae = recipe.build_vae()
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    spent, step, saved = 0.0, 0, time.monotonic()
+    if (path := runs / "vae.pt").exists():
+        state = torch.load(path, weights_only=True)
+        vae.load_state_dict(state["vae"])
+        optimiser.load_state_dict(state["optimiser"])
+        spent, step = state["spent"], state["step"]
+    generator, mixed = torch.Generator().manual_seed(step), torch.autocast("cpu", torch.bfloat16, enabled=not float32)
+    bar = tqdm(total=round(minutes * 60), initial=round(spent), unit="s", desc="vae", mininterval=5)
+    while spent < minutes * 60:
+        start = time.monotonic()
+        optimiser.param_groups[0]["lr"] = 2e-3 * cosine(spent / (minutes * 60), warmup=0.03)
+        batch = drawn[torch.randint(len(drawn), (recipe.vae_batch,), generator=generator)]
+        real = to_unit(batch)
+        with mixed:
+            posterior = recipe.encode(vae, real)
+            decoded = recipe.decode(vae, posterior.sample())
+        difference = decoded.float() - real
+        slopes = sum((difference.diff(dim=d)).abs().mean() for d in (2, 3))
+        distortion = difference.abs().mean() + difference.square().mean() + 0.5 * slopes
+        loss = distortion + 1.25e-6 * posterior.kl().float().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimiser.step()
+        step += 1
+        spent += (elapsed := time.monotonic() - start)
+        bar.update(round(spent) - bar.n)
+        if step % 50 == 0:
+            psnr = -10 * math.log10(difference.square().mean().item() / 4)
+            std = posterior.mean.float().std().item()
+            bar.set_postfix(loss=f"{loss.item():.4f}", psnr=f"{psnr:.1f}", std=f"{std:.2f}", ms=f"{elapsed * 1e3:.0f}")
+        if time.monotonic() - saved > CHECKPOINT_SECONDS or spent >= minutes * 60:
+            save_atomically(dict(vae=vae.state_dict(), optimiser=optimiser.state_dict(), spent=spent, step=step), path)
+            saved = time.monotonic()
+
+    with torch.no_grad():
+        means = torch.cat([recipe.encode(vae, to_unit(part)).mean for part in drawn[:2048].split(64)])
+    recipe.whiten(vae, means)
+    (folder / "vae").mkdir(exist_ok=True)
+    vae.to(torch.bfloat16).save_pretrained(folder / "vae")
+    check = drawn[torch.randperm(len(drawn))[:256]]
+    with torch.no_grad():
+        vae.float()
+        restored = recipe.decode(vae, recipe.encode(vae, to_unit(check)).mean).clamp(-1, 1)
+    error = (restored - to_unit(check)).square().mean(dim=(1, 2, 3))
+    spread = means.transpose(0, 1).flatten(1).std(dim=1)
+    print(
+        f"median PSNR of the autoencoder: {(-10 * torch.log10(error / 4)).median():.1f} dB; "
+        f"latents: mean {means.mean():.3f}, std per channel {spread.tolist()}"
+    )
+
+
+# --- the text encoders and the transformer
+
+
+def start_at_identity(transformer: nn.Module, endings: tuple[str, ...]) -> None:
+    """Zero the blocks' modulations and the last projection (adaLN-zero)."""
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.Linear) and name.endswith(endings):
+            nn.init.zeros_(module.weight)
+    nn.init.zeros_(transformer.proj_out.weight)
+
+
+@torch.no_grad()
+def packed_latents(recipe: Recipe, pipe: Any, drawn: Tensor) -> Tensor:
+    """Encode uint8 pictures as the transformer sees them, shape (N, IMAGE_TOKENS, 16)."""
+    return recipe.pack(pipe, torch.cat([recipe.encode(pipe.vae, to_unit(part)).mean for part in drawn.split(64)]))
+
+
+def trained_parts(recipe: Recipe, pipe: Any) -> dict[str, nn.Module]:
+    return {part: getattr(pipe, part) for part in ("transformer", *recipe.text_encoders)}
+
+
+def trained_state(recipe: Recipe, pipe: Any) -> dict[str, Tensor]:
+    parts = trained_parts(recipe, pipe)
+    return {f"{part}/{key}": t for part, module in parts.items() for key, t in module.state_dict().items()}
+
+
+def optimisers(recipe: Recipe, pipe: Any) -> list[torch.optim.Optimizer]:
+    """Muon on the blocks' matrices, AdamW on everything else."""
+    matrices = [p for name, p in pipe.transformer.named_parameters() if p.ndim == 2 and "transformer_blocks" in name]
+    taken = {id(p) for p in matrices}
+    others = [p for module in trained_parts(recipe, pipe).values() for p in module.parameters() if id(p) not in taken]
+    return [
+        torch.optim.Muon(matrices, lr=2e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+
+
+def train_transformer(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32: bool = False) -> None:
+    torch.manual_seed(0)
+    torch.set_flush_denormal(True)
+    captions = prompts(folder, "train")
+    pipe = recipe.build_pipeline(folder)
+    latents = packed_latents(recipe, pipe, pictures(folder, captions))
+    tokens = recipe.tokens(pipe, [*recipe.unconditional, *captions])
+    learners = optimisers(recipe, pipe)
+    peaks = [o.param_groups[0]["lr"] for o in learners]
+    live = trained_state(recipe, pipe)
+    average = {key: t.clone() for key, t in live.items()}
+    spent, step, saved = 0.0, 0, time.monotonic()
+    if (path := runs / f"{recipe.name}.pt").exists():
+        state = torch.load(path, weights_only=True)
+        for key, t in live.items():
+            t.copy_(state["live"][key])
+            average[key].copy_(state["average"][key])
+        for learner, kept in zip(learners, state["learners"], strict=True):
+            learner.load_state_dict(kept)
+        spent, step = state["spent"], state["step"]
+    generator = torch.Generator().manual_seed(step)
+    batch, mixed = recipe.batch, torch.autocast("cpu", torch.bfloat16, enabled=not float32)
+    bar = tqdm(total=round(minutes * 60), initial=round(spent), unit="s", desc=recipe.name, mininterval=5)
+    running = 0.0
+    while spent < minutes * 60:
+        start = time.monotonic()
+        for learner, peak in zip(learners, peaks, strict=True):
+            learner.param_groups[0]["lr"] = peak * cosine(spent / (minutes * 60))
+        chosen = torch.randint(len(captions), (batch,), generator=generator)
+        clean, noise = latents[chosen], torch.randn(batch, IMAGE_TOKENS, 16, generator=generator)
+        dropped = torch.rand(batch, generator=generator) < recipe.dropped
+        empty = torch.randint(len(recipe.unconditional), (batch,), generator=generator)
+        rows = torch.where(dropped, empty, len(recipe.unconditional) + chosen)
+        uniform = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
+        sigma = 2 * uniform / (1 + uniform)  # a mild shift to noise, where the emoji is decided
+        noised = torch.lerp(clean, noise, sigma[:, None, None])
+        with mixed, sdpa_kernel(SDPBackend.MATH):  # the fused backward is slower here
+            velocity = recipe.velocity(pipe, noised, sigma, *(t[rows] for t in tokens))
+        loss = F.mse_loss(velocity.float(), noise - clean)
+        for learner in learners:
+            learner.zero_grad()
+        loss.backward()
+        for learner in learners:
+            nn.utils.clip_grad_norm_(learner.param_groups[0]["params"], 1.0)
+            learner.step()
+        step += 1
+        decay = min(0.999, step / (step + 10))
+        with torch.no_grad():
+            floats = [key for key, t in live.items() if t.is_floating_point()]
+            torch._foreach_lerp_([average[k] for k in floats], [live[k] for k in floats], 1 - decay)
+        spent += time.monotonic() - start
+        running = loss.item() if not running else 0.98 * running + 0.02 * loss.item()
+        bar.update(round(spent) - bar.n)
+        bar.set_postfix(loss=f"{running:.4f}", step=step, refresh=False)
+        if time.monotonic() - saved > CHECKPOINT_SECONDS or spent >= minutes * 60:
+            kept = [learner.state_dict() for learner in learners]
+            save_atomically(dict(live=live, average=average, learners=kept, spent=spent, step=step), path)
+            print(f"\nminute {spent / 60:.1f}, step {step}, loss {running:.4f}", flush=True)
+            saved = time.monotonic()
+
+
+def export(recipe: Recipe, folder: Path, runs: Path) -> None:
+    """Write the averaged weights of the newest checkpoint in diffusers' format."""
+    pipe = recipe.build_pipeline(folder)
+    average = torch.load(runs / f"{recipe.name}.pt", weights_only=True)["average"]
+    for key, t in trained_state(recipe, pipe).items():
+        t.copy_(average[key])
+    pipe.transformer.to(torch.bfloat16)
+    pipe.vae.to(torch.bfloat16)
+    pipe.save_pretrained(folder)
+
+
+# --- the figures of the model card
+
+
+def evaluate(folder: Path, count: int = 200, batch: int = 50) -> None:
+    """Draw held-out prompts with every step full; print how many show the prompted emoji, and draw a contact sheet."""
+    pipe, atlas = lesa.load(folder), Atlas(folder)
+    captions = prompts(folder, "heldout")[:count]
+    drawn: list[np.ndarray] = []
+    for first in range(0, count, batch):
+        chosen = captions[first : first + batch]
+        seeds = [torch.Generator().manual_seed(first + k) for k in range(len(chosen))]
+        images = pipe(prompt=chosen, generator=seeds, output_type="np").images
+        drawn += [(image * 255).round().astype(np.uint8) for image in images]
+    targets = [atlas.draw(*parse(c)) for c in captions]
+    share = float(np.mean(atlas.is_prompted(captions, drawn)))
+    errors = [np.mean((a.astype(float) - b) ** 2) for a, b in zip(drawn, targets, strict=True)]
+    median = float(np.median([10 * math.log10(255**2 / max(e, 1e-9)) for e in errors]))
+    print(f"{count} held-out prompts: {share:.3f} show the prompted emoji, median PSNR to its drawing {median:.1f} dB")
+    contact_sheet(drawn[:40], targets[:40]).save(folder / "sheet.png", optimize=True)
+
+
+def contact_sheet(drawn: list[np.ndarray], targets: list[np.ndarray], columns: int = 10) -> Image.Image:
+    """Put each drawn picture above its target."""
+    cell = PIXELS + 2
+    sheet = Image.new("RGB", (columns * cell, -(-len(drawn) // columns) * (2 * cell + 6)), "white")
+    for k, (picture, target) in enumerate(zip(drawn, targets, strict=True)):
+        x, y = k % columns * cell, k // columns * (2 * cell + 6)
+        sheet.paste(Image.fromarray(picture), (x, y))
+        sheet.paste(Image.fromarray(target), (x, y + cell))
+    return sheet
+
+
+def main(recipe: Recipe, description: str | None) -> None:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["vae", recipe.name, "export", "evaluate"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--minutes", type=float, help="of training in all, resumed ones included")
+    parser.add_argument("--runs", type=Path, help="folder of the checkpoints (default: .runs/ and the model's name)")
+    parser.add_argument("--float32", action="store_true", help="train without bfloat16, where it is slower")
+    parser.add_argument("--count", type=int, default=200, help="held-out prompts to evaluate")
+    options = parser.parse_args()
+    runs = options.runs or Path(".runs") / options.folder.name
+    if options.what == "vae":
+        train_vae(recipe, options.folder, runs, options.minutes or 12, options.float32)
+    elif options.what == recipe.name:
+        train_transformer(recipe, options.folder, runs, options.minutes or 120, options.float32)
+    elif options.what == "export":
+        export(recipe, options.folder, runs)
+    else:
+        evaluate(options.folder, options.count)
