@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lesa.collect import record
+from lesa.detour import Detour
 from lesa.forecasters import Forecaster, Reuse
 from lesa.guidance import Guidance
 from lesa.runtime import accelerate
@@ -60,6 +61,42 @@ def responses(disturbed: Sequence[Trajectory], reference: Sequence[Trajectory]) 
     found = response(runs, wanted, full, Guidance.of(reference, streams))
     times, first = reference[0].grid[:-1].float(), full[1]
     found[:first] = found[first] * times[first] / times[:first]
+    return found
+
+
+def detours(
+    pipe: Any,
+    planner: Planner,
+    forecaster: Forecaster,
+    schedule: Schedule,
+    reference: Sequence[Trajectory],
+    share: float = 0.1,
+    **call: Any,
+) -> dict[int, Detour]:
+    """Plan what unusual runs do: at which full steps they show, and the schedule of a full step more that they go on.
+
+    The reference prompts are run on the schedule. At each full step with room for another one after it, the limit is
+    what a `share` of them exceed there. Their features are a sample of tokens, a run's are all; so limits are rough.
+
+    Raises: ValueError if there are no runs, or as `Planner.search` does.
+    """
+    if not reference:
+        raise ValueError("planning needs recorded runs, got none; collect some first.")
+    full, stream = schedule.full_steps(planner.steps), reference[0].streams[0]
+    with accelerate(pipe, forecaster, schedule=schedule):
+        prompts, seeds = [run.prompt for run in reference], [run.seed for run in reference]
+        runs = record(pipe, prompts, seeds, reference[0].tokens, **call)
+    features = torch.stack([run.features[stream] for run in runs]).float()
+    found: dict[int, Detour] = {}
+    for number, step in enumerate(full[1:], start=1):
+        if planner.steps - 1 - step <= len(full) - 1 - number:
+            break
+        past = full[max(0, number - forecaster.memory) : number]
+        row = forecaster.for_stream(stream).row(planner.grid, step, past)
+        forecast = torch.einsum("k,pknc->pnc", row.coefficients.detach().float(), features[:, list(past)]) + row.offset
+        errors = (forecast - features[:, step]).flatten(1).norm(dim=1) / features[:, step].flatten(1).norm(dim=1)
+        longer = planner.search(forecaster, len(full) + 1, begin=full[: number + 1])
+        found[step] = Detour(float(errors.quantile(1 - share)), longer)
     return found
 
 
@@ -121,21 +158,28 @@ class Planner:
         error = drifts[-1].square().sum(-1) / self._scale
         return float(10 * error.add(TINY).log10().mean())
 
-    def search(self, forecaster: Forecaster, budget: int, seconds: float = 10.0) -> Schedule:
+    def search(
+        self, forecaster: Forecaster, budget: int, seconds: float = 10.0, begin: Sequence[int] = (0,)
+    ) -> Schedule:
         """Return the best schedule found with `budget` full steps, by moving full steps until none is better elsewhere.
 
         It starts from several spreads of the full steps over the run, and leaves out the last of them after `seconds`.
+        The first full steps are those of `begin`.
 
-        Raises: ValueError if the budget is not from 1 to S, or as `drift` does.
+        Raises: ValueError if the budget is not from 1 to S, or has no room after `begin`, or as `drift` does.
         """
-        if not 1 <= budget <= self.steps:
-            raise ValueError(f"a budget is from 1 to {self.steps} full steps, got {budget}; change it.")
+        if not len(begin) <= budget <= self.steps - begin[-1] - 1 + len(begin):
+            raise ValueError(
+                f"a budget is from {len(begin)} to {self.steps - begin[-1] - 1 + len(begin)} full steps, got {budget}; "
+                "change it."
+            )
         until = time.monotonic() + seconds
 
         def cost(full: Sequence[int]) -> float:
             return self.drift(forecaster, full)
 
-        found = [_descend(start, cost, self.steps, until) for start in _starts(self.steps, budget)]
+        starts = _starts(self.steps, budget, begin)
+        found = [_descend(start, cost, self.steps, until, len(begin)) for start in starts]
         return Schedule.at(min(found, key=cost))
 
     @torch.no_grad()
@@ -173,8 +217,13 @@ def _errors(runs: Runs, outputs_of: Head, guidance: Guidance, durations: Tensor,
     return errors, runs.latents[:, -1].float().square().sum(dim=(1, 2))
 
 
-def _starts(steps: int, budget: int) -> list[list[int]]:
-    """Spread full steps evenly, more and more towards the run's end, and at random."""
+def _starts(steps: int, budget: int, begin: Sequence[int]) -> list[list[int]]:
+    """Spread full steps after those of `begin` evenly, more and more towards the run's end, and at random."""
+    *first, last = begin
+    return [[*first, *(last + step for step in some)] for some in _spreads(steps - last, budget - len(first))]
+
+
+def _spreads(steps: int, budget: int) -> list[list[int]]:
     if budget == 1:
         return [[0]]
     places = torch.linspace(0, 1, budget, dtype=torch.float64)
@@ -189,12 +238,14 @@ def _starts(steps: int, budget: int) -> list[list[int]]:
     return [*starts, *([0, *sorted(some.tolist())] for some in drawn)]
 
 
-def _descend(full: list[int], cost: Callable[[Sequence[int]], float], steps: int, until: float) -> list[int]:
+def _descend(
+    full: list[int], cost: Callable[[Sequence[int]], float], steps: int, until: float, fixed: int
+) -> list[int]:
     """Take every move that makes the cost smaller, until there is none or the time is over."""
     best, improved = cost(full), True
     while improved:
         improved = False
-        for moved in _moves(full, steps):
+        for moved in _moves(full, steps, fixed):
             if time.monotonic() > until:
                 return full
             if (found := cost(moved)) < best - 1e-6:
@@ -203,18 +254,19 @@ def _descend(full: list[int], cost: Callable[[Sequence[int]], float], steps: int
     return full
 
 
-def _moves(full: Sequence[int], steps: int) -> Iterator[list[int]]:
-    """Yield the schedules with one full step elsewhere, the nearest first, then those with two of them moved by one."""
-    inner = range(1, len(full))
+def _moves(full: Sequence[int], steps: int, fixed: int) -> Iterator[list[int]]:
+    """Yield the schedules with one full step elsewhere, the nearest first, then those with two of them moved by one;
+    the first `fixed` stay."""
+    inner, first = range(fixed, len(full)), full[fixed - 1]
     for distance in range(1, steps):
         for k in inner:
             for place in (full[k] - distance, full[k] + distance):
-                if 0 < place < steps and place not in full:
+                if first < place < steps and place not in full:
                     yield sorted([*full[:k], place, *full[k + 1 :]])
     for k, other in combinations(inner, 2):
         for changes in product((-1, 1), repeat=2):
             moved = list(full)
             for which, change in zip((k, other), changes, strict=True):
                 moved[which] += change
-            if moved == sorted(set(moved)) and moved[1] > 0 and moved[-1] < steps:
+            if moved == sorted(set(moved)) and moved[fixed] > first and moved[-1] < steps:
                 yield moved

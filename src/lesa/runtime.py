@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from lesa import grid as grids
 from lesa import plan as plans
 from lesa import predictor as predictors
+from lesa.detour import Detour, Detours
 from lesa.forecasters import Forecaster
 from lesa.plan import Plan
-from lesa.row import History, Storage
+from lesa.row import History, Row, Storage
 from lesa.schedule import Schedule
 from lesa.tap import Tap, attach, hear_streams, tap_of
 
@@ -85,14 +86,15 @@ class StreamSummary:
     """What one stream did in all runs so far.
 
     Steps are counted over all runs; `short_rows` are the forecasts that had fewer past features than they are made for;
-    `bytes_held` is the history's memory on the transformer's device; `forecast_seconds` is host time (a GPU may still
-    be at work after it).
+    `detours` the runs that left their schedule because they were unusual; `bytes_held` is the history's memory on the
+    transformer's device; `forecast_seconds` is host time (a GPU may still be at work after it).
     """
 
     runs: int = 0
     full_steps: int = 0
     skipped_steps: int = 0
     short_rows: int = 0
+    detours: int = 0
     bytes_held: int = 0
     forecast_seconds: float = 0.0
 
@@ -116,6 +118,8 @@ class Summary(dict[str, StreamSummary]):
             )
             if s.short_rows:
                 lines.append(f"{'':<10} {s.short_rows} forecasts had fewer past features than they are made for")
+            if s.detours:
+                lines.append(f"{'':<10} {s.detours} runs were unusual and took a detour")
         return "\n".join(lines)
 
 
@@ -134,16 +138,32 @@ class Stream:
         self._step = -1
         self._thread = 0
 
-    def start(self, run: object, plan: Plan) -> None:
-        """Begin a run, in the thread that calls."""
+    @property
+    def step(self) -> int:
+        """The step that the stream is at."""
+        return self._step
+
+    def start(self, run: object, plan: Plan, others: Sequence[Plan] = ()) -> None:
+        """Begin a run, in the thread that calls; it may go on with one of the other plans."""
         self.run, self.plan = run, plan
-        self._live = plan.live(self.storage.of_differences)
-        self._slots = max(map(len, self._live.values()))
+        lives = [one.live(self.storage.of_differences) for one in (plan, *others)]
+        self._live, self._slots = lives[0], max(len(held) for live in lives for held in live.values())
         self._step = plan.start - 1
         self._thread = threading.get_ident()
         self.done.runs += 1
         if self.history is not None:
             self.history.clear()
+
+    def follow(self, plan: Plan) -> None:
+        """Go on with another plan, that is the same up to here."""
+        self.plan, self._live = plan, plan.live(self.storage.of_differences)
+        self.done.detours += 1
+
+    def error(self, row: Row, past: Sequence[int], feature: Tensor) -> float:
+        """Return how far a row's forecast is from the feature that is known: |forecast - feature| / |feature|."""
+        assert self.history is not None, "a run begins with a full step"
+        forecast = self.history.forecast(past, row.coefficients.tolist(), float(row.offset)).float()
+        return float((forecast - feature.float()).norm() / feature.float().norm())
 
     def enter(self, step: int) -> bool:
         """Go on to `step`; tells whether it is full.
@@ -235,16 +255,22 @@ class Executor:
         schedule_for: ScheduleFor,
         strict: bool,
         storage: Storage,
+        detours: Detours,
     ):
         self.clock = clock
+        self.forecaster = forecaster
         self.storage = storage
+        self.detours = detours
+        self._judged: tuple[object, int] = (None, -1)
+        self._taken: tuple[object, Detour | None] = (None, None)
         self.streams: dict[str, Stream] = {}
         self.here = _Here()
         self._lock = threading.Lock()
 
         @lru_cache(PLANS_KEPT)
-        def compiled(name: str, start: int, times: tuple[float, ...]) -> Plan:
-            return plans.compile(forecaster.for_stream(name), times, schedule_for(times, start), start, strict)
+        def compiled(name: str, start: int, times: tuple[float, ...], detour: Detour | None = None) -> Plan:
+            schedule = detour.schedule if detour else schedule_for(times, start)
+            return plans.compile(forecaster.for_stream(name), times, schedule, start, strict)
 
         self._compiled = compiled
 
@@ -253,14 +279,36 @@ class Executor:
             (run, step), name = self.clock.now(), self.here.name
             stream = self.streams.get(name) or Stream(name, self.storage)
             if stream.run is not run:
-                stream.start(run, self._compiled(name, step, tuple(self.clock.grid().tolist())))
+                times = tuple(self.clock.grid().tolist())
+                others = [self._compiled(name, step, times, detour) for detour in self.detours.values()]
+                stream.start(run, self._compiled(name, step, times), others)
                 self.streams[name] = stream
             self.here.stream = stream
             return stream.enter(step)
 
     def exchange(self, feature: Tensor) -> Tensor:
         with self._lock:
-            return self.here.stream.exchange(feature)
+            stream = self.here.stream
+            if self.detours and stream.step in stream.plan.full:
+                self._judge(stream, feature)
+            return stream.exchange(feature)
+
+    def _judge(self, stream: Stream, feature: Tensor) -> None:
+        """At a full step, send an unusual run on its detour; the first stream decides for all."""
+        plan, step = stream.plan, stream.step
+        detour = self.detours.get(step)
+        undecided = self._taken[0] is not stream.run and self._judged != (stream.run, step)
+        if detour is not None and undecided and step > plan.start:
+            self._judged = stream.run, step
+            past = [k for k in plan.full if k < step][-plan.memory :]
+            row = self.forecaster.for_stream(stream.name).row(plan.grid, step, past)
+            if stream.error(row, past, feature) > detour.limit:
+                self._taken = stream.run, detour
+        run, taken = self._taken
+        if run is stream.run and taken is not None:
+            chosen = self._compiled(stream.name, plan.start, plan.times, taken)
+            if chosen is not plan:
+                stream.follow(chosen)
 
     @contextmanager
     def within(self, name: str) -> Iterator[None]:
@@ -338,6 +386,7 @@ def accelerate(
     grid: Sequence[float] | Tensor | None = None,
     tap: Tap | str | None = None,
     history: str = "model",
+    detours: Detours | None = None,
     strict: bool = False,
 ) -> Run:
     """Make a pipeline, or a transformer in a loop of one's own, run its blocks on the full steps of a schedule only.
@@ -361,6 +410,9 @@ def accelerate(
     `history` is how past features are stored: as they are ('model'); the newest as it is and the others as differences
     of a byte an element ('int8', 'fp8'); or the same in the CPU's memory ('cpu', 'int8-cpu', 'fp8-cpu'). In each,
     features that no later step uses are not held.
+
+    `detours` say at which full steps a run may turn out to be unusual, and which schedule it then goes on with (see
+    `lesa.planning.detours`). They need a forecaster that is not bound to one schedule.
 
     Raises: ValueError if the schedule, the grid or the tap is missing or does not fit, if there is no such history, or
         if the transformer is accelerated already; LookupError if no predictor is shipped for the pipeline. The
@@ -386,7 +438,7 @@ def accelerate(
     with _lock:
         if _RUN in transformer.__dict__:
             raise ValueError("a transformer is accelerated once, but this one is already; call lesa.disable first.")
-        run = Run(transformer, Executor(clock, forecaster, schedule_for, strict, storage), tap)
+        run = Run(transformer, Executor(clock, forecaster, schedule_for, strict, storage, detours or {}), tap)
         transformer.__dict__[_RUN] = run
     return run
 

@@ -1,0 +1,101 @@
+"""Measure one predictor on many grids, beside a specialist for each of them.
+
+    make bench-grids
+
+or by hand, with a predictor of the method lesa-continuous, and one that was trained on a single grid for each folder:
+
+    python benchmarks/grids.py --one models/emoji-flux/lesa/lesa-many --specialists out/specialists/*
+
+Every grid is that of a number of steps at an image size, as a specialist's name says: 64-28 is 28 steps at 64 pixels.
+All methods of a grid take the same full steps. PSNR is against the same model's pictures with every step full; the
+difference is the one predictor's to the specialist, pair by pair; both with bootstrap 95 % intervals. Drift is how far
+the latents end from the reference run's, which goes on where PSNR counts pictures as identical (60 dB).
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import lesa
+from lesa.benchmark import Pair, batches, pair_up
+from lesa.collect import read_prompts
+from lesa.metrics import interval, paired_interval, psnr
+
+MODEL = "models/emoji-flux"
+HEADS = ("grid", "schedule", "method", "PSNR, dB [95 %]", "drift, dB", "one - specialist, dB [95 %]")
+TINY = 1e-12
+
+
+def draw(pipe: Any, batch: Sequence[Pair], size: int, steps: int) -> tuple[list[np.ndarray], torch.Tensor]:
+    """Return a batch's pictures, and its last latents."""
+    latents: dict[int, torch.Tensor] = {}
+
+    def keep(_pipe: Any, step: int, _time: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        latents[step] = tensors["latents"].float().clone()
+        return tensors
+
+    images = pipe(
+        prompt=[pair.prompt for pair in batch],
+        generator=[torch.Generator().manual_seed(pair.seed) for pair in batch],
+        **dict(height=size, width=size, num_inference_steps=steps, callback_on_step_end=keep),
+    ).images
+    return [np.asarray(image.convert("RGB")) for image in images], latents[steps - 1]
+
+
+def drifts(latents: torch.Tensor, wanted: torch.Tensor) -> list[float]:
+    error, scale = ((x.square().flatten(1).sum(1)) for x in (latents - wanted, wanted))
+    return (10 * (error / scale + TINY).log10()).tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--one", required=True, metavar="FOLDER", help="the predictor for all grids")
+    parser.add_argument("--specialists", nargs="+", required=True, metavar="FOLDER", help="SIZE-STEPS each")
+    parser.add_argument("--budget", type=int, default=6, help="full steps (6)")
+    parser.add_argument("--pairs", type=int, default=200, help="how many prompts, the k-th with seed k (200)")
+    parser.add_argument("--batch-size", type=int, default=16)
+    options = parser.parse_args()
+
+    pipe = lesa.load(options.model)
+    pipe.set_progress_bar_config(disable=True)
+    one = lesa.Predictor.from_pretrained(options.one)
+    prompts = read_prompts(Path(options.model) / "prompts" / "heldout.txt")[: options.pairs]
+    pairs = batches(pair_up(prompts, range(len(prompts))), options.batch_size)
+    rows = []
+    for folder in tqdm(options.specialists, desc="grids", unit="grid"):
+        size, steps = map(int, Path(folder).name.split("-"))
+        specialist = lesa.Predictor.from_pretrained(folder)
+        schedule = one.schedule_for(specialist.grid, options.budget)
+        methods = {"Lagrange-3": lesa.Lagrange(3), "specialist": specialist, "one predictor": one}
+        quality: dict[str, list[float]] = {name: [] for name in methods}
+        drift: dict[str, list[float]] = {name: [] for name in methods}
+        for batch in pairs:
+            reference, wanted = draw(pipe, batch, size, steps)
+            for name, forecaster in methods.items():
+                with lesa.accelerate(pipe, forecaster, schedule=schedule):
+                    pictures, latents = draw(pipe, batch, size, steps)
+                quality[name] += [psnr(a, b) for a, b in zip(pictures, reference, strict=True)]
+                drift[name] += drifts(latents, wanted)
+        for name in methods:
+            difference = paired_interval(quality[name], quality["specialist"]) if name == "one predictor" else None
+            rows.append(
+                (
+                    *(f"{size} x {size}, {steps} steps", str(schedule), name, f"{interval(quality[name]):.2f}"),
+                    *(f"{math.fsum(drift[name]) / len(drift[name]):.1f}", f"{difference:+.2f}" if difference else ""),
+                )
+            )
+    widths = [max(map(len, column)) for column in zip(HEADS, *rows, strict=True)]
+    print(f"{options.model}, {len(prompts)} held-out prompts, {options.budget} full steps\n")
+    for line in (HEADS, tuple("-" * width for width in widths), *rows):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+
+
+if __name__ == "__main__":
+    main()
