@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 EMBEDDED = "models/emoji-flux"
 VALIDATION_SEED, TRAINING_SEED = 1_000_000, 2_000_000  # the first ones; held-out pairs count from 0, so none coincide
+LEARNED = "learned"
 USER_ERRORS = (ValueError, LookupError, OSError, RuntimeError, ImportError)
 
 
@@ -155,6 +156,8 @@ def _train(options: argparse.Namespace) -> None:
 
     if options.paper:
         options.method, options.history, options.loss = "lesa", "all", "features"
+    if options.stages and options.method != "lesa":
+        raise ValueError("--stages are those of LESA: they need --method lesa.")
     if options.loss == "steps" and options.method != "l2p":
         raise ValueError("--loss steps fits each step alone, which free rows can: it needs --method l2p.")
     store, pipe = Store.open(options.data), _pipeline(options)
@@ -192,6 +195,8 @@ def _train(options: argparse.Namespace) -> None:
     config = replace(recipe, rounds=options.rounds, updates=tuple(options.updates), seed=options.seed)
     head = tap.head(pipe.transformer, predictor.origin.tap)
     validation = runs(prompts, seeds)
+    if options.stages:
+        predictor = _staged(predictor, options.stages, reference, validation, head)
     result = training.train(predictor, reference, validation, head, record_runs, config, out / "rounds")
     result.predictor.save_pretrained(out)
     earlier = result.ground_truth
@@ -202,13 +207,34 @@ def _train(options: argparse.Namespace) -> None:
     print(out)
 
 
+def _staged(predictor: Any, stages: Any, reference: Sequence[Any], validation: Sequence[Any], head: Any) -> Any:
+    """Make a LESA anew with other stages: with these bounds, with so many learned ones, or with as many as pay."""
+    from lesa.planning import PLANNED_ON, Planner
+    from lesa.predictor import LESA
+    from lesa.stages import choose, learn
+
+    def planner(runs: Sequence[Any]) -> Any:
+        origin = predictor.origin
+        return Planner(runs[:PLANNED_ON], head, stream=origin.streams[0], tap=origin.tap)
+
+    skipped = [step for step in range(len(predictor.grid) - 1) if step not in predictor.full]
+    pasts = {step: predictor.past(step) for step in skipped}
+    if stages == LEARNED:
+        stages = choose(planner(reference), planner(validation), pasts)
+    elif isinstance(stages, int):
+        stages = learn(planner(reference), pasts, stages)
+    print(f"{len(stages) + 1} stages, bounds {', '.join(f'{bound:.3f}' for bound in stages) or 'none'}")
+    memories = [predictor.memory] * (len(stages) + 1)
+    return LESA(predictor.origin, **{**predictor.options(), "bounds": stages, "memories": memories})
+
+
 def _calibrate(options: argparse.Namespace) -> None:
     """Collect, plan and train, with few runs and few updates; the round is chosen on the same prompts, other seeds."""
     runs = Path(options.out) / "runs"
     few = argparse.Namespace(**{**vars(options), "out": runs, "seeds": None, "tokens": None})
     _collect(few)
     chosen = dict(method="l2p", history="full", loss="latents", paper=False, rounds=1, updates=(100, 100), seed=0)
-    data = dict(data=runs, validation_prompts=options.prompts, validation=options.limit, predictor=None)
+    data = dict(data=runs, validation_prompts=options.prompts, validation=options.limit, predictor=None, stages=None)
     _train(argparse.Namespace(**{**vars(few), **chosen, **data, "out": options.out}))
 
 
@@ -425,6 +451,12 @@ def _add_training(commands: Any) -> None:
         action="store_true",
         help="the paper's predictor, loss and learning rate, whatever the three above say",
     )
+    train.add_argument(
+        "--stages",
+        type=_stages,
+        help="of LESA: how many, with bounds learned from the runs, 'learned' for their number too, or the bounds, "
+        "as falling times (0.9,0.5)",
+    )
     train.add_argument("--rounds", type=int, default=4, help="of the closed-loop phase (4)")
     train.add_argument("--updates", type=int, nargs=2, default=(200, 200), help="in each phase or round (200 200)")
     train.add_argument("--seed", type=int, default=0)
@@ -482,6 +514,13 @@ def _count(text: str) -> int:
 @_told
 def _counts(text: str) -> list[int]:
     return [_count(part) for part in text.split(",") if part]
+
+
+@_told
+def _stages(text: str) -> Any:
+    if text == LEARNED or text.isdigit():
+        return text if text == LEARNED else _count(text)
+    return tuple(float(bound) for bound in text.split(","))
 
 
 @_told
