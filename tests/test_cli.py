@@ -1,6 +1,8 @@
 """The command from end to end on a tiny pipeline: collect, train, compare, draw; and its errors."""
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ PROMPTS = {
     "train": ["small blue pear on grey, left", "large red fish on white, right", "small green fish on grey, right"],
     "validation": ["large red apple on grey, left"],
 }
+TRAIN = ["train", "MODEL", "--data", "OUT", "--validation-prompts", "EMPTY", "--out", "OUT"]
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,29 @@ def test_the_recipe_of_the_paper_is_one_option_away(model, runs, tmp_path):
     assert entries["training"]["loss"] == "features" and entries["training"]["paper"]
 
 
+@pytest.mark.parametrize(("stages", "count"), [("2", 2), ("learned", None), ("0.8,0.4,0.2", 4)])
+def test_stages_are_learned_or_named(model, runs, tmp_path, capsys, stages, count):
+    assert train(model, runs, tmp_path, "--stages", stages) == 0
+    bounds = json.loads((tmp_path / "config.json").read_text())["options"]["bounds"]
+    assert len(bounds) < 6 if count is None else len(bounds) == count - 1
+    assert bounds == [0.8, 0.4, 0.2] or count != 4
+    assert f"{len(bounds) + 1} stages" in capsys.readouterr().out
+
+
+def test_what_stages_are_worth_is_printed(model, runs, tmp_path, monkeypatch, capsys):
+    options = ["--data", str(runs), "--schedules", "at:0,3,6", "--most", "3", "--rounds", "0", "--updates", "2", "2"]
+    options += ["--validation", "1", "--pairs", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["stages.py", "--model", str(model), *options])
+    script = Path(__file__).parents[1] / "benchmarks" / "stages.py"
+    runpy.run_path(str(script), run_name="__main__")
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| at:")]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    assert [row[1] for row in cells] == ["1", "2 fixed", "2 learned", "3 fixed", "3 learned", "free rows"]
+    assert [len(row[2].split()) for row in cells[1:5]] == [1, 1, 2, 2] and cells[3][2] == "0.90 0.50"
+    assert [row[5] == "-" for row in cells] == [False, False, False, True, False, False]
+    assert all(float(row[3]) < 0 < float(row[4].split()[0]) for row in cells)
+
+
 def test_training_refuses_runs_of_other_weights(model, runs, tmp_path, tiny_flux, capsys):
     bias = tiny_flux.transformer.proj_out.bias
     before = bias.detach().clone()
@@ -175,11 +201,9 @@ def test_generate_draws_with_and_without_acceleration(model, predictor, tmp_path
         (["bench", "MODEL", "--out", "EMPTY"], "EMPTY"),
         (["collect", "MODEL", "--prompts", "EMPTY", "--out", "OUT"], "holds no prompt"),
         (["collect", "MODEL", "--prompts", "EMPTY", "--out", "OUT", "--seeds", "3:1"], "at least one seed"),
-        (
-            ["train", "MODEL", "--data", "OUT", "--validation-prompts", "EMPTY", "--out", "OUT", "--loss", "steps"],
-            "l2p",
-        ),
-        (["train", "MODEL", "--data", "OUT", "--validation-prompts", "EMPTY", "--out", "OUT"], "lesa collect"),
+        ([*TRAIN, "--loss", "steps"], "l2p"),
+        ([*TRAIN, "--method", "l2p", "--stages", "2"], "--method lesa"),
+        (TRAIN, "lesa collect"),
         (["rows", "/nowhere"], "nowhere"),
     ],
 )

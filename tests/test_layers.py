@@ -14,7 +14,7 @@ LAYERS = [
     {"runtime", "collect"},
     {"training"},
     {"planning"},
-    {"benchmark"},
+    {"benchmark", "stages"},
     {"report"},
     {"cli"},
 ]

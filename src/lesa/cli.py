@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 EMBEDDED = "models/emoji-flux"
 PLACES = ("feature", "norm", "projection", "output")
 VALIDATION_SEED, TRAINING_SEED = 1_000_000, 2_000_000  # the first ones; held-out pairs count from 0, so none coincide
+LEARNED = "learned"
 USER_ERRORS = (ValueError, LookupError, OSError, RuntimeError, ImportError)
 
 
@@ -210,6 +211,8 @@ def _train(options: argparse.Namespace) -> None:
     recipe = training.Config.paper() if options.paper else training.Config(loss=options.loss)
     config = replace(recipe, rounds=options.rounds, updates=tuple(options.updates), seed=options.seed)
     head = tap.head(pipe.transformer, where)
+    if options.stages:
+        predictor = _staged(predictor, options.stages, lessons[0], head)
     result = training.train(predictor, lessons, head, record_runs, config, out / "rounds")
     result.predictor.save_pretrained(out)
     earlier = result.ground_truth
@@ -223,6 +226,8 @@ def _train(options: argparse.Namespace) -> None:
 def _check_training(options: argparse.Namespace) -> None:
     if options.paper:
         options.method, options.history, options.loss = "lesa", "all", "features"
+    if options.stages and options.method != "lesa":
+        raise ValueError("--stages are those of LESA: they need --method lesa.")
     if options.loss == "steps" and options.method != "l2p":
         raise ValueError("--loss steps fits each step alone, which free rows can: it needs --method l2p.")
     if len(options.data) * len(options.budgets or [0]) > 1 and options.method != "lesa-continuous":
@@ -242,6 +247,26 @@ def _schedules_to_learn(options: argparse.Namespace, pipe: Any, store: Any) -> l
     return found
 
 
+def _staged(predictor: Any, stages: Any, lesson: Any, head: Any) -> Any:
+    """Make a LESA anew with other stages: with these bounds, with so many learned ones, or with as many as pay."""
+    from lesa.planning import PLANNED_ON, Planner
+    from lesa.predictor import LESA
+    from lesa.stages import choose, learn
+
+    def planner(runs: Sequence[Any]) -> Any:
+        return Planner(runs[:PLANNED_ON], head, tap=predictor.origin.tap)
+
+    skipped = [step for step in range(len(predictor.grid) - 1) if step not in predictor.full]
+    pasts = {step: predictor.past(step) for step in skipped}
+    if stages == LEARNED:
+        stages = choose(planner(lesson.reference), planner(lesson.validation), pasts)
+    elif isinstance(stages, int):
+        stages = learn(planner(lesson.reference), pasts, stages)
+    print(f"{len(stages) + 1} stages, bounds {', '.join(f'{bound:.3f}' for bound in stages) or 'none'}")
+    memories = [predictor.memory] * (len(stages) + 1)
+    return LESA(predictor.origin, **{**predictor.options(), "bounds": stages, "memories": memories})
+
+
 def _calibrate(options: argparse.Namespace) -> None:
     """Collect, plan and train, with few runs and few updates; the round is chosen on the same prompts, other seeds."""
     runs = Path(options.out) / "runs"
@@ -249,7 +274,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     few = argparse.Namespace(**{**vars(options), "out": runs, "seeds": None, "tokens": None, "tap": at})
     _collect(few)
     chosen = dict(method="l2p", history="full", loss="latents", paper=False, rounds=1, updates=(100, 100), seed=0)
-    data = dict(data=[runs], budgets=[options.budget], predictor=None)
+    data = dict(data=[runs], budgets=[options.budget], predictor=None, stages=None)
     chosen |= dict(validation_prompts=options.prompts, validation=options.limit)
     _train(argparse.Namespace(**{**vars(few), **chosen, **data, "out": options.out, "tap": options.tap}))
 
@@ -475,6 +500,12 @@ def _add_training(commands: Any) -> None:
         action="store_true",
         help="the paper's predictor, loss and learning rate, whatever the three above say",
     )
+    train.add_argument(
+        "--stages",
+        type=_stages,
+        help="of LESA: how many, with bounds learned from the runs, 'learned' for their number too, or the bounds, "
+        "as falling times (0.9,0.5)",
+    )
     train.add_argument("--rounds", type=int, default=4, help="of the closed-loop phase (4)")
     train.add_argument("--updates", type=int, nargs=2, default=(200, 200), help="in each phase or round (200 200)")
     train.add_argument("--seed", type=int, default=0)
@@ -532,6 +563,13 @@ def _count(text: str) -> int:
 @_told
 def _counts(text: str) -> list[int]:
     return [_count(part) for part in text.split(",") if part]
+
+
+@_told
+def _stages(text: str) -> Any:
+    if text == LEARNED or text.isdigit():
+        return text if text == LEARNED else _count(text)
+    return tuple(float(bound) for bound in text.split(","))
 
 
 @_told

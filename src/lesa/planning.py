@@ -103,7 +103,8 @@ def detours(
 class Planner:
     """What recorded reference runs say of schedules: the drift in dB that a forecaster leaves, and the best full steps.
 
-    `size` is to how many random numbers the error at one step of one run is projected; drifts are theirs.
+    `size` is to how many random numbers the error at one step of one run is projected; drifts are theirs. `errors`
+    holds (t_{s+1} - t_s) E_ks so projected, (S, S, runs, size), 0 unless k < s.
 
     Raises: ValueError if there are no runs, or the runs do not fit each other.
     """
@@ -122,7 +123,7 @@ class Planner:
         self.grid, self.steps = reference[0].grid, reference[0].steps
         self._durations = self.grid.diff().float()
         self._responses = torch.zeros(self.steps) if responses is None else responses
-        self._errors, self._scale = _errors(runs, outputs_of, Guidance.of(reference, streams), self._durations, size)
+        self.errors, self._scale = _errors(runs, outputs_of, Guidance.of(reference, streams), self._durations, size)
         self._gaps: dict[tuple, tuple[Tensor, list[float]]] = {}
 
     @classmethod
@@ -147,7 +148,7 @@ class Planner:
         """
         if forecaster.remembers_forecasts:
             raise ValueError(f"planning follows histories of full steps only, got {forecaster!r}; take e.g. Lagrange.")
-        drifts = [torch.zeros(self._errors.shape[2:])]
+        drifts = [torch.zeros(self.errors.shape[2:])]
         for k, end in enumerate([*full[1:], self.steps]):
             past = tuple(full[max(0, k + 1 - forecaster.memory) : k + 1])
             left, answers = self._gap(forecaster, past, end)
@@ -189,12 +190,12 @@ class Planner:
         key = (forecaster, past, end)
         if key not in self._gaps:
             newest, skipped = past[-1], range(past[-1] + 1, end)
-            answers, left = torch.zeros(len(past)), torch.zeros(self._errors.shape[2:])
+            answers, left = torch.zeros(len(past)), torch.zeros(self.errors.shape[2:])
             answers[-1] = self._durations[newest]
             if skipped:
                 rows = forecaster.rows_of(self.grid, dict.fromkeys(skipped, past)).values()
                 coefficients = torch.stack([row.coefficients.float() for row in rows])
-                left = torch.einsum("sk,kspd->pd", coefficients, self._errors[list(past)][:, list(skipped)])
+                left = torch.einsum("sk,kspd->pd", coefficients, self.errors[list(past)][:, list(skipped)])
                 answers += self._durations[list(skipped)] @ coefficients
             self._gaps[key] = left, (answers * self._responses[list(past)]).tolist()
         return self._gaps[key]

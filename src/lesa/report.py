@@ -27,7 +27,7 @@ def table(results: Sequence[Result]) -> str:
     pictures that still show what their prompts name.
     """
     head = ("method", "schedule", "full steps", "step ratio", "speedup", "whole call", "PSNR, dB [95 %]", "SSIM")
-    return _markdown((*head, "as prompted"), [_cells(result) for result in results], text=2)
+    return markdown((*head, "as prompted"), [_cells(result) for result in results], text=2)
 
 
 def _cells(result: Result) -> list[str]:
@@ -63,10 +63,10 @@ def differences(comparison: Comparison, ours: str) -> str:
         for other in results
         if mine.method == ours and other is not mine and other.full_steps == mine.full_steps
     ]
-    return _markdown(("difference", "schedules", "full steps", "PSNR, dB [95 %]"), rows, text=2)
+    return markdown(("difference", "schedules", "full steps", "PSNR, dB [95 %]"), rows, text=2)
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]], text: int) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], text: int) -> str:
     """Align a Markdown table: the first `text` columns to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     rule = ["-" * width if k < text else "-" * (width - 1) + ":" for k, width in enumerate(widths)]
