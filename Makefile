@@ -2,8 +2,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 MODEL := models/emoji-flux
+GRIDS := 64-50 64-40 64-28 64-20 96-50 96-40 96-28 96-20
+ON_VALIDATION := --validation-prompts $(MODEL)/prompts/validation.txt
 
-.PHONY: setup demo bench bench-planned predictors test lint format clean
+.PHONY: setup demo bench bench-planned bench-grids predictors predictor-many test lint format clean
 
 setup: $(STAMP)
 
@@ -24,12 +26,31 @@ bench-planned: setup
 	$(BIN)/lesa bench $(MODEL) --no-bound --timed 2 --out out/bench-planned --predictors \
 		$(foreach n,10 8 6 5 4,$(MODEL)/lesa/lesa-planned$(n)) $(MODEL)/lesa/lesa-planned6/at-output
 
+# One predictor on eight grids, beside a specialist for each. A grid is image size - steps.
+bench-grids: setup
+	for grid in $(GRIDS); do \
+		$(BIN)/lesa train $(MODEL) --data out/grids/$$grid --method lesa-continuous --budgets 6 --forecaster lagrange:3 \
+			--updates 0 200 --rounds 2 $(ON_VALIDATION) --validation 16 --out out/specialists/$$grid || exit 1; \
+	done
+	$(BIN)/python benchmarks/grids.py --one $(MODEL)/lesa/lesa-many \
+		--specialists $(foreach grid,$(GRIDS),out/specialists/$(grid))
+
+# One predictor for 20 to 50 steps, two image sizes and 4 to 10 full steps.
+predictor-many: setup
+	for grid in $(GRIDS); do \
+		$(BIN)/lesa collect $(MODEL) --prompts $(MODEL)/prompts/train.txt --limit 32 --steps $${grid#*-} --tokens 41 \
+			--call "{\"height\": $${grid%-*}, \"width\": $${grid%-*}}" --out out/grids/$$grid || exit 1; \
+	done
+	$(BIN)/lesa train $(MODEL) --data $(foreach grid,$(GRIDS),out/grids/$(grid)) --method lesa-continuous \
+		--budgets 10,8,6,5,4 --forecaster lagrange:3 --updates 0 3000 --rounds 1 $(ON_VALIDATION) --validation 16 \
+		--out $(MODEL)/lesa/lesa-many
+
 # The predictors shipped with the model, and what the benchmark compares them with.
 predictors: setup
 	$(BIN)/lesa collect $(MODEL) --prompts $(MODEL)/prompts/train.txt --limit 48 --out out/runs
 	for n in 7 10; do \
 		train="$(BIN)/lesa train $(MODEL) --data out/runs --schedule paper:$$n \
-			--validation-prompts $(MODEL)/prompts/validation.txt --validation 24"; \
+			$(ON_VALIDATION) --validation 24"; \
 		$$train --method lesa --out $(MODEL)/lesa/lesa-paper$$n || exit 1; \
 		$$train --method lesa --history all --out $(MODEL)/lesa/lesa-paper$$n/with-forecasts || exit 1; \
 		$$train --method l2p --out $(MODEL)/lesa/l2p-paper$$n || exit 1; \
@@ -37,11 +58,11 @@ predictors: setup
 	done
 	for n in 10:2 8:2 6:3 5:3 4:3; do \
 		$(BIN)/lesa train $(MODEL) --data out/runs --budgets $${n%:*} --forecaster lagrange:$${n#*:} --rounds 3 \
-			--validation-prompts $(MODEL)/prompts/validation.txt --validation 24 \
+			$(ON_VALIDATION) --validation 24 \
 			--out $(MODEL)/lesa/lesa-planned$${n%:*} || exit 1; \
 	done
 	$(BIN)/lesa train $(MODEL) --data out/runs --budgets 6 --forecaster lagrange:3 --rounds 3 --tap output \
-		--validation-prompts $(MODEL)/prompts/validation.txt --validation 24 \
+		$(ON_VALIDATION) --validation 24 \
 		--out $(MODEL)/lesa/lesa-planned6/at-output
 
 test: setup

@@ -7,9 +7,10 @@ or by hand, with a predictor of the method lesa-continuous, and one that was tra
     python benchmarks/grids.py --one models/emoji-flux/lesa/lesa-many --specialists out/specialists/*
 
 Every grid is that of a number of steps at an image size, as a specialist's name says: 64-28 is 28 steps at 64 pixels.
-All methods of a grid take the same full steps. PSNR is against the same model's pictures with every step full; the
-difference is the one predictor's to the specialist, pair by pair; both with bootstrap 95 % intervals. Drift is how far
-the latents end from the reference run's, which goes on where PSNR counts pictures as identical (60 dB).
+The specialists keep to the schedule that they were trained for, the other methods to the one predictor's. PSNR is
+against the same model's pictures with every step full; the difference is the one predictor's to the specialist, pair by
+pair; both with bootstrap 95 % intervals. Drift is how far the latents end from the reference run's, which goes on where
+PSNR counts pictures as identical (60 dB).
 """
 
 import argparse
@@ -26,6 +27,7 @@ import lesa
 from lesa.benchmark import Pair, batches, pair_up
 from lesa.collect import read_prompts
 from lesa.metrics import interval, paired_interval, psnr
+from lesa.report import markdown
 
 MODEL = "models/emoji-flux"
 HEADS = ("grid", "schedule", "method", "PSNR, dB [95 %]", "drift, dB", "one - specialist, dB [95 %]")
@@ -72,18 +74,22 @@ def main() -> None:
     for folder in tqdm(options.specialists, desc="grids", unit="grid"):
         size, steps = map(int, Path(folder).name.split("-"))
         specialist = lesa.Predictor.from_pretrained(folder)
-        schedule = one.schedule_for(specialist.grid, options.budget)
-        methods = {"Lagrange-3": lesa.Lagrange(3), "specialist": specialist, "one predictor": one}
+        chosen, own = (some.schedule_for(specialist.grid, options.budget) for some in (one, specialist))
+        methods = {
+            "Lagrange-3": (lesa.Lagrange(3), chosen),
+            "specialist": (specialist, own),
+            "one predictor": (one, chosen),
+        }
         quality: dict[str, list[float]] = {name: [] for name in methods}
         drift: dict[str, list[float]] = {name: [] for name in methods}
         for batch in pairs:
             reference, wanted = draw(pipe, batch, size, steps)
-            for name, forecaster in methods.items():
+            for name, (forecaster, schedule) in methods.items():
                 with lesa.accelerate(pipe, forecaster, schedule=schedule):
                     pictures, latents = draw(pipe, batch, size, steps)
                 quality[name] += [psnr(a, b) for a, b in zip(pictures, reference, strict=True)]
                 drift[name] += drifts(latents, wanted)
-        for name in methods:
+        for name, (_, schedule) in methods.items():
             difference = paired_interval(quality[name], quality["specialist"]) if name == "one predictor" else None
             rows.append(
                 (
@@ -91,10 +97,8 @@ def main() -> None:
                     *(f"{math.fsum(drift[name]) / len(drift[name]):.1f}", f"{difference:+.2f}" if difference else ""),
                 )
             )
-    widths = [max(map(len, column)) for column in zip(HEADS, *rows, strict=True)]
     print(f"{options.model}, {len(prompts)} held-out prompts, {options.budget} full steps\n")
-    for line in (HEADS, tuple("-" * width for width in widths), *rows):
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+    print(markdown(HEADS, rows, text=3))
 
 
 if __name__ == "__main__":

@@ -102,6 +102,16 @@ def test_short_runs_are_disturbed_too():
     assert [disturbance(steps).draw(steps) for steps in (2, 3, 4, 8)] == ["##", "#.#", "#.##", "#.######"]
 
 
+def test_a_search_may_begin_with_given_full_steps(planner):
+    found = planner.search(Lagrange(1), 5, begin=(0, 2, 3)).full_steps(STEPS)
+    assert found[:3] == (0, 2, 3) and len(found) == 5
+    others = [(0, 2, 3, a, b) for a in range(4, STEPS) for b in range(a + 1, STEPS)]
+    assert planner.drift(Lagrange(1), found) == pytest.approx(min(planner.drift(Lagrange(1), x) for x in others))
+    assert planner.search(Lagrange(1), 3, begin=(0, 2, 3)) == Schedule.at([0, 2, 3])
+    with pytest.raises(ValueError, match=f"a budget is from 3 to {STEPS - 1} full steps, got 2"):
+        planner.search(Reuse(), 2, begin=(0, 2, 3))
+
+
 def test_all_steps_full_leave_no_drift(planner):
     assert planner.search(Taylor(1), STEPS) == Schedule.at(range(STEPS))
     assert planner.drift(Taylor(1), range(STEPS)) == pytest.approx(-120)

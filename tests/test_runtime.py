@@ -12,6 +12,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from tiny import build_transformer
 from torch import Tensor, nn
 
+from lesa.detour import Detour
 from lesa.forecasters import Forecaster, Lagrange, LinearRows, Reuse, Taylor
 from lesa.plan import Plan
 from lesa.plan import compile as compile_plan
@@ -400,6 +401,54 @@ def test_each_history_draws_nearly_the_same(pipe, forecaster, tap, history):
         assert torch.equal(draw(pipe), drawn)
     error = float((drawn - expected).norm() / expected.norm())
     assert error == 0.0 if history in ("model", "cpu") else 0 < error < 0.02
+
+
+@pytest.mark.parametrize("call", [{}, GUIDED], ids=["one stream", "two streams"])
+@pytest.mark.parametrize("history", ["model", "int8"])
+@pytest.mark.parametrize("forecaster", [Reuse(), Taylor(2), Lagrange(3)], ids=repr)
+def test_an_unusual_run_takes_its_detour_and_draws_what_that_schedule_draws(pipe, forecaster, history, call):
+    longer, options = Schedule.at([0, 2, 4, 5]), dict(schedule=Schedule.at([0, 2, 5]), history=history)
+    with accelerate(pipe, forecaster, schedule=longer, history=history):
+        wanted = draw(pipe, **call)
+    with accelerate(pipe, forecaster, **options):
+        usual = draw(pipe, **call)
+    with accelerate(pipe, forecaster, **options, detours={2: Detour(-1.0, longer)}) as run:
+        found, again = draw(pipe, **call), draw(pipe, **call)
+        done = run.summary()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0 if history == "model" else 2e-2)
+    torch.testing.assert_close(again, found, rtol=0, atol=0)
+    assert not torch.equal(found, usual)
+    assert {s.detours for s in done.values()} == {2} and {s.full_steps for s in done.values()} == {8}
+    with accelerate(pipe, forecaster, **options, detours={2: Detour(1e9, longer)}) as run:
+        assert torch.equal(draw(pipe, **call), usual)
+        assert all(s.detours == 0 and s.full_steps == 3 for s in run.summary().values())
+
+
+def test_the_limit_of_a_detour_is_the_relative_error_of_the_whole_feature(pipe):
+    felt = {}
+
+    def keep(_norm, args):
+        felt[len(felt)] = args[0]
+
+    norm = pipe.transformer.norm_out.register_forward_pre_hook(keep)
+    with accelerate(pipe, Taylor(1), schedule=Schedule.at([0, 1, 4])):
+        draw(pipe)
+    norm.remove()
+    forecast = felt[1] + 3 * (felt[1] - felt[0])
+    error = float((forecast - felt[4]).norm() / felt[4].norm())
+    longer = Schedule.at([0, 1, 4, 6])
+    for limit, taken in ((error * 1.001, 0), (error * 0.999, 1)):
+        detours = {4: Detour(limit, longer)}
+        with accelerate(pipe, Taylor(1), schedule=Schedule.at([0, 1, 4]), detours=detours) as run:
+            draw(pipe)
+        assert run.summary()["cond"].detours == taken
+
+
+def test_the_first_detour_counts(pipe):
+    detours = {2: Detour(-1.0, Schedule.at([0, 2, 3, 5])), 5: Detour(-1.0, Schedule.at([0, 2, 5, 6]))}
+    with accelerate(pipe, Reuse(), schedule=Schedule.at([0, 2, 5]), detours=detours) as run:
+        draw(pipe)
+        assert run.plan().full == (0, 2, 3, 5) and run.summary()["cond"].detours == 1
 
 
 def test_an_unknown_history_is_refused(pipe):

@@ -261,8 +261,9 @@ class Executor:
         self.forecaster = forecaster
         self.storage = storage
         self.detours = detours
-        self._judged: tuple[object, int] = (None, -1)
-        self._taken: tuple[object, Detour | None] = (None, None)
+        self._run: object = None  # the one that was judged last, up to which step, and the detour that it took
+        self._judged = 0
+        self._taken: Detour | None = None
         self.streams: dict[str, Stream] = {}
         self.here = _Here()
         self._lock = threading.Lock()
@@ -296,17 +297,17 @@ class Executor:
     def _judge(self, stream: Stream, feature: Tensor) -> None:
         """At a full step, send an unusual run on its detour; the first stream decides for all."""
         plan, step = stream.plan, stream.step
+        if self._run is not stream.run:
+            self._run, self._judged, self._taken = stream.run, plan.start, None
         detour = self.detours.get(step)
-        undecided = self._taken[0] is not stream.run and self._judged != (stream.run, step)
-        if detour is not None and undecided and step > plan.start:
-            self._judged = stream.run, step
+        if detour is not None and self._taken is None and step != self._judged:
+            self._judged = step
             past = [k for k in plan.full if k < step][-plan.memory :]
             row = self.forecaster.for_stream(stream.name).row(plan.grid, step, past)
             if stream.error(row, past, feature) > detour.limit:
-                self._taken = stream.run, detour
-        run, taken = self._taken
-        if run is stream.run and taken is not None:
-            chosen = self._compiled(stream.name, plan.start, plan.times, taken)
+                self._taken = detour
+        if self._taken is not None:
+            chosen = self._compiled(stream.name, plan.start, plan.times, self._taken)
             if chosen is not plan:
                 stream.follow(chosen)
 
