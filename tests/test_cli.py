@@ -264,6 +264,42 @@ def test_plan_prints_a_schedule_for_each_budget(model, runs, capsys):
         assert schedule.startswith("at:0") and len(schedule.split(",")) == budget == drawing.count("#")
 
 
+def test_plans_are_verified_on_held_out_prompts(model, runs, tmp_path, capsys):
+    plot, options = tmp_path / "curve.png", ["--data", str(runs), "--budgets", "2,4", "--forecaster", "reuse"]
+    prompts = str(model / "prompts" / "train.txt")
+    assert main(["plan", str(model), *options, "--verify", "2", "--prompts", prompts, "--plot", str(plot)]) == 0
+    printed = capsys.readouterr().out
+    assert "2 held-out prompts" in printed and printed.count("| Reuse()") == 2 and printed.count("| fewer steps") == 2
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_predictor_is_trained_on_several_collections_and_budgets(model, runs, tmp_path, capsys):
+    other, prompts = tmp_path / "other", str(model / "prompts" / "train.txt")
+    collected = ["collect", str(model), "--prompts", prompts, "--limit", "2", "--steps", "6", "--out", str(other)]
+    assert main(collected) == 0
+    options = ["--budgets", "2,3", "--forecaster", "lagrange:1", "--rounds", "1", "--updates", "0", "2"]
+    common = [
+        "train",
+        str(model),
+        "--data",
+        str(runs),
+        str(other),
+        "--validation-prompts",
+        prompts,
+        "--validation",
+        "2",
+    ]
+    assert main([*common, *options, "--out", str(tmp_path / "x")]) == 2
+    assert "learns one grid and one schedule, got 2 collections and 2 budgets" in capsys.readouterr().err
+    out = tmp_path / "many"
+    assert main([*common, *options, "--method", "lesa-continuous", "--out", str(out)]) == 0
+    schedules = json.loads((out / "config.json").read_text())["options"]["schedules"]
+    assert [len(grid) - 1 for grid, _ in schedules] == [10, 6] and all(len(texts) == 2 for _, texts in schedules)
+    picture = str(tmp_path / "x.png")
+    assert main(["generate", str(model), "x", "--steps", "7", "--predictor", str(out), "--out", picture]) == 0
+    assert "3        4" in capsys.readouterr().out  # full and skipped
+
+
 def test_calibrate_plans_and_trains_from_a_few_runs(model, tmp_path, capsys):
     options = ["--prompts", str(model / "prompts" / "train.txt"), "--limit", "2", "--budget", "3"]
     assert main(["calibrate", str(model), *options, "--out", str(tmp_path)]) == 0

@@ -60,6 +60,10 @@ def _compare(options: argparse.Namespace, reuse: bool) -> None:
         planner = _planner(options, pipe)
         planned = benchmark.line_up_planned(options.budgets, planner.grid, planner.search, predictors, reuse=reuse)
         methods += [method for method in planned if method not in methods]
+    if options.only:
+        if unknown := set(options.only) - {method.name for method in methods}:
+            raise ValueError(f"the methods are {', '.join(dict.fromkeys(m.name for m in methods))}, got {unknown}.")
+        methods = [method for method in methods if method.name in options.only]
     facts = dict(batch_size=options.batch_size, recognise=benchmark.recogniser(options.model))
     comparison = benchmark.compare(pipe, methods, prompts, seeds, timed=options.timed, **facts)
     if options.bound:
@@ -99,12 +103,29 @@ def _plan(options: argparse.Namespace) -> None:
 
     pipe, began = _pipeline(options), monotonic()
     planner = _planner(options, pipe, Store.open(options.data) if options.data else None)
-    forecaster = _forecaster(options)
+    forecaster, planned = _forecaster(options), []
     for budget in options.budgets:
         schedule = planner.search(forecaster, budget)
         full = schedule.full_steps(options.steps)
-        print(f"{schedule}  {schedule.draw(options.steps)}  drift {planner.drift(forecaster, full):.1f} dB")
+        print(f"{schedule}  {schedule.draw(options.steps)}  drift {planner.drift(forecaster, full):.1f} dB", flush=True)
+        planned.append(schedule)
     print(f"planned in {monotonic() - began:.1f} s, the runs included", file=sys.stderr)
+    if options.verify or options.plot:
+        _verify(options, pipe, forecaster, planned)
+
+
+def _verify(options: argparse.Namespace, pipe: Any, forecaster: Any, planned: Sequence[Any]) -> None:
+    """Draw held-out prompts on planned schedules: recorded runs do not drift, these do."""
+    from lesa import benchmark, report
+
+    prompts = _prompts(options.prompts or Path(options.model) / "prompts" / "heldout.txt", options.verify or 16)
+    methods = [benchmark.forecast(repr(forecaster), forecaster, schedule) for schedule in planned]
+    methods += [benchmark.fewer_steps(budget) for budget in options.budgets]
+    comparison = benchmark.compare(pipe, methods, prompts, range(len(prompts)), timed=0)
+    print(f"\n{len(prompts)} held-out prompts\n\n{report.table(comparison.results())}")
+    if options.plot:
+        report.budget_curve(comparison.results(), options.plot)
+        print(f"\n{options.plot}")
 
 
 def _planner(options: argparse.Namespace, pipe: Any, store: Any = None) -> Any:
@@ -424,7 +445,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--data", metavar="FOLDER", help="what lesa collect wrote; default: runs of the model's prompts")
     plan.add_argument("--budgets", type=_counts, default="10,8,6", help="numbers of full steps (10,8,6)")
     plan.add_argument("--forecaster", default="lagrange:2", help="what to plan for: reuse, taylor:1, ... (lagrange:2)")
-    plan.set_defaults(predictor=None)
+    plan.add_argument("--predictor", metavar="FOLDER", help="plan for a lesa-continuous instead")
+    plan.add_argument("--verify", type=_count, metavar="N", help="draw N held-out prompts on the schedules found")
+    plan.add_argument("--prompts", metavar="FILE", help="to verify with; default: the model's held-out ones")
+    plan.add_argument("--plot", metavar="FILE", help="draw the PSNR of --verify (16) over the number of full steps")
 
     rows = commands.add_parser("rows", help="print the rows of a predictor")
     rows.add_argument("predictor", metavar="PREDICTOR", help="its folder")
@@ -435,7 +459,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_comparisons(commands: Any) -> None:
     demo = _command(commands, "demo", _demo, "compare the methods on a few held-out prompts and draw a sheet", EMBEDDED)
-    demo.set_defaults(bound=False, differences=None, predictors=None)
+    demo.set_defaults(bound=False, differences=None, predictors=None, only=None)
     bench = _command(
         commands, "bench", _bench, "compare the methods on many pairs, with paired differences and the bound"
     )
@@ -443,6 +467,7 @@ def _add_comparisons(commands: Any) -> None:
     bench.add_argument(
         "--differences", metavar="METHOD", default="LESA", help="the one to compare with the rest (LESA)"
     )
+    bench.add_argument("--only", nargs="+", metavar="METHOD", help="the methods of these names alone")
     bench.add_argument("--no-bound", dest="bound", action="store_false", help="leave out the bound, which records runs")
     sizes = ((demo, 32, 4, "6", "out/demo"), (bench, 200, 10, "10,8,6,5,4", "out/bench"))
     for command, pairs, timed, budgets, out in sizes:

@@ -165,6 +165,26 @@ def _sized(picture: np.ndarray) -> Image.Image:
 # --- curves
 
 
+def budget_curve(results: Sequence[Result], path: str | Path) -> None:
+    """Plot PSNR, with its 95 % interval, over the number of full steps, a line for each method.
+
+    Raises: ImportError without matplotlib (the extra `bench`).
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="full steps", ylabel="PSNR, dB")
+    for method in dict.fromkeys(result.method for result in results if result.method != REFERENCE.name):
+        line = sorted((r for r in results if r.method == method), key=lambda r: r.full_steps)
+        steps, quality = [r.full_steps for r in line], [r.psnr for r in line]
+        (drawn,) = axes.plot(steps, quality, marker=".", label=method)
+        low, high = [r.psnr_low for r in line], [r.psnr_high for r in line]
+        axes.fill_between(steps, low, high, color=drawn.get_color(), alpha=0.2)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
 def training_curve(curve: Curve, path: str | Path) -> None:
     """Plot the validation loss over all updates of a training, in the order in which they were done.
 
