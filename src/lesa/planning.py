@@ -14,7 +14,6 @@ streams, an output is the velocity that guidance makes of theirs.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations, product
 from typing import Any
@@ -32,8 +31,8 @@ from lesa.tap import Tap, head, tap_of
 from lesa.training import TINY, Head, Runs, response
 from lesa.trajectory import Trajectory
 
-RANDOM_STARTS = 2
-"""How many of the search's starts are random; a plan is the same every time."""
+RANDOM_STARTS, TRIED_STARTS = 2, 4
+"""How many of the search's starts are random, and from how many, the best ones, it goes on."""
 PLANNED_ON, DISTURBED = 16, 8
 """How many recorded runs a pipeline's planner looks at, and how many it runs once more to see drifts answered."""
 
@@ -159,13 +158,11 @@ class Planner:
         error = drifts[-1].square().sum(-1) / self._scale
         return float(10 * error.add(TINY).log10().mean())
 
-    def search(
-        self, forecaster: Forecaster, budget: int, seconds: float = 10.0, begin: Sequence[int] = (0,)
-    ) -> Schedule:
+    def search(self, forecaster: Forecaster, budget: int, begin: Sequence[int] = (0,)) -> Schedule:
         """Return the best schedule found with `budget` full steps, by moving full steps until none is better elsewhere.
 
-        It starts from several spreads of the full steps over the run, and leaves out the last of them after `seconds`.
-        The first full steps are those of `begin`.
+        It starts from the best of several spreads of the full steps over the run. The first full steps are those of
+        `begin`. The same runs give the same schedule, however busy the machine is.
 
         Raises: ValueError if the budget is not from 1 to S, or has no room after `begin`, or as `drift` does.
         """
@@ -174,13 +171,12 @@ class Planner:
                 f"a budget is from {len(begin)} to {self.steps - begin[-1] - 1 + len(begin)} full steps, got {budget}; "
                 "change it."
             )
-        until = time.monotonic() + seconds
 
         def cost(full: Sequence[int]) -> float:
             return self.drift(forecaster, full)
 
-        starts = _starts(self.steps, budget, begin)
-        found = [_descend(start, cost, self.steps, until, len(begin)) for start in starts]
+        starts = sorted(_starts(self.steps, budget, begin), key=cost)[:TRIED_STARTS]
+        found = [_descend(start, cost, self.steps, len(begin)) for start in starts]
         return Schedule.at(min(found, key=cost))
 
     @torch.no_grad()
@@ -239,16 +235,12 @@ def _spreads(steps: int, budget: int) -> list[list[int]]:
     return [*starts, *([0, *sorted(some.tolist())] for some in drawn)]
 
 
-def _descend(
-    full: list[int], cost: Callable[[Sequence[int]], float], steps: int, until: float, fixed: int
-) -> list[int]:
-    """Take every move that makes the cost smaller, until there is none or the time is over."""
+def _descend(full: list[int], cost: Callable[[Sequence[int]], float], steps: int, fixed: int) -> list[int]:
+    """Take every move that makes the cost smaller, until there is none."""
     best, improved = cost(full), True
     while improved:
         improved = False
         for moved in _moves(full, steps, fixed):
-            if time.monotonic() > until:
-                return full
             if (found := cost(moved)) < best - 1e-6:
                 full, best, improved = moved, found, True
                 break
