@@ -23,7 +23,7 @@ import lesa
 from lesa.benchmark import REFERENCE, Method, Pair, batches, draw, label, pair_up
 from lesa.collect import read_prompts
 from lesa.metrics import interval, paired_interval, psnr
-from lesa.tap import place_of, tap_of
+from lesa.tap import PLACES, place_of, tap_of
 
 MODEL = "models/emoji-flux"
 AUTHORS_FEATURES = 16
@@ -46,20 +46,20 @@ class Measured(NamedTuple):
     psnr: list[float]
 
 
-def cases(predictors: Sequence[lesa.Predictor], schedule: lesa.Schedule) -> list[Case]:
-    """Taylor-2 at both taps, and each predictor at its own."""
-    plain = [Case("Taylor-2", lesa.Taylor(2), schedule, place) for place in ("feature", "output")]
+def cases(predictors: Sequence[lesa.Predictor], schedule: lesa.Schedule, places: Sequence[str]) -> list[Case]:
+    """Taylor-2 at each place, and each predictor at its own."""
+    plain = [Case("Taylor-2", lesa.Taylor(2), schedule, place) for place in places]
     return plain + [
         Case(label(one), one, one.schedule, place_of(one.origin.transformer, one.origin.tap)) for one in predictors
     ]
 
 
 def feature_bytes(pipe: Any, pair: Pair) -> int:
-    """Bytes of what enters the final norm, for one picture."""
+    """Bytes of the feature, for one picture."""
     seen: list[int] = []
-    norm = getattr(pipe.transformer, tap_of(pipe.transformer).module)
-    hook = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].nbytes))
-    draw(pipe, Method("one step", "1 step", call={"num_inference_steps": 1}), [pair])
+    module = getattr(pipe.transformer, tap_of(pipe.transformer).module)
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].nbytes))
+    draw(pipe, Method("two steps", "2 steps", call={"num_inference_steps": 2}), [pair])
     hook.remove()
     return seen[0]
 
@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--predictors", nargs="+", metavar="FOLDER", help="default: the LESA shipped with the model")
     parser.add_argument("--schedule", default="paper:7", help="of Taylor-2, and of the predictor by default (paper:7)")
+    parser.add_argument("--taps", nargs="+", default=["feature", "output"], choices=PLACES, help="of Taylor-2")
     parser.add_argument("--histories", nargs="+", default=["model", "int8", "fp8", "cpu"])
     parser.add_argument("--pairs", type=int, default=48, help="how many prompts, the k-th with seed k (48)")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -110,7 +111,7 @@ def main() -> None:
     references = [draw(pipe, REFERENCE, batch)[0] for batch in pairs]
     authors = AUTHORS_FEATURES * feature_bytes(pipe, pairs[0][0])
     rows = []
-    compared = cases(predictors, lesa.Schedule.parse(options.schedule))
+    compared = cases(predictors, lesa.Schedule.parse(options.schedule), options.taps)
     with tqdm(total=len(compared) * len(options.histories), desc="cases", unit="case") as bar:
         for case in compared:
             plain = None

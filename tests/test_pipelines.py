@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from diffusers import AutoPipelineForImage2Image, FluxImg2ImgPipeline, FluxPipeline
+from diffusers import AutoPipelineForImage2Image, FluxImg2ImgPipeline, FluxPipeline, QwenImagePipeline
 
 from lesa.forecasters import Reuse
 from lesa.pipelines import CALL_FILE, load, with_call
@@ -89,3 +89,17 @@ def test_one_pipelines_defaults_are_not_anothers(tiny_flux):
     mine, other = FluxPipeline(**tiny_flux.components), FluxPipeline(**tiny_flux.components)
     assert with_call(mine, CALL) is mine
     assert type(other) is FluxPipeline and type(mine) is not FluxPipeline
+
+
+def test_a_text_of_the_file_goes_with_every_prompt(tiny_qwen):
+    call = dict(height=32, width=32, num_inference_steps=3, output_type="latent")
+    guided = dict(negative_prompt="fish", true_cfg_scale=3.0)
+    mine = with_call(QwenImagePipeline(**tiny_qwen.components), {**call, **guided})
+    mine.set_progress_bar_config(disable=True)
+    prompts = [PROMPT, "large pear"]
+    both = mine(prompts, **seeded()).images
+    named = mine(prompt=prompts, **seeded()).images
+    given = tiny_qwen(prompts, **call, **{**guided, "negative_prompt": ["fish"] * 2}, **seeded()).images
+    assert torch.equal(both, given) and torch.equal(named, given)
+    other = mine(prompts, negative_prompt=["pear", "pear"], **seeded()).images
+    assert not torch.equal(other, given)
