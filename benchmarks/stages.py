@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="of each training's closed-loop phase (2)")
     parser.add_argument("--updates", type=int, nargs=2, default=(200, 200), help="in each phase or round (200 200)")
     parser.add_argument("--validation", type=int, default=24, help="how many validation prompts (24)")
-    parser.add_argument("--pairs", type=int, default=200, help="how many held-out prompts, the k-th with seed k (200)")
+    parser.add_argument("--pairs", type=int, default=48, help="how many held-out prompts, the k-th with seed k (48)")
     parser.add_argument("--out", type=Path, default=Path("out/stages"), help="for the predictors (out/stages)")
     options = parser.parse_args()
 

@@ -9,7 +9,9 @@ training (Taylor, Lagrange) on the same schedule under the same condition; the d
 bootstrap 95 % intervals. Where a predictor refuses (another grid, a stream that it does not know), the table says so
 and gives what its rows would do all the same, used as they are.
 
-The LoRA (rank 8, grey pictures) is trained first, in some minutes, and kept in --lora. It needs peft.
+FLUX's embedded guidance does nothing in a transformer without guidance embeddings, as emoji-flux's is; true guidance,
+which runs a second stream, stands in for it. The LoRA (rank 8, grey pictures) is trained first, in some minutes, and
+kept in --lora. It needs peft.
 """
 
 import argparse
@@ -188,7 +190,7 @@ def main() -> None:
     names = [condition.name for condition in CONDITIONS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--predictors", nargs="+", default=["lesa-planned6", "lesa-planned8", "lesa-paper7"])
+    parser.add_argument("--predictors", nargs="+", default=["lesa-planned6", "lesa-paper7"])
     parser.add_argument("--conditions", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--pairs", type=int, default=48, help="how many prompts, the k-th with seed k (48)")
     parser.add_argument("--batch-size", type=int, default=16)
