@@ -24,7 +24,7 @@ bench: setup
 # Every method on the schedule that is planned for it.
 bench-planned: setup
 	$(BIN)/lesa bench $(MODEL) --no-bound --timed 2 --out out/bench-planned --predictors \
-		$(foreach n,10 8 6 5 4,$(MODEL)/lesa/lesa-planned$(n)) $(MODEL)/lesa/lesa-planned6/at-output
+		$(MODEL)/lesa/lesa-many $(foreach n,10 8 6 5 4,$(MODEL)/lesa/lesa-planned$(n)) $(MODEL)/lesa/lesa-planned6/at-output
 
 # One predictor on eight grids, beside a specialist for each. A grid is image size - steps.
 bench-grids: setup
