@@ -11,7 +11,7 @@ LAYERS = [
     {"grid", "schedule", "kan", "row", "tap", "metrics", "emoji", "pipelines"},
     {"forecasters", "trajectory", "detour"},
     {"predictor", "plan", "guidance"},
-    {"runtime", "collect"},
+    {"runtime", "collect", "flops"},
     {"training"},
     {"planning"},
     {"benchmark", "stages"},

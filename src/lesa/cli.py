@@ -331,6 +331,19 @@ def _untrained(options: argparse.Namespace, pipe: Any, stores: Sequence[Any], le
     return kind(origin, remembers_forecasts=options.history == "all")
 
 
+def _flops(options: argparse.Namespace) -> None:
+    from lesa import flops, report
+
+    models = flops.MODELS
+    if options.model:
+        model = flops.read(options.model, options.call, options.streams, options.text_tokens)
+        runs = [flops.Published("any row", schedule) for schedule in options.schedules]
+        models = (replace(model, steps=options.steps or model.steps, runs=runs),)
+    costs = {model.name: {place: flops.count(model, place) for place in flops.PLACES} for model in models}
+    print(f"{report.markdown(*flops.steps_table(models, costs), text=1)}\n")
+    print(report.markdown(*flops.runs_table(models, costs), text=3))
+
+
 # --- what commands share
 
 
@@ -428,6 +441,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND")
     _add_comparisons(commands)
     _add_training(commands)
+    _add_flops(commands)
 
     generate = _command(commands, "generate", _generate, "draw a picture, accelerated")
     generate.add_argument("prompt", metavar="PROMPT")
@@ -537,6 +551,22 @@ def _add_training(commands: Any) -> None:
     train.add_argument("--batch-size", type=_count, default=16)
     train.add_argument("--out", required=True, metavar="FOLDER")
     train.set_defaults(predictor=None)
+
+
+def _add_flops(commands: Any) -> None:
+    words = "count the FLOPs of steps and runs from configurations alone, without weights"
+    flops = commands.add_parser("flops", help=words, description=words)
+    flops.add_argument(
+        "--model", metavar="MODEL", help="folder or hub name of a pipeline; default: the real models, as published"
+    )
+    flops.add_argument("--steps", type=_count, help="default: the model's own, or 50")
+    flops.add_argument("--call", type=_call, default={}, help="""arguments of its call, e.g. '{"height": 512}'""")
+    flops.add_argument("--streams", type=_count, help="2 under guidance; default: as the call says")
+    flops.add_argument("--text-tokens", type=_count, help="default: as many as prompts are padded to; Qwen-Image: 23")
+    flops.add_argument(
+        "--schedules", type=_schedules, default="every:1,paper:7,paper:10", help="of --model (every:1,paper:7,paper:10)"
+    )
+    flops.set_defaults(command=_flops)
 
 
 def _command(commands: Any, name: str, run: Any, words: str, model: str | None = None) -> argparse.ArgumentParser:
