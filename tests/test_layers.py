@@ -9,7 +9,7 @@ import lesa
 
 LAYERS = [
     {"grid", "schedule", "kan", "row", "tap", "metrics", "emoji", "pipelines"},
-    {"forecasters", "trajectory", "detour"},
+    {"forecasters", "trajectory", "detour", "models"},
     {"predictor", "plan", "guidance"},
     {"runtime", "collect", "flops"},
     {"training"},

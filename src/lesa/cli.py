@@ -332,16 +332,17 @@ def _untrained(options: argparse.Namespace, pipe: Any, stores: Sequence[Any], le
 
 
 def _flops(options: argparse.Namespace) -> None:
-    from lesa import flops, report
+    from lesa import flops, models, report
 
-    models = flops.MODELS
+    chosen = models.MODELS
     if options.model:
-        model = flops.read(options.model, options.call, options.streams, options.text_tokens)
-        runs = [flops.Published("any row", schedule) for schedule in options.schedules]
-        models = (replace(model, steps=options.steps or model.steps, runs=runs),)
-    costs = {model.name: {place: flops.count(model, place) for place in flops.PLACES} for model in models}
-    print(f"{report.markdown(*flops.steps_table(models, costs), text=1)}\n")
-    print(report.markdown(*flops.runs_table(models, costs), text=3))
+        model = models.read(options.model, options.call, options.streams, options.text_tokens)
+        runs = [models.Published("any row", schedule) for schedule in options.schedules]
+        chosen = (replace(model, steps=options.steps or model.steps, runs=runs),)
+    costs = {model.name: {place: flops.count(model, place) for place in flops.PLACES} for model in chosen}
+    print(f"{report.markdown(*flops.steps_table(chosen, costs), text=1)}\n")
+    print(f"{report.markdown(*flops.runs_table(chosen, costs), text=3)}\n")
+    print(report.markdown(*flops.memory_table(chosen, costs), text=1))
 
 
 # --- what commands share
