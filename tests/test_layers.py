@@ -11,7 +11,7 @@ LAYERS = [
     {"grid", "schedule", "kan", "row", "tap", "metrics", "emoji", "pipelines"},
     {"forecasters", "trajectory", "detour", "models"},
     {"predictor", "plan", "guidance"},
-    {"runtime", "collect", "flops"},
+    {"runtime", "collect", "flops", "convert"},
     {"training"},
     {"planning"},
     {"benchmark", "stages"},

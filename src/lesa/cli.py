@@ -16,6 +16,13 @@ EMBEDDED = "models/emoji-flux"
 PLACES = ("feature", "norm", "projection", "output")
 VALIDATION_SEED, TRAINING_SEED = 1_000_000, 2_000_000  # the first ones; held-out pairs count from 0, so none coincide
 LEARNED = "learned"
+CONVERTED = {
+    "flux": "black-forest-labs/FLUX.1-dev",
+    "flux-schnell": "black-forest-labs/FLUX.1-schnell",
+    "qwen": "Qwen/Qwen-Image",
+    "qwen-lightning": "lightx2v/Qwen-Image-Lightning",
+    "hunyuanvideo": "hunyuanvideo-community/HunyuanVideo",
+}
 USER_ERRORS = (ValueError, LookupError, OSError, RuntimeError, ImportError)
 
 
@@ -345,6 +352,52 @@ def _flops(options: argparse.Namespace) -> None:
     print(report.markdown(*flops.memory_table(chosen, costs), text=1))
 
 
+def _convert(options: argparse.Namespace) -> None:
+    import torch
+
+    from lesa import convert, models
+    from lesa.schedule import Schedule
+    from lesa.tap import tap_of
+
+    weights = convert.read(options.file)
+    if options.pipeline:
+        model = models.read(options.pipeline)
+    else:
+        model = next(known for known in models.MODELS if known.name == CONVERTED[options.model])
+    predictor = convert.convert(
+        weights,
+        model,
+        tap_of(models.build(model), options.tap),
+        _grid(options.grid, model),
+        options.schedule or Schedule.paper(options.interval),
+        bounds=options.bounds,
+        order=options.order,
+        training={"file": Path(options.file).name},
+        versions={"torch": torch.__version__, "lesa": _version()},
+    )
+    predictor.save_pretrained(_folder(options.out))
+    memories = ", ".join(map(str, predictor.memories))
+    print(f"{len(predictor.memories)} stages of {memories} past features, streams {', '.join(weights.streams)}")
+    print(options.out)
+
+
+def _grid(text: str, model: Any) -> Any:
+    """Read a grid: a number of steps, times with commas between them, or a JSON file that has it."""
+    from lesa.models import grid_of
+
+    if text.isdigit():
+        return grid_of(model, _count(text))
+    if not Path(text).is_file():
+        try:
+            return [float(time) for time in text.split(",")]
+        except ValueError as error:
+            raise ValueError(
+                f"--grid is a number of steps, all times, or a JSON file of them, got {text!r}."
+            ) from error
+    entries = json.loads(Path(text).read_text())
+    return entries["grid"] if isinstance(entries, dict) else entries
+
+
 # --- what commands share
 
 
@@ -443,6 +496,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_comparisons(commands)
     _add_training(commands)
     _add_flops(commands)
+    _add_convert(commands)
 
     generate = _command(commands, "generate", _generate, "draw a picture, accelerated")
     generate.add_argument("prompt", metavar="PROMPT")
@@ -570,6 +624,34 @@ def _add_flops(commands: Any) -> None:
     flops.set_defaults(command=_flops)
 
 
+def _add_convert(commands: Any) -> None:
+    words = "make a predictor of ours of a checkpoint of the authors' released code"
+    more = "Nothing in the file is executed. Its KANs may take all S + 1 times of the grid, or S, without the last one."
+    convert = commands.add_parser("convert", help=words, description=f"{words}. {more}")
+    convert.add_argument("file", metavar="FILE", help="the checkpoint, a .pt file")
+    convert.add_argument("--model", choices=CONVERTED, required=True, help="which model it was trained for")
+    convert.add_argument("--pipeline", metavar="MODEL", help="another pipeline's folder or hub name, of that class")
+    convert.add_argument(
+        "--grid",
+        required=True,
+        help="what it was trained on: steps of the model's own grid (50), all S + 1 times (1.0,0.98,...,0), or a JSON "
+        "file that holds them, alone or under 'grid'",
+    )
+    which = convert.add_mutually_exclusive_group(required=True)
+    which.add_argument("--interval", type=_count, help="of the paper's schedule, e.g. 7")
+    which.add_argument("--schedule", type=_schedule, help="another schedule, e.g. at:0,2")
+    convert.add_argument("--bounds", type=_bounds, help="falling times between stages; default: the paper's")
+    convert.add_argument("--tap", choices=PLACES, default="feature", help="where it was trained; default: the paper's")
+    convert.add_argument(
+        "--order",
+        choices=("newest", "oldest"),
+        default="newest",
+        help="the past feature that a stage's first weight belongs to (newest, as in the paper's equations)",
+    )
+    convert.add_argument("--out", required=True, metavar="FOLDER")
+    convert.set_defaults(command=_convert)
+
+
 def _command(commands: Any, name: str, run: Any, words: str, model: str | None = None) -> argparse.ArgumentParser:
     """Add a command that runs a model."""
     parser = commands.add_parser(name, help=words, description=words)
@@ -625,6 +707,11 @@ def _counts(text: str) -> list[int]:
 def _stages(text: str) -> Any:
     if text == LEARNED or text.isdigit():
         return text if text == LEARNED else _count(text)
+    return _bounds(text)
+
+
+@_told
+def _bounds(text: str) -> tuple[float, ...]:
     return tuple(float(bound) for bound in text.split(","))
 
 
