@@ -9,9 +9,9 @@ import lesa
 
 LAYERS = [
     {"grid", "schedule", "kan", "row", "tap", "metrics", "emoji", "pipelines"},
-    {"forecasters", "trajectory", "detour"},
+    {"forecasters", "trajectory", "detour", "models"},
     {"predictor", "plan", "guidance"},
-    {"runtime", "collect"},
+    {"runtime", "collect", "flops", "convert"},
     {"training"},
     {"planning"},
     {"benchmark", "stages"},

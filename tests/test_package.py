@@ -22,6 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 HEAVY = ["diffusers", "matplotlib", "scipy", "skimage", "transformers"]
 PICKLING = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+READS_OTHERS_FILES, TORCH_READING = "convert", {"torch.load", "torch.serialization"}
 TORCH_PICKLING = {"torch.save", "torch.load", "torch.serialization"}
 
 
@@ -107,7 +108,22 @@ def test_importing_lesa_is_light():
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_no_pickles(path):
-    assert not pickling(path.read_text())
+    assert pickling(path.read_text()) == (TORCH_READING if path.stem == READS_OTHERS_FILES else set())
+
+
+def loads_weights_only(source: str) -> bool:
+    """Whether every call of torch.load in a source file says `weights_only=True`."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    loads = [call for call in calls if ast.unparse(call.func) == "torch.load"]
+    said = [{(k.arg, getattr(k.value, "value", None)) for k in call.keywords} for call in loads]
+    return bool(said) and all(("weights_only", True) in keywords for keywords in said)
+
+
+def test_the_one_reader_of_pickles_runs_nothing():
+    (source,) = [path.read_text() for path in SOURCES if path.stem == READS_OTHERS_FILES]
+    assert loads_weights_only(source)
+    assert not loads_weights_only("import torch\ntorch.load('f')")
+    assert not loads_weights_only("import torch\ntorch.load('f', weights_only=False)")
 
 
 @pytest.mark.parametrize(

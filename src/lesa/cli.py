@@ -16,6 +16,13 @@ EMBEDDED = "models/emoji-flux"
 PLACES = ("feature", "norm", "projection", "output")
 VALIDATION_SEED, TRAINING_SEED = 1_000_000, 2_000_000  # the first ones; held-out pairs count from 0, so none coincide
 LEARNED = "learned"
+CONVERTED = {
+    "flux": "black-forest-labs/FLUX.1-dev",
+    "flux-schnell": "black-forest-labs/FLUX.1-schnell",
+    "qwen": "Qwen/Qwen-Image",
+    "qwen-lightning": "lightx2v/Qwen-Image-Lightning",
+    "hunyuanvideo": "hunyuanvideo-community/HunyuanVideo",
+}
 USER_ERRORS = (ValueError, LookupError, OSError, RuntimeError, ImportError)
 
 
@@ -331,6 +338,66 @@ def _untrained(options: argparse.Namespace, pipe: Any, stores: Sequence[Any], le
     return kind(origin, remembers_forecasts=options.history == "all")
 
 
+def _flops(options: argparse.Namespace) -> None:
+    from lesa import flops, models, report
+
+    chosen = models.MODELS
+    if options.model:
+        model = models.read(options.model, options.call, options.streams, options.text_tokens)
+        runs = [models.Published("any row", schedule) for schedule in options.schedules]
+        chosen = (replace(model, steps=options.steps or model.steps, runs=runs),)
+    costs = {model.name: {place: flops.count(model, place) for place in flops.PLACES} for model in chosen}
+    print(f"{report.markdown(*flops.steps_table(chosen, costs), text=1)}\n")
+    print(f"{report.markdown(*flops.runs_table(chosen, costs), text=3)}\n")
+    print(report.markdown(*flops.memory_table(chosen, costs), text=1))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    import torch
+
+    from lesa import convert, models
+    from lesa.schedule import Schedule
+    from lesa.tap import tap_of
+
+    weights = convert.read(options.file)
+    if options.pipeline:
+        model = models.read(options.pipeline)
+    else:
+        model = next(known for known in models.MODELS if known.name == CONVERTED[options.model])
+    predictor = convert.convert(
+        weights,
+        model,
+        tap_of(models.build(model), options.tap),
+        _grid(options.grid, model),
+        options.schedule or Schedule.paper(options.interval),
+        bounds=options.bounds,
+        order=options.order,
+        training={"file": Path(options.file).name},
+        versions={"torch": torch.__version__, "lesa": _version()},
+    )
+    predictor.save_pretrained(_folder(options.out))
+    memories = ", ".join(map(str, predictor.memories))
+    print(f"{len(predictor.memories)} stages of {memories} past features, streams {', '.join(weights.streams)}")
+    print(options.out)
+
+
+def _grid(text: str, model: Any) -> Any:
+    """Read a grid: a number of steps, times with commas between them, or a JSON file that has it."""
+    from lesa.models import grid_of
+
+    if text.isdigit():
+        return grid_of(model, _count(text))
+    if not Path(text).is_file():
+        try:
+            return [float(time) for time in text.split(",")]
+        except ValueError as error:
+            raise ValueError(
+                f"--grid is a number of steps, all times, or a JSON file of them, got {text!r}."
+            ) from error
+    entries = json.loads(Path(text).read_text())
+    return entries["grid"] if isinstance(entries, dict) else entries
+
+
 # --- what commands share
 
 
@@ -428,6 +495,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND")
     _add_comparisons(commands)
     _add_training(commands)
+    _add_flops(commands)
+    _add_convert(commands)
 
     generate = _command(commands, "generate", _generate, "draw a picture, accelerated")
     generate.add_argument("prompt", metavar="PROMPT")
@@ -539,6 +608,50 @@ def _add_training(commands: Any) -> None:
     train.set_defaults(predictor=None)
 
 
+def _add_flops(commands: Any) -> None:
+    words = "count the FLOPs of steps and runs from configurations alone, without weights"
+    flops = commands.add_parser("flops", help=words, description=words)
+    flops.add_argument(
+        "--model", metavar="MODEL", help="folder or hub name of a pipeline; default: the real models, as published"
+    )
+    flops.add_argument("--steps", type=_count, help="default: the model's own, or 50")
+    flops.add_argument("--call", type=_call, default={}, help="""arguments of its call, e.g. '{"height": 512}'""")
+    flops.add_argument("--streams", type=_count, help="2 under guidance; default: as the call says")
+    flops.add_argument("--text-tokens", type=_count, help="default: as many as prompts are padded to; Qwen-Image: 23")
+    flops.add_argument(
+        "--schedules", type=_schedules, default="every:1,paper:7,paper:10", help="of --model (every:1,paper:7,paper:10)"
+    )
+    flops.set_defaults(command=_flops)
+
+
+def _add_convert(commands: Any) -> None:
+    words = "make a predictor of ours of a checkpoint of the authors' released code"
+    more = "Nothing in the file is executed. Its KANs may take all S + 1 times of the grid, or S, without the last one."
+    convert = commands.add_parser("convert", help=words, description=f"{words}. {more}")
+    convert.add_argument("file", metavar="FILE", help="the checkpoint, a .pt file")
+    convert.add_argument("--model", choices=CONVERTED, required=True, help="which model it was trained for")
+    convert.add_argument("--pipeline", metavar="MODEL", help="another pipeline's folder or hub name, of that class")
+    convert.add_argument(
+        "--grid",
+        required=True,
+        help="what it was trained on: steps of the model's own grid (50), all S + 1 times (1.0,0.98,...,0), or a JSON "
+        "file that holds them, alone or under 'grid'",
+    )
+    which = convert.add_mutually_exclusive_group(required=True)
+    which.add_argument("--interval", type=_count, help="of the paper's schedule, e.g. 7")
+    which.add_argument("--schedule", type=_schedule, help="another schedule, e.g. at:0,2")
+    convert.add_argument("--bounds", type=_bounds, help="falling times between stages; default: the paper's")
+    convert.add_argument("--tap", choices=PLACES, default="feature", help="where it was trained; default: the paper's")
+    convert.add_argument(
+        "--order",
+        choices=("newest", "oldest"),
+        default="newest",
+        help="the past feature that a stage's first weight belongs to (newest, as in the paper's equations)",
+    )
+    convert.add_argument("--out", required=True, metavar="FOLDER")
+    convert.set_defaults(command=_convert)
+
+
 def _command(commands: Any, name: str, run: Any, words: str, model: str | None = None) -> argparse.ArgumentParser:
     """Add a command that runs a model."""
     parser = commands.add_parser(name, help=words, description=words)
@@ -594,6 +707,11 @@ def _counts(text: str) -> list[int]:
 def _stages(text: str) -> Any:
     if text == LEARNED or text.isdigit():
         return text if text == LEARNED else _count(text)
+    return _bounds(text)
+
+
+@_told
+def _bounds(text: str) -> tuple[float, ...]:
     return tuple(float(bound) for bound in text.split(","))
 
 
