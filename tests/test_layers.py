@@ -8,14 +8,14 @@ import pytest
 import lesa
 
 LAYERS = [
-    {"grid", "schedule", "kan", "row", "tap", "metrics", "emoji", "pipelines"},
-    {"forecasters", "trajectory", "detour"},
+    {"grid", "schedule", "kan", "row", "tap", "metrics", "emoji", "pipelines", "ranks"},
+    {"forecasters", "trajectory", "detour", "scores"},
     {"predictor", "plan", "guidance"},
-    {"runtime", "collect"},
+    {"runtime", "collect", "records", "cost"},
     {"training"},
     {"planning"},
     {"benchmark", "stages"},
-    {"report"},
+    {"report", "plots"},
     {"cli"},
 ]
 HOUSE = Path(lesa.__file__).parent

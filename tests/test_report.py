@@ -1,19 +1,17 @@
 """Tables, sheets and files from measurements made by hand."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
 
-from lesa import report
-from lesa.benchmark import REFERENCE, Comparison, Pair, Record, Timing
+from lesa import plots, report
+from lesa.records import REFERENCE, Comparison, Pair, Record, Time
 from lesa.training import Curve
 
 PAIRS = [Pair("small red apple on blue, left", 0), Pair("large fish on grey, right", 1)]
 WIDTH = 64
 TAYLOR, LESA, FEWER = ("Taylor-1 (our tap)", "paper:7"), ("LESA", "paper:7"), ("fewer steps", "8 steps")
-COLOURS = {REFERENCE.key: (0, 90, 0), TAYLOR: (90, 90, 0), LESA: (0, 90, 90), FEWER: (0, 0, 90)}  # no text has these
+COLOURS = {REFERENCE: (0, 90, 0), TAYLOR: (90, 90, 0), LESA: (0, 90, 90), FEWER: (0, 0, 90)}  # no text has these
 
 
 def picture(colour: tuple[int, int, int], width: int = WIDTH) -> np.ndarray:
@@ -27,15 +25,16 @@ def places(sheet: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
 @pytest.fixture
 def comparison() -> Comparison:
     made = Comparison()
-    psnrs = {REFERENCE.key: (60.0, 60.0), TAYLOR: (30.0, 40.0), LESA: (31.5, 41.5), FEWER: (20.0, 24.0)}
-    full_steps = {REFERENCE.key: 50, TAYLOR: 10, LESA: 10, FEWER: 8}
+    psnrs = {REFERENCE: (60.0, 60.0), TAYLOR: (30.0, 40.0), LESA: (31.5, 41.5), FEWER: (20.0, 24.0)}
+    full_steps = {REFERENCE: 50, TAYLOR: 10, LESA: 10, FEWER: 8}
     for key, values in psnrs.items():
         made.records[key] = [
-            Record(*key, *pair, psnr, 0.9, prompted=psnr != 20.0) for pair, psnr in zip(PAIRS, values, strict=True)
+            Record(*key, *pair, psnr, 0.9, psnr != 20.0, tuple(range(full_steps[key])))
+            for pair, psnr in zip(PAIRS, values, strict=True)
         ]
-        made.full_steps[key] = full_steps[key]
         made.pictures[key] = [picture(COLOURS[key])] * 2
-    made.timings = {REFERENCE.key: Timing(5.0, 6.0), LESA: Timing(1.25, 2.0)}
+    made.add(Time(*REFERENCE, *PAIRS[0], 5.0, 6.0))
+    made.add(Time(*LESA, *PAIRS[0], 1.25, 2.0))
     return made
 
 
@@ -63,31 +62,11 @@ def test_differences_are_to_methods_of_as_many_full_steps(comparison):
     assert len(lines) == 3  # the head, the rule, and that one
 
 
-def test_results_are_written_with_all_that_they_rest_on(comparison, tmp_path):
-    report.write_results(tmp_path / "results.json", comparison, model="a model")
-    written = json.loads((tmp_path / "results.json").read_text())
-    row = next(row for row in written["rows"] if row["method"] == "LESA")
-    expected = dict(schedule="paper:7", full_steps=10, step_ratio=5.0, psnr=36.5, ssim=0.9, seconds=1.25, speedup=4.0)
-    assert {name: row[name] for name in expected} == expected
-    assert written["prompts"] == [pair.prompt for pair in PAIRS] and written["seeds"] == [0, 1]
-    assert written["model"] == "a model" and written["machine"]["torch"]
-    assert len(written["records"]) == 8 and written["records"][-1]["psnr"] == 24.0
-
-
-def test_results_are_written_whole_or_not_at_all(comparison, tmp_path):
-    path = tmp_path / "results.json"
-    report.write_results(path, comparison)
-    before = path.read_bytes()
-    with pytest.raises(TypeError):
-        report.write_results(path, comparison, model=object())
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
 def test_the_sheet_shows_every_picture_in_its_place(comparison):
     sheet = np.asarray(report.sheet(comparison))
     spans = {key: places(sheet, colour) for key, colour in COLOURS.items()}
     assert {len(span) for span in spans.values()} == {2 * report.SIDE**2}  # two pictures each, no text over them
-    lefts = [spans[key][:, 1].min() for key in (REFERENCE.key, TAYLOR, LESA, FEWER)]
+    lefts = [spans[key][:, 1].min() for key in (REFERENCE, TAYLOR, LESA, FEWER)]
     assert lefts[0] >= report.MARGIN
     steps = np.diff(lefts)
     assert steps[1] == report.SIDE + report.GAP < steps[0] == steps[2]  # as many full steps: side by side
@@ -104,14 +83,14 @@ def test_a_wrong_picture_is_marked(comparison):
 
 @pytest.mark.parametrize(("width", "shown"), [(32, 128), (64, 128), (100, 100), (512, 128)])
 def test_pictures_of_any_size_fit_the_sheet(comparison, width, shown):
-    comparison.pictures = {REFERENCE.key: [picture((0, 90, 0), width)]}
+    comparison.pictures = {REFERENCE: [picture((0, 90, 0), width)]}
     assert len(places(np.asarray(report.sheet(comparison)), (0, 90, 0))) == shown**2
 
 
 def test_small_pictures_keep_their_pixels(comparison):
     checkers = picture((0, 90, 0))
     checkers[::2, ::2] = (90, 0, 90)
-    comparison.pictures = {REFERENCE.key: [checkers]}
+    comparison.pictures = {REFERENCE: [checkers]}
     assert len(places(np.asarray(report.sheet(comparison)), (90, 0, 90))) == report.SIDE**2 / 4
 
 
@@ -121,6 +100,6 @@ def test_the_training_curve_is_a_picture(tmp_path):
     for round_, phase in enumerate(["ground-truth", "closed-loop", "closed-loop"]):
         for update in (0, 10, 20):
             curve.add(phase, round_, update, -1.0 - round_ - update / 10)
-    report.training_curve(curve, tmp_path / "curve.png")
+    plots.training_curve(curve, tmp_path / "curve.png")
     drawn = np.asarray(Image.open(tmp_path / "curve.png").convert("RGB"))
     assert drawn.shape[0] > 300 and {tuple(c) for c in drawn.reshape(-1, 3)} >= {(31, 119, 180), (44, 160, 44)}
