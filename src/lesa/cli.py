@@ -277,25 +277,29 @@ def _rows(options: argparse.Namespace) -> None:
 
 
 def _collect(options: argparse.Namespace) -> None:
+    from lesa import ranks
     from lesa.collect import collect
     from lesa.tap import tap_of
 
     prompts = _prompts(options.prompts, options.limit)
     pairs = [(prompt, seed) for k, prompt in enumerate(prompts) for seed in options.seeds or [TRAINING_SEED + k]]
-    pipe = _pipeline(options)
-    store = collect(
-        pipe,
-        [prompt for prompt, _ in pairs],
-        [seed for _, seed in pairs],
-        options.out,
-        model=options.model,
-        tokens=options.tokens,
-        batch_size=options.batch_size,
-        tap=tap_of(pipe.transformer, options.tap),
-        num_inference_steps=options.steps,
-        **options.call,
-    )
-    print(f"{len(store)} runs in {options.out}, digest {store.digest()}")
+    with ranks.together() as at:
+        pipe = _pipeline(options)
+        store = collect(
+            pipe,
+            [prompt for prompt, _ in pairs],
+            [seed for _, seed in pairs],
+            options.out,
+            model=options.model,
+            tokens=options.tokens,
+            batch_size=options.batch_size,
+            tap=tap_of(pipe.transformer, options.tap),
+            at=at,
+            num_inference_steps=options.steps,
+            **options.call,
+        )
+        if at.leads:
+            print(f"{len(store)} runs in {options.out}, digest {store.digest()}")
 
 
 def _train(options: argparse.Namespace) -> None:
