@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from lesa import benchmark, plan
-from lesa.benchmark import BOUND, REFERENCE, Comparison, Method, Pair, Record, Watch
+from lesa import benchmark, cost, plan, records
+from lesa.benchmark import BOUND, REFERENCE, Method
 from lesa.collect import record
+from lesa.cost import Watch
 from lesa.emoji import COMPOSITIONS, Atlas, caption
 from lesa.forecasters import Reuse, Taylor
-from lesa.metrics import psnr
+from lesa.metrics import psnr, relative_error
 from lesa.pipelines import with_call
 from lesa.predictor import L2P, LESA, Origin, Predictor
+from lesa.records import Comparison, Log, Pair, Record, Result, Time
 from lesa.schedule import Schedule
 from lesa.tap import Tap
 
@@ -47,7 +50,7 @@ def comparison(pipe) -> Comparison:
     return benchmark.compare(pipe, methods, PROMPTS, SEEDS, batch_size=2, timed=3, shown=2, recognise=recognise)
 
 
-def result_of(comparison: Comparison, method: str) -> benchmark.Result:
+def result_of(comparison: Comparison, method: str) -> Result:
     return next(result for result in comparison.results() if result.method == method)
 
 
@@ -97,30 +100,128 @@ def test_results_can_be_written_as_json(comparison):
 
 
 def test_speedups_are_of_the_medians():
-    key = ("ours", "every:2")
-    one = Record(*key, "a prompt", 0, 30.0, 0.9)
-    timings = {REFERENCE.key: benchmark.Timing(8.0, 9.0), key: benchmark.Timing(2.0, 3.0)}
-    made = Comparison({REFERENCE.key: [one], key: [one]}, {REFERENCE.key: 10, key: 4}, timings)
+    made = Comparison()
+    for key, full, seconds in ((REFERENCE.key, 10, [7.0, 8.0, 9.0]), (("ours", "every:2"), 4, [1.0, 2.0, 99.0])):
+        made.add(Record(*key, "a prompt", 0, 30.0, 0.9, full=tuple(range(full))))
+        for seed, loop in enumerate(seconds):
+            made.add(Time(*key, "a prompt", seed, loop, loop + 1, skipped=None if seed else 0.5))
+    assert made.timings["ours", "every:2"] == (2.0, 3.0, 0.5)
     result = made.results()[1]
     assert (result.seconds, result.speedup, result.call_seconds, result.call_speedup) == (2.0, 4.0, 3.0, 3.0)
     assert result.step_ratio == 2.5 and result.prompted is None
 
 
 def test_differences_are_paired():
-    def records(name, values):
-        return [Record(name, "s", str(value), 0, value, 1.0) for value in values]
+    def of(name, values):
+        return [Record(name, "s", "a prompt", seed, value, 1.0) for seed, value in enumerate(values)]
 
-    made = Comparison({("a", "s"): records("a", [31.0, 41.0]), ("b", "s"): records("b", [30.0, 40.0])})
+    both = {("a", "s"): of("a", [31.0, 41.0]), ("b", "s"): of("b", [30.0, 40.0])}
+    made = Comparison(records=both)
     assert made.difference(("a", "s"), ("b", "s")) == pytest.approx((1.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize(
     ("methods", "prompts", "seeds", "words"),
-    [([], [], [], "each prompt"), ([], PROMPTS, [0], "each prompt"), ([REUSE, REUSE], PROMPTS, SEEDS, "differ")],
+    [
+        ([], [], [], "each prompt"),
+        ([], PROMPTS, [0], "each prompt"),
+        ([], PROMPTS[:1] * 2, [3, 3], "drawn once"),
+        ([REUSE, REUSE], PROMPTS, SEEDS, "differ"),
+    ],
 )
 def test_comparisons_that_cannot_be_are_refused(pipe, methods, prompts, seeds, words):
     with pytest.raises(ValueError, match=words):
         benchmark.compare(pipe, methods, prompts, seeds)
+
+
+def test_a_comparison_goes_on_where_it_was_killed(pipe, comparison, tmp_path, monkeypatch):
+    methods, setting = [FEWER, REUSE], {"pairs": [list(pair) for pair in zip(PROMPTS, SEEDS, strict=True)]}
+    options = dict(batch_size=2, timed=0, shown=3)
+    drawn: list[str] = []
+    observe = benchmark.observe
+
+    def killed(pipe, method, pairs):
+        if len(drawn) == 4:
+            raise KeyboardInterrupt
+        drawn.append(method.name)
+        return observe(pipe, method, pairs)
+
+    monkeypatch.setattr(benchmark, "observe", killed)
+    with pytest.raises(KeyboardInterrupt), records.writing(tmp_path, setting) as log:
+        benchmark.compare(pipe, methods, PROMPTS, SEEDS, log=log, **options)
+    assert drawn == ["all full", "fewer steps", "reuse", "all full"]
+    drawn.append("killed")
+    with records.writing(tmp_path, setting) as log:
+        made = benchmark.compare(pipe, methods, PROMPTS, SEEDS, log=log, **options)
+    assert drawn[5:] == ["all full", "fewer steps", "reuse"]  # the second batch, and of it the lost reference
+    for method in methods:
+        ours = [record.psnr for record in made.records[method.key]]
+        assert ours == [record.psnr for record in comparison.records[method.key]]
+        assert len(made.pictures[method.key]) == 3
+    assert len(made.starts) == 2
+
+
+def test_a_method_is_not_measured_under_the_name_of_another(pipe, comparison):
+    log = Log()
+    log.comparison = copy.deepcopy(comparison)
+    other = benchmark.forecast("reuse", Taylor(1), EVERY_OTHER)
+    with pytest.raises(ValueError, match=r"reuse on every:2 was measured as .*Reuse\(\).*, got .*Taylor"):
+        benchmark.compare(pipe, [other], PROMPTS, SEEDS, log=log)
+
+
+def test_only_what_may_fail_does_not_stop_the_others(pipe):
+    def fails(_pipe):
+        raise ImportError("no such\npeer")
+
+    peer = Method("a peer", "its own", switch=fails, optional=True)
+    made = benchmark.compare(pipe, [peer, REUSE], PROMPTS[:1], SEEDS[:1], timed=0)
+    assert made.failures == {peer.key: "ImportError: no such peer"}
+    assert REUSE.key in made.records and peer.key not in made.records
+    with pytest.raises(ImportError, match="no such"):
+        benchmark.compare(pipe, [Method("ours", "s", switch=fails)], PROMPTS[:1], SEEDS[:1], timed=0)
+
+
+def test_errors_of_the_feature_are_those_of_recorded_runs(pipe, comparison):
+    [exact] = record(pipe, PROMPTS[:1], SEEDS[:1], torch.arange)
+    with benchmark.forecast("", Reuse(), EVERY_OTHER).switch(pipe):
+        [reused] = record(pipe, PROMPTS[:1], SEEDS[:1], torch.arange)
+    pairs = zip(reused.features["cond"], exact.features["cond"], strict=True)
+    expected = [relative_error(*pair) for pair in pairs]
+    assert expected[0] == 0 < min(expected[1:])
+    assert comparison.records[REUSE.key][0].feature_error == pytest.approx(expected, rel=1e-3)
+    assert comparison.records[REFERENCE.key][0].feature_error == (0.0,) * STEPS
+    assert comparison.records[FEWER.key][0].feature_error == ()  # another grid
+
+
+def test_cost_is_measured_of_each_method(comparison):
+    costs = {key[0]: cost for key, cost in comparison.costs.items()}
+    assert costs["reuse"].full == (0, 2, 4, 6) and costs["all full"].full == tuple(range(STEPS))
+    full = costs["all full"].flops
+    assert full == costs["nothing skipped"].flops == pytest.approx(2 * costs["fewer steps"].flops)
+    assert full / 2 < costs["reuse"].flops < 0.6 * full  # a skipped step still embeds and projects
+    assert costs["reuse"].bytes_held == 16 * 24 * 4 and costs["all full"].bytes_held is None
+    assert costs["reuse"].cuda_peak is None
+    assert list(costs["reuse"].plans["cond"]["rows"]) == ["1", "3", "5", "7"] and not costs["fewer steps"].plans
+
+
+def test_a_method_is_made_again_of_what_records_say(pipe, comparison):
+    for method in (REFERENCE, FEWER, REUSE):
+        made = benchmark.rebuild(comparison.entry(method.key))
+        assert (made.key, made.call, made.entry()) == (method.key, method.call, method.entry())
+    predictor = trained(L2P, "every:2", {})
+    ours = benchmark.forecast("L2P", predictor, EVERY_OTHER)
+    assert benchmark.rebuild(ours.entry(), [trained(L2P, "every:3", {}), predictor]).entry() == ours.entry()
+    with pytest.raises(LookupError, match="which is not at hand"):
+        benchmark.rebuild(ours.entry(), [trained(L2P, "every:3", {})])
+
+
+def test_a_record_can_be_reproduced(pipe, comparison):
+    setting = {"pairs": list(zip(PROMPTS, SEEDS, strict=True)), "batch_size": 2}
+    then = comparison.records[REUSE.key][1]
+    again = benchmark.reproduce(pipe, benchmark.rebuild(comparison.entry(REUSE.key)), then, setting)
+    assert again == replace(then, prompted=None)
+    with pytest.raises(ValueError, match="one of the run's pairs"):
+        benchmark.reproduce(pipe, REUSE, replace(then, seed=77), setting)
 
 
 def trained(kind, schedule: str, training: dict, **options) -> Predictor:
@@ -178,7 +279,8 @@ class Clock:
 def clock(pipe, monkeypatch) -> Iterator[Clock]:
     """A step of the transformer takes 3 s, encoding 100 s, decoding 1000 s; the rest takes no time."""
     clock = Clock()
-    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    for room in (benchmark, cost):
+        monkeypatch.setattr(room, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     decoder = pipe.vae.decoder.register_forward_hook(clock.advance(1000.0))
     hooks = [
         pipe.transformer.register_forward_hook(clock.advance(3.0)),
@@ -191,9 +293,11 @@ def clock(pipe, monkeypatch) -> Iterator[Clock]:
 
 
 def test_the_loop_is_timed_without_encoding_and_decoding(pipe, clock):
-    times = benchmark.time_methods(pipe, [REFERENCE, FEWER], [Pair(PROMPTS[0], 0)])
-    assert times[REFERENCE.key] == (24.0, 1124.0)
-    assert times[FEWER.key] == (12.0, 1112.0)
+    benchmark.time_methods(pipe, [REFERENCE, FEWER, REUSE], [Pair(PROMPTS[0], 0)], log := Log())
+    times = log.comparison.timings
+    assert times[REFERENCE.key] == (24.0, 1124.0, None)
+    assert times[FEWER.key] == (12.0, 1112.0, None)
+    assert times[REUSE.key] == (24.0, 1124.0, 3.0)  # this clock moves on skipped steps as on full ones
 
 
 def test_methods_take_turns_and_each_turn_warms_up(pipe, monkeypatch):
@@ -209,21 +313,21 @@ def test_methods_take_turns_and_each_turn_warms_up(pipe, monkeypatch):
 
         return Method(name, "s", switch=switch)
 
-    def timed(_pipe, _method, pair):
+    def timed(_pipe, _method, pair, _watch):
         calls.append((inside[-1], pair.seed))
-        return benchmark.Timing(1.0, 2.0)
+        return 1.0, 2.0
 
     monkeypatch.setattr(benchmark, "_time", timed)
     pairs = [Pair("p", seed) for seed in range(3)]
-    benchmark.time_methods(pipe, [method("a"), method("b")], pairs)
+    benchmark.time_methods(pipe, [method("a"), method("b")], pairs, Log())
     assert calls == [("a", 0), ("a", 0), ("a", 1), ("b", 0), ("b", 0), ("b", 1), ("a", 2), ("a", 2), ("b", 2), ("b", 2)]
 
 
 def test_a_warm_up_is_not_in_the_median(pipe, monkeypatch):
     seconds = iter([100.0, 1.0, 3.0, 100.0, 2.0])
-    monkeypatch.setattr(benchmark, "_time", lambda *_: benchmark.Timing(next(seconds), 0.0))
-    times = benchmark.time_methods(pipe, [REFERENCE], [Pair("p", seed) for seed in range(3)])
-    assert times[REFERENCE.key].loop == 2.0
+    monkeypatch.setattr(benchmark, "_time", lambda *_: (next(seconds), 0.0))
+    benchmark.time_methods(pipe, [REFERENCE], [Pair("p", seed) for seed in range(3)], log := Log())
+    assert log.comparison.timings[REFERENCE.key].loop == 2.0
 
 
 def test_a_step_is_full_if_a_block_ran_in_any_of_its_streams(pipe):
@@ -234,7 +338,7 @@ def test_a_step_is_full_if_a_block_ran_in_any_of_its_streams(pipe):
 
 
 def test_the_machine_is_described():
-    described = benchmark.machine()
+    described = cost.machine()
     assert described["torch"] == torch.__version__ and described["cores"] >= 1 and described["cpu"]
     assert described["date"].startswith("20")
 
@@ -278,9 +382,10 @@ def test_final_latents_decode_to_the_picture_of_their_run(pipe):
 
 
 def test_bounds_join_a_comparison(pipe, comparison):
-    mine = copy.deepcopy(comparison)
+    log = Log()
+    log.comparison = mine = copy.deepcopy(comparison)
     schedules = [EVERY_OTHER, Schedule.every(1)]
-    benchmark.add_bounds(mine, pipe, PROMPTS, SEEDS, schedules, batch_size=2)
+    benchmark.add_bounds(log, pipe, PROMPTS, SEEDS, schedules, batch_size=2)
     some, none = [result for result in mine.results() if result.method == BOUND]
     assert (some.full_steps, none.full_steps) == (4, 8)
     assert result_of(mine, "reuse").psnr < some.psnr < none.psnr == 60.0

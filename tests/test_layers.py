@@ -8,14 +8,14 @@ import pytest
 import lesa
 
 LAYERS = [
-    {"grid", "schedule", "kan", "row", "tap", "metrics", "emoji", "pipelines"},
-    {"forecasters", "trajectory", "detour", "models"},
+    {"grid", "schedule", "kan", "row", "tap", "metrics", "emoji", "pipelines", "ranks"},
+    {"forecasters", "trajectory", "detour", "models", "scores"},
     {"predictor", "plan", "guidance"},
-    {"runtime", "collect", "flops", "convert"},
+    {"runtime", "collect", "flops", "convert", "records", "cost"},
     {"training"},
     {"planning"},
     {"benchmark", "stages"},
-    {"report"},
+    {"report", "plots"},
     {"cli"},
 ]
 HOUSE = Path(lesa.__file__).parent

@@ -1,16 +1,14 @@
-"""Run methods against the reference run: pictures in batches, time at batch 1."""
+"""Run methods against the reference run: pictures in batches, time and cost at batch 1."""
 
 from __future__ import annotations
 
-import os
-import platform
+import json
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,18 +16,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lesa import metrics
+from lesa import metrics, ranks
+from lesa import records as kept
 from lesa.collect import record
+from lesa.cost import Memory, Watch, flops, machine
 from lesa.emoji import Atlas
 from lesa.forecasters import Forecaster, Lagrange, Reuse, Taylor
-from lesa.metrics import Interval
 from lesa.predictor import LESA, ContinuousLESA, Predictor
-from lesa.runtime import accelerate
+from lesa.ranks import Ranks
+from lesa.records import Comparison, Cost, Failure, Key, Line, Log, Pair, Record, Start, Time
+from lesa.runtime import Run, accelerate
 from lesa.schedule import Schedule
-from lesa.tap import place_of, tap_of
+from lesa.scores import Score
+from lesa.tap import place_of
 
 PAIRS_A_TURN = 2
-Key = tuple[str, str]
 Recogniser = Callable[[Sequence[str], Sequence[np.ndarray]], list[bool]]
 
 
@@ -38,21 +39,30 @@ class Method:
     """One way to run a pipeline.
 
     `name` and `schedule` name it in tables, `call` holds the arguments of the pipeline's call that it changes, and
-    `switch` turns it on for a pipeline and off again. What makes a picture in fewer full steps can be one.
+    `switch` turns it on for a pipeline and off again. What makes a picture in fewer full steps can be one. `recipe` is
+    what it is made of, as JSON: records keep it, `rebuild` reads it. If it is `optional`, it may fail: its error is
+    listed, and the others go on.
     """
 
     name: str
     schedule: str
     call: Mapping[str, Any] = field(default_factory=dict)
     switch: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    optional: bool = False
 
     @property
     def key(self) -> Key:
         """What tells it from other methods."""
         return self.name, self.schedule
 
+    def entry(self) -> dict[str, Any]:
+        """Return what records say of it."""
+        entry = {"name": self.name, "schedule": self.schedule, "call": dict(self.call), "recipe": dict(self.recipe)}
+        return json.loads(json.dumps(entry))
 
-REFERENCE = Method("all full", "every:1")
+
+REFERENCE = Method(*kept.REFERENCE)
 """The run that all others are measured against."""
 
 
@@ -62,12 +72,37 @@ BOUND = "bound (output tap)"
 
 def fewer_steps(steps: int) -> Method:
     """The same sampler with fewer steps, all of them full."""
-    return Method("fewer steps", f"{steps} steps", call={"num_inference_steps": steps})
+    return Method("fewer steps", f"{steps} steps", call={"num_inference_steps": steps}, recipe={"steps": steps})
 
 
 def forecast(name: str, forecaster: Forecaster, schedule: Schedule) -> Method:
     """The pipeline accelerated by a forecaster on a schedule."""
-    return Method(name, str(schedule), switch=lambda pipe: accelerate(pipe, forecaster, schedule=schedule))
+    trained = isinstance(forecaster, Predictor)
+    return Method(
+        name,
+        str(schedule),
+        switch=lambda pipe: accelerate(pipe, forecaster, schedule=schedule),
+        recipe={"predictor": forecaster.digest()} if trained else {"forecaster": repr(forecaster)},
+    )
+
+
+def rebuild(entry: Mapping[str, Any], predictors: Sequence[Predictor] = ()) -> Method:
+    """Make a method again from what records say of it; a trained one from the predictors given.
+
+    Raises: LookupError if it is made of something else, or of a predictor that is not given.
+    """
+    recipe, schedule = entry["recipe"], entry["schedule"]
+    if (entry["name"], schedule) == REFERENCE.key:
+        return REFERENCE
+    if "steps" in recipe:
+        return fewer_steps(recipe["steps"])
+    plain = {repr(one): one for one in untrained(reuse=True, lagrange=True).values()}
+    forecaster: Any = plain.get(recipe.get("forecaster"))
+    if "predictor" in recipe:
+        forecaster = next((one for one in predictors if one.digest() == recipe["predictor"]), None)
+    if forecaster is None:
+        raise LookupError(f"{entry['name']} is made of {recipe}, which is not at hand; name the predictor's folder.")
+    return forecast(entry["name"], forecaster, Schedule.parse(schedule))
 
 
 def label(predictor: Predictor) -> str:
@@ -144,93 +179,6 @@ def recogniser(model: str | Path) -> Recogniser | None:
     return Atlas(model).is_prompted if (Path(model) / "emoji.json").exists() else None
 
 
-class Pair(NamedTuple):
-    """A prompt and the seed of its noise."""
-
-    prompt: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class Record:
-    """What one picture of a method is worth; `prompted`: does it still show what the prompt names (None: not asked)."""
-
-    method: str
-    schedule: str
-    prompt: str
-    seed: int
-    psnr: float
-    ssim: float
-    prompted: bool | None = None
-
-
-class Timing(NamedTuple):
-    """Median seconds in the denoising loop and in the whole call."""
-
-    loop: float
-    call: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """One line of a table: a method over all pairs. Seconds and speedup are those of the denoising loop at batch 1."""
-
-    method: str
-    schedule: str
-    full_steps: int
-    step_ratio: float
-    psnr: float
-    psnr_low: float
-    psnr_high: float
-    ssim: float
-    prompted: float | None
-    seconds: float | None = None
-    speedup: float | None = None
-    call_seconds: float | None = None
-    call_speedup: float | None = None
-
-
-@dataclass
-class Comparison:
-    """Everything that was measured: records of every pair, full steps, times, and the pictures of the first pairs."""
-
-    records: dict[Key, list[Record]] = field(default_factory=dict)
-    full_steps: dict[Key, int] = field(default_factory=dict)
-    timings: dict[Key, Timing] = field(default_factory=dict)
-    pictures: dict[Key, list[np.ndarray]] = field(default_factory=dict)
-
-    def results(self) -> list[Result]:
-        """Sum up every method, in the order in which they ran."""
-        return [self._result(key) for key in self.records]
-
-    def difference(self, key: Key, other: Key) -> Interval:
-        """Return by how many dB the PSNR of one method is above another's, pair by pair."""
-        ours, theirs = ([record.psnr for record in self.records[k]] for k in (key, other))
-        return metrics.paired_interval(ours, theirs)
-
-    def _result(self, key: Key) -> Result:
-        records, full_steps = self.records[key], self.full_steps[key]
-        prompted = [record.prompted for record in records if record.prompted is not None]
-        result = Result(
-            *key,
-            full_steps,
-            self.full_steps[REFERENCE.key] / full_steps,
-            *metrics.interval([record.psnr for record in records]),
-            fmean(record.ssim for record in records),
-            fmean(prompted) if prompted else None,
-        )
-        if key not in self.timings:
-            return result
-        ours, reference = self.timings[key], self.timings[REFERENCE.key]
-        return replace(
-            result,
-            seconds=ours.loop,
-            speedup=reference.loop / ours.loop,
-            call_seconds=ours.call,
-            call_speedup=reference.call / ours.call,
-        )
-
-
 def compare(
     pipe: Any,
     methods: Sequence[Method],
@@ -241,42 +189,102 @@ def compare(
     timed: int = 6,
     shown: int = 8,
     recognise: Recogniser | None = None,
+    scores: Mapping[str, Score] | None = None,
+    lacking: Mapping[str, str] | None = None,
+    log: Log | None = None,
+    at: Ranks = ranks.ALONE,
 ) -> Comparison:
     """Run every method on the same prompts, each with the seed beside it, against the reference run.
 
     Pictures are drawn `batch_size` at a time. The first `timed` pairs are run once more at batch 1 for the times, and
-    the pictures of the first `shown` are kept. `recognise` tells which pictures show what their prompts name.
+    the pictures of the first `shown` are kept. `recognise` tells which pictures show what their prompts name; `scores`
+    are those to be measured, by their names in tables, and `lacking` those that cannot be. What a `log` holds is not
+    measured again. Several processes (`at`) share the batches; the first of them measures time and cost, alone.
 
-    Raises: ValueError if there are no prompts, not one seed for each, or two methods of one name and schedule.
+    Raises: ValueError if there are no prompts, not one seed for each, a pair twice, two methods of one name and
+        schedule, or a method that the log knows by another recipe.
     """
-    pairs = pair_up(prompts, seeds)
-    methods = [REFERENCE, *methods]
+    pairs, methods = pair_up(prompts, seeds), [REFERENCE, *methods]
+    log = log or Log(setting={"pairs": pairs})
+    _begin(log, methods, lacking or {})
+    with tqdm(total=len(pairs) * len(methods), desc="pictures", unit="picture", disable=not at.leads) as bar:
+        for number, batch in at.share(list(enumerate(batches(pairs, batch_size)))):
+            _draw_all(pipe, methods, batch, log, recognise, scores or {}, shown, number * batch_size)
+            bar.update(len(batch) * len(methods) * at.count)
+    at.wait()
+    log.refresh()
+    if at.leads and timed:
+        running = [method for method in methods if method.key in log.comparison.records]
+        measure_costs(pipe, running, pairs[0], log)
+        time_methods(pipe, running, pairs[:timed], log)
+        log.refresh()
+    return log.comparison
+
+
+def _begin(log: Log, methods: Sequence[Method], lacking: Mapping[str, str]) -> None:
+    """Start measuring methods: each is one of a kind, and the one that the log knows by its name."""
     keys = [method.key for method in methods]
     if len(set(keys)) < len(keys):
         raise ValueError(f"methods differ in name or schedule, and none is the reference run, got {keys[1:]}.")
-    comparison = Comparison(records={key: [] for key in keys}, pictures={key: [] for key in keys})
-    with tqdm(total=len(pairs) * len(methods), desc="pictures", unit="picture") as bar:
-        for batch in batches(pairs, batch_size):
-            reference: list[np.ndarray] = []
-            for method in methods:
-                pictures, comparison.full_steps[method.key] = draw(pipe, method, batch)
-                reference = reference or pictures
-                comparison.records[method.key] += score(method.key, batch, pictures, reference, recognise)
-                kept = comparison.pictures[method.key]
-                kept += pictures[: shown - len(kept)]
-                bar.update(len(batch))
-    comparison.timings = time_methods(pipe, methods, pairs[:timed])
-    return comparison
+    for method in methods:
+        if method.key not in log.comparison.records:
+            continue
+        there, here = log.comparison.entry(method.key), method.entry()
+        if there != here:
+            raise ValueError(
+                f"{method.name} on {method.schedule} was measured as {there}, got {here}; measure into another folder."
+            )
+    log.add(Start(machine(), tuple(method.entry() for method in methods), lacking))
+
+
+def _draw_all(
+    pipe: Any,
+    methods: Sequence[Method],
+    batch: Sequence[Pair],
+    log: Log,
+    recognise: Recogniser | None,
+    scores: Mapping[str, Score],
+    shown: int,
+    first: int,
+) -> None:
+    """Draw one batch, whose first pair has the number `first`, by each method that lacks a record of it."""
+    lacking = [method for method in methods if not log.comparison.holds(method.key, batch)]
+    if not lacking:
+        return
+    reference = observe(pipe, REFERENCE, batch)
+
+    def measure(method: Method) -> list[Record]:
+        drawn = reference if method is REFERENCE else observe(pipe, method, batch)
+        for number, picture in enumerate(drawn.pictures[: max(0, shown - first)], start=first):
+            log.keep(method.key, number, picture)
+        return score(method.key, batch, drawn, reference, recognise, scores)
+
+    for method in lacking:
+        _attempt(log, method, measure)
+
+
+def _attempt(log: Log, method: Method, measure: Callable[[Method], Sequence[Line]]) -> None:
+    """Measure a method; of one that may fail, list the error and go on."""
+    try:
+        lines = measure(method)
+    except Exception as error:
+        if not method.optional:
+            raise
+        lines = [Failure(*method.key, " ".join(f"{type(error).__name__}: {error}".split()))]
+    log.add(*lines)
 
 
 def pair_up(prompts: Sequence[str], seeds: Sequence[int]) -> list[Pair]:
     """Join prompts with their seeds.
 
-    Raises: ValueError if there are none, or not one seed for each prompt.
+    Raises: ValueError if there are none, not one seed for each prompt, or a pair twice.
     """
     if not prompts or len(prompts) != len(seeds):
         raise ValueError(f"each prompt needs one seed, got {len(prompts)} prompts and {len(seeds)} seeds; give both.")
-    return [Pair(*pair) for pair in zip(prompts, seeds, strict=True)]
+    pairs = [Pair(*pair) for pair in zip(prompts, seeds, strict=True)]
+    if twice := sorted({pair for pair in pairs if pairs.count(pair) > 1}):
+        raise ValueError(f"each pair of a prompt and a seed is drawn once, got {twice[0]} again; leave it out.")
+    return pairs
 
 
 def batches(pairs: Sequence[Pair], size: int) -> list[Sequence[Pair]]:
@@ -284,12 +292,28 @@ def batches(pairs: Sequence[Pair], size: int) -> list[Sequence[Pair]]:
     return [pairs[start : start + size] for start in range(0, len(pairs), size)]
 
 
+class Drawn(NamedTuple):
+    """What one call of a method gave: uint8 RGB pictures (H, W, 3), and what was seen of its steps (see `Watch`)."""
+
+    pictures: list[np.ndarray]
+    full: tuple[int, ...]
+    features: list[Tensor | None]
+    times: list[float]
+
+
 def draw(pipe: Any, method: Method, pairs: Sequence[Pair]) -> tuple[list[np.ndarray], int]:
     """Draw pairs in one call: uint8 RGB pictures (H, W, 3), and how many steps of the run were full."""
+    drawn = observe(pipe, method, pairs)
+    return drawn.pictures, len(drawn.full)
+
+
+def observe(pipe: Any, method: Method, pairs: Sequence[Pair]) -> Drawn:
+    """Draw pairs in one call, and see which of its steps were full and what passed the tap."""
     watch = Watch(pipe)
-    with method.switch(pipe), watch.counting():
+    with method.switch(pipe), watch.counting(), watch.recording():
         pictures = _pictures(pipe, pairs, **method.call, callback_on_step_end=watch.on_step_end)
-    return pictures, watch.full_steps
+    times = torch.as_tensor(pipe.scheduler.timesteps).tolist()
+    return Drawn(pictures, tuple(watch.full), watch.features, times)
 
 
 def _pictures(pipe: Any, pairs: Sequence[Pair], **call: Any) -> list[np.ndarray]:
@@ -302,127 +326,136 @@ def _pictures(pipe: Any, pairs: Sequence[Pair], **call: Any) -> list[np.ndarray]
 def score(
     key: Key,
     pairs: Sequence[Pair],
-    pictures: Sequence[np.ndarray],
-    references: Sequence[np.ndarray],
-    recognise: Recogniser | None,
+    drawn: Drawn,
+    reference: Drawn,
+    recognise: Recogniser | None = None,
+    scores: Mapping[str, Score] | None = None,
 ) -> list[Record]:
-    """Measure pictures against those of the reference run."""
-    prompted = recognise([pair.prompt for pair in pairs], pictures) if recognise else [None] * len(pairs)
+    """Measure what a method drew against what the reference run did."""
+    prompts = [pair.prompt for pair in pairs]
+    prompted = recognise(prompts, drawn.pictures) if recognise else [None] * len(pairs)
+    others = {name: of(prompts, drawn.pictures, reference.pictures) for name, of in (scores or {}).items()}
     return [
-        Record(*key, *pair, metrics.psnr(picture, reference), metrics.ssim(picture, reference), shows)
-        for pair, picture, reference, shows in zip(pairs, pictures, references, prompted, strict=True)
+        Record(
+            *key,
+            *pair,
+            metrics.psnr(drawn.pictures[k], reference.pictures[k]),
+            metrics.ssim(drawn.pictures[k], reference.pictures[k]),
+            prompted[k],
+            drawn.full,
+            {name: values[k] for name, values in others.items()},
+            feature_errors(drawn, reference, k, len(pairs)),
+        )
+        for k, pair in enumerate(pairs)
     ]
 
 
-# --- time
+def feature_errors(drawn: Drawn, reference: Drawn, k: int, pairs: int) -> tuple[float | None, ...]:
+    """Return the relative error of the k-th pair's feature at each step, over all streams; four digits of it.
 
-
-class Watch:
-    """Times the denoising loop of one call of a pipeline, or counts its full steps, by public hooks alone.
-
-    The loop begins when the transformer is first called and ends with the last step's `callback_on_step_end`, which
-    comes right after the scheduler's step: text encoders and decoder are outside, and nothing of the pipeline is
-    patched. Work queued on a GPU is waited for at both ends. A step is full if the last block ran in it, in whatever
-    stream; counting hooks a block, so it is left to calls that are not timed.
+    None where nothing passed the tap, and nothing at all if the runs went through different times.
     """
-
-    def __init__(self, pipe: Any) -> None:
-        self._pipe = pipe
-        self._began: float | None = None
-        self._ran = False
-        self.seconds = 0.0
-        self.full_steps = 0
-
-    @contextmanager
-    def timing(self) -> Iterator[None]:
-        """Set `seconds` by the call made inside."""
-        hook = self._pipe.transformer.register_forward_pre_hook(self._begin)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Set `full_steps` by the call made inside."""
-        transformer = self._pipe.transformer
-        last_block = getattr(transformer, tap_of(transformer).blocks[-1])[-1]
-        hook = last_block.register_forward_pre_hook(self._see_block)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    def on_step_end(self, pipe: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's `callback_on_step_end`; changes nothing."""
-        self.full_steps += self._ran
-        self._ran = False
-        if step == pipe.num_timesteps - 1:
-            _wait_for(pipe.transformer)
-            self.seconds = time.perf_counter() - (self._began or 0.0)
-        return {}
-
-    def _begin(self, transformer: torch.nn.Module, _inputs: Any) -> None:
-        if self._began is None:
-            _wait_for(transformer)
-            self._began = time.perf_counter()
-
-    def _see_block(self, _block: torch.nn.Module, _inputs: Any) -> None:
-        self._ran = True
+    if drawn.times != reference.times:
+        return ()
+    errors: list[float | None] = []
+    for ours, exact in zip(drawn.features, reference.features, strict=True):
+        if ours is None or exact is None or ours.shape != exact.shape:
+            errors.append(None)
+            continue
+        error = metrics.relative_error(*(one.unflatten(0, (-1, pairs))[:, k] for one in (ours, exact)))
+        errors.append(float(f"{error:.4g}") if math.isfinite(error) else None)
+    return tuple(errors)
 
 
-def time_methods(pipe: Any, methods: Sequence[Method], pairs: Sequence[Pair]) -> dict[Key, Timing]:
-    """Time every method on the same pairs at batch 1; none if there are no pairs.
+def reproduce(
+    pipe: Any,
+    method: Method,
+    record: Record,
+    setting: Mapping[str, Any],
+    recognise: Recogniser | None = None,
+    scores: Mapping[str, Score] | None = None,
+) -> Record:
+    """Measure a record again: its batch is drawn as it was then, by the reference run and by the method.
+
+    Raises: ValueError if the setting does not name its pair.
+    """
+    cut = batches([Pair(*pair) for pair in setting["pairs"]], setting["batch_size"])
+    batch = next((batch for batch in cut if record.pair in batch), None)
+    if batch is None:
+        raise ValueError(f"a record is of one of the run's pairs, got {record.pair}; take a line of this run.")
+    drawn, reference = observe(pipe, method, batch), observe(pipe, REFERENCE, batch)
+    again = score(method.key, batch, drawn, reference, recognise, scores)
+    return again[list(batch).index(record.pair)]
+
+
+# --- time and cost
+
+
+def measure_costs(pipe: Any, methods: Sequence[Method], pair: Pair, log: Log) -> None:
+    """Run every method once at batch 1 to see memory and count FLOPs, unless the log holds its cost."""
+    lacking = [method for method in methods if method.key not in log.comparison.costs]
+    for method in tqdm(lacking, desc="costs", unit="method"):
+        _attempt(log, method, lambda method: [_cost(pipe, method, pair)])
+
+
+def _cost(pipe: Any, method: Method, pair: Pair) -> Cost:
+    memory, watch = Memory(pipe.transformer.device), Watch(pipe)
+
+    def on_step_end(*state: Any) -> dict[str, Any]:
+        memory.look()
+        return watch.on_step_end(*state)
+
+    def call() -> None:
+        _pictures(pipe, [pair], **method.call, callback_on_step_end=on_step_end)
+
+    with method.switch(pipe) as run, watch.counting():
+        counted, ours = flops(pipe, call), run if isinstance(run, Run) else None
+        return Cost(
+            *method.key,
+            tuple(watch.full),
+            flops=counted,
+            bytes_held=sum(stream.bytes_held for stream in ours.summary().values()) if ours else None,
+            resident_growth=memory.growth,
+            cuda_peak=memory.cuda_peak(),
+            plans={name: json.loads(ours.plan(name).to_json()) for name in ours.summary()} if ours else {},
+        )
+
+
+def time_methods(pipe: Any, methods: Sequence[Method], pairs: Sequence[Pair], log: Log) -> None:
+    """Time every method on the same pairs at batch 1, unless the log holds its times.
 
     Methods take turns of `PAIRS_A_TURN` pairs, so that a machine that drifts hits all alike. Each turn begins with a
-    run that does not count: after it caches are warm and the plan is compiled, which happens once per grid.
+    run that does not count: after it caches are warm and the plan is compiled, which happens once per grid. That run
+    tells which steps are full, and so how long a skipped one takes in the next run, of the same pair.
     """
-    seconds: dict[Key, list[Timing]] = {method.key: [] for method in methods}
     with tqdm(total=len(pairs) * len(methods), desc="timing", unit="run") as bar:
         for turn in batches(pairs, PAIRS_A_TURN):
             for method in methods:
-                with method.switch(pipe):
-                    seconds[method.key] += [_time(pipe, method, pair) for pair in [turn[0], *turn]][1:]
+                if not log.comparison.timed(method.key, turn):
+                    _attempt(log, method, lambda method, turn=turn: _turn(pipe, method, turn))
                 bar.update(len(turn))
-    return {key: Timing(*map(median, zip(*runs, strict=True))) for key, runs in seconds.items() if runs}
 
 
-def _time(pipe: Any, method: Method, pair: Pair) -> Timing:
-    watch = Watch(pipe)
+def _turn(pipe: Any, method: Method, pairs: Sequence[Pair]) -> list[Time]:
+    with method.switch(pipe):
+        warm = Watch(pipe)
+        with warm.counting():
+            _time(pipe, method, pairs[0], warm)
+        times = []
+        for pair in pairs:
+            watch = Watch(pipe)
+            loop, call = _time(pipe, method, pair, watch)
+            steps = [s for k, s in enumerate(watch.step_seconds()) if k not in warm.full]
+            skipped = float(np.mean(steps)) if steps and pair is pairs[0] else None
+            times.append(Time(*method.key, *pair, loop, call, skipped))
+        return times
+
+
+def _time(pipe: Any, method: Method, pair: Pair, watch: Watch) -> tuple[float, float]:
     with watch.timing():
         began = time.perf_counter()
         _pictures(pipe, [pair], **method.call, callback_on_step_end=watch.on_step_end)
-        return Timing(watch.seconds, time.perf_counter() - began)
-
-
-def _wait_for(module: torch.nn.Module) -> None:
-    if next(module.parameters()).is_cuda:
-        torch.cuda.synchronize()
-
-
-def machine() -> dict[str, Any]:
-    """Describe what the times were measured on, and when."""
-    import diffusers
-
-    return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _cpu() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
+        return watch.seconds, time.perf_counter() - began
 
 
 # --- the bound
@@ -445,7 +478,7 @@ def bound_error(outputs: Tensor, grid: Tensor, full: Sequence[int]) -> Tensor:
 
 
 def add_bounds(
-    comparison: Comparison,
+    log: Log,
     pipe: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -453,27 +486,30 @@ def add_bounds(
     *,
     batch_size: int = 16,
     recognise: Recogniser | None = None,
+    scores: Mapping[str, Score] | None = None,
 ) -> None:
-    """Record the pairs' reference runs at every token and add the bound of each schedule, as pictures, to a comparison.
+    """Record the pairs' reference runs at every token and add the bound of each schedule, as pictures, to a log.
 
-    The velocities are taken from the latents, so that guidance is in them.
+    The velocities are taken from the latents, so that guidance is in them. A bound that the log holds is left as it is.
 
     Raises: ValueError as `pair_up` and `lesa.collect.record` do.
     """
-    cut = batches(pair_up(prompts, seeds), batch_size)
-    kept = []
+    pairs = pair_up(prompts, seeds)
+    lacking = [one for one in schedules if not log.comparison.holds((BOUND, str(one)), pairs)]
+    if not lacking:
+        return
+    cut, runs = batches(pairs, batch_size), []
     for batch in tqdm(cut, desc="runs for the bound", unit="batch"):
-        runs = record(pipe, [pair.prompt for pair in batch], [pair.seed for pair in batch], torch.arange)
-        kept += [run.latents.float() for run in runs]
-    grid, latents = runs[0].grid, torch.stack(kept)
+        runs += record(pipe, [pair.prompt for pair in batch], [pair.seed for pair in batch], torch.arange)
+    grid, latents = runs[0].grid, torch.stack([run.latents.float() for run in runs])
     velocities = latents.diff(dim=1) / grid.diff().float()[:, None, None]
-    for schedule in schedules:
-        key, full = (BOUND, str(schedule)), schedule.full_steps(len(grid) - 1)
+    for schedule in lacking:
+        full = schedule.full_steps(len(grid) - 1)
         ends = latents[:, -1] + bound_error(velocities, grid, full).float()
-        comparison.full_steps[key], comparison.records[key] = len(full), []
         for batch, end, exact in zip(cut, ends.split(batch_size), latents[:, -1].split(batch_size), strict=True):
-            pictures, references = decode(pipe, batch, end), decode(pipe, batch, exact)
-            comparison.records[key] += score(key, batch, pictures, references, recognise)
+            drawn, reference = (Drawn(decode(pipe, batch, x), full, [], []) for x in (end, exact))
+            log.add(*score((BOUND, str(schedule)), batch, drawn, reference, recognise, scores))
+    log.refresh()
 
 
 def decode(pipe: Any, pairs: Sequence[Pair], latents: Tensor) -> list[np.ndarray]:

@@ -23,15 +23,17 @@ CONVERTED = {
     "qwen-lightning": "lightx2v/Qwen-Image-Lightning",
     "hunyuanvideo": "hunyuanvideo-community/HunyuanVideo",
 }
+DIFFERENCES = "LESA"
+SCORES = "MS-SSIM"
 USER_ERRORS = (ValueError, LookupError, OSError, RuntimeError, ImportError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; errors that a user can cause end as one line, and 2."""
+    """Run a command; errors that a user can cause end as one line, and 2. Two commands answer a question by 0 or 1."""
     options = _parser().parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        options.command(options)
+        return options.command(options) or 0
     except KeyboardInterrupt:
         print("lesa: stopped", file=sys.stderr)
         return 130
@@ -40,7 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"lesa: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 # --- commands
@@ -55,32 +56,143 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace, reuse: bool) -> None:
-    from lesa import benchmark, report
+    from lesa import benchmark, ranks, records, scores
 
-    out = _folder(options.out)
     source = options.prompts or Path(options.model) / "prompts" / "heldout.txt"
     prompts = _prompts(source, options.pairs)
     seeds = range(len(prompts))
-    pipe, predictors = _pipeline(options), _predictors(options.model, options.predictors, variants=reuse)
+    with ranks.together() as at:
+        out, pipe = _folder(options.out), _pipeline(options)
+        predictors = _predictors(options.model, options.predictors, variants=reuse)
+        setting = _setting(options, pipe, benchmark.pair_up(prompts, seeds))
+        with records.writing(out, setting, at.rank) as log:
+            methods = _line_up(options, pipe, predictors, reuse, at)
+            found, lacking = scores.load(options.scores)
+            facts = dict(batch_size=options.batch_size, recognise=benchmark.recogniser(options.model), scores=found)
+            benchmark.compare(
+                pipe, methods, prompts, seeds, timed=options.timed, lacking=lacking, log=log, at=at, **facts
+            )
+            if options.bound and at.leads:
+                benchmark.add_bounds(log, pipe, prompts, seeds, options.schedules, **facts)
+        if at.leads:
+            print(f"\n{len(prompts)} prompts of {source}, {options.steps} steps\n")
+            _write_report(out, options.differences)
+
+
+def _setting(options: argparse.Namespace, pipe: Any, pairs: Sequence[Any]) -> dict[str, Any]:
+    """Return what all records of a run have in common: enough to draw their pictures again."""
+    from lesa.collect import fingerprint
+    from lesa.pipelines import CALL_FILE
+
+    own = Path(options.model) / CALL_FILE
+    call = json.loads(own.read_text()) if own.exists() else {}
+    return {
+        "model": str(options.model),
+        "pipeline": type(pipe).__name__,
+        "weights": fingerprint(pipe),
+        "call": {**call, **options.call, "num_inference_steps": options.steps},
+        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        "device": options.device,
+        "batch_size": options.batch_size,
+        "pairs": pairs,
+    }
+
+
+def _line_up(options: argparse.Namespace, pipe: Any, predictors: Sequence[Any], reuse: bool, at: Any) -> list[Any]:
+    """Line up the methods asked for; of several processes the first plans, and the others read what it planned."""
+    from lesa import benchmark
+
     methods = benchmark.line_up(options.steps, options.schedules, predictors, reuse=reuse)
     if options.budgets:
-        planner = _planner(options, pipe)
-        planned = benchmark.line_up_planned(options.budgets, planner.grid, planner.search, predictors, reuse=reuse)
+        if not at.leads:
+            at.wait()
+        grid, plan = _planned(options, pipe)
+        planned = benchmark.line_up_planned(options.budgets, grid, plan, predictors, reuse=reuse)
         methods += [method for method in planned if method not in methods]
+        if at.leads:
+            at.wait()
     if options.only:
         if unknown := set(options.only) - {method.name for method in methods}:
             raise ValueError(f"the methods are {', '.join(dict.fromkeys(m.name for m in methods))}, got {unknown}.")
         methods = [method for method in methods if method.name in options.only]
-    facts = dict(batch_size=options.batch_size, recognise=benchmark.recogniser(options.model))
-    comparison = benchmark.compare(pipe, methods, prompts, seeds, timed=options.timed, **facts)
-    if options.bound:
-        benchmark.add_bounds(comparison, pipe, prompts, seeds, options.schedules, **facts)
-    report.write_results(out / "results.json", comparison, model=str(options.model))
-    report.sheet(comparison).save(out / "pictures.png")
-    print(f"\n{len(prompts)} prompts of {source}, {options.steps} steps\n\n{report.table(comparison.results())}\n")
-    if options.differences:
-        print(f"{report.differences(comparison, options.differences)}\n")
-    print(f"{out / 'results.json'}\n{out / 'pictures.png'}")
+    return methods
+
+
+def _planned(options: argparse.Namespace, pipe: Any) -> tuple[Any, Callable[[Any, int], Any]]:
+    """Return the grid, and the call that plans a forecaster's schedule; what was planned once is kept in a file."""
+    import torch
+
+    from lesa.schedule import Schedule
+    from lesa.trajectory import write_atomically
+
+    path = Path(options.out) / "planned.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    planners: list[Any] = []
+
+    def planner() -> Any:
+        planners.extend([] if planners else [_planner(options, pipe)])
+        return planners[0]
+
+    def plan(forecaster: Any, budget: int) -> Any:
+        name = f"{forecaster!r} {budget}"
+        if name not in known:
+            known[name] = str(planner().search(forecaster, budget))
+            write_atomically(path, json.dumps(known, indent=1).encode())
+        return Schedule.parse(known[name])
+
+    if "grid" not in known:
+        known["grid"] = planner().grid.tolist()
+    return torch.tensor(known["grid"], dtype=torch.float64), plan
+
+
+def _report(options: argparse.Namespace) -> None:
+    _write_report(Path(options.run), options.differences)
+
+
+def _write_report(folder: Path, differences: str | None) -> None:
+    """Make tables and plots of the records in a folder, and of nothing else."""
+    from lesa import plots, records, report
+
+    comparison = records.load(folder)
+    named = differences in {method for method, _ in comparison.records} or differences != DIFFERENCES
+    text = report.summary(comparison, differences if named else None)
+    print(text)
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    drawn = plots.draw_all(comparison, folder)
+    if comparison.pictures:
+        drawn.append(folder / "pictures.png")
+        report.sheet(comparison).save(drawn[-1])
+    print("\n".join(map(str, [folder / "report.md", *drawn])))
+
+
+def _changes(options: argparse.Namespace) -> int:
+    from lesa import records, report
+
+    before, after = records.load(options.first), records.load(options.second)
+    found = report.changes(before, after, options.score)
+    print(report.changes_table(found, options.score, options.tolerance))
+    if differing := report.other_settings(before, after):
+        print(f"\nthe settings differ in: {', '.join(differing)}")
+    return int(any(change.beyond(options.tolerance) for change in found))
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from lesa import benchmark, records, scores
+    from lesa.collect import fingerprint
+
+    then, entry, setting = records.at_line(options.records, options.line)
+    options.model, options.steps = options.model or setting["model"], None
+    options.call, options.dtype = {**setting["call"], **options.call}, options.dtype or setting["dtype"]
+    options.device = options.device or setting["device"]
+    pipe = _pipeline(options)
+    if fingerprint(pipe) != setting["weights"]:
+        raise ValueError(f"the record is of other weights than those of {options.model}; name its --model.")
+    predictors = _predictors(options.model, options.predictors, variants=True)
+    method, (found, _) = benchmark.rebuild(entry, predictors), scores.load(list(then.scores))
+    now = benchmark.reproduce(pipe, method, then, setting, benchmark.recogniser(options.model), found)
+    print(f"{then.method} on {then.schedule}, {then.prompt!r}, seed {then.seed}")
+    print(f"PSNR {then.psnr:.4f} dB then, {now.psnr:.4f} dB now; SSIM {then.ssim:.6f} then, {now.ssim:.6f} now")
+    return int(abs(now.psnr - then.psnr) > options.tolerance)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -123,7 +235,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _verify(options: argparse.Namespace, pipe: Any, forecaster: Any, planned: Sequence[Any]) -> None:
     """Draw held-out prompts on planned schedules: recorded runs do not drift, these do."""
-    from lesa import benchmark, report
+    from lesa import benchmark, plots, report
 
     prompts = _prompts(options.prompts or Path(options.model) / "prompts" / "heldout.txt", options.verify or 16)
     methods = [benchmark.forecast(repr(forecaster), forecaster, schedule) for schedule in planned]
@@ -131,7 +243,7 @@ def _verify(options: argparse.Namespace, pipe: Any, forecaster: Any, planned: Se
     comparison = benchmark.compare(pipe, methods, prompts, range(len(prompts)), timed=0)
     print(f"\n{len(prompts)} held-out prompts\n\n{report.table(comparison.results())}")
     if options.plot:
-        report.budget_curve(comparison.results(), options.plot)
+        plots.psnr_over(comparison.results(), options.plot)
         print(f"\n{options.plot}")
 
 
@@ -172,29 +284,33 @@ def _rows(options: argparse.Namespace) -> None:
 
 
 def _collect(options: argparse.Namespace) -> None:
+    from lesa import ranks
     from lesa.collect import collect
     from lesa.tap import tap_of
 
     prompts = _prompts(options.prompts, options.limit)
     pairs = [(prompt, seed) for k, prompt in enumerate(prompts) for seed in options.seeds or [TRAINING_SEED + k]]
-    pipe = _pipeline(options)
-    store = collect(
-        pipe,
-        [prompt for prompt, _ in pairs],
-        [seed for _, seed in pairs],
-        options.out,
-        model=options.model,
-        tokens=options.tokens,
-        batch_size=options.batch_size,
-        tap=tap_of(pipe.transformer, options.tap),
-        num_inference_steps=options.steps,
-        **options.call,
-    )
-    print(f"{len(store)} runs in {options.out}, digest {store.digest()}")
+    with ranks.together() as at:
+        pipe = _pipeline(options)
+        store = collect(
+            pipe,
+            [prompt for prompt, _ in pairs],
+            [seed for _, seed in pairs],
+            options.out,
+            model=options.model,
+            tokens=options.tokens,
+            batch_size=options.batch_size,
+            tap=tap_of(pipe.transformer, options.tap),
+            at=at,
+            num_inference_steps=options.steps,
+            **options.call,
+        )
+        if at.leads:
+            print(f"{len(store)} runs in {options.out}, digest {store.digest()}")
 
 
 def _train(options: argparse.Namespace) -> None:
-    from lesa import report, tap, training
+    from lesa import plots, tap, training
     from lesa.collect import fingerprint, record
     from lesa.runtime import accelerate
     from lesa.trajectory import Store, Trajectory
@@ -246,7 +362,7 @@ def _train(options: argparse.Namespace) -> None:
     earlier = result.ground_truth
     earlier.origin = replace(earlier.origin, training={**earlier.origin.training, "phase": "ground-truth"})
     earlier.save_pretrained(out / "ground-truth")
-    report.training_curve(result.curve, out / "training.png")
+    plots.training_curve(result.curve, out / "training.png")
     print("\n".join(f"round {k}: drift {score:.2f} dB" for k, score in enumerate(result.scores)))
     print(out)
 
@@ -406,6 +522,7 @@ def _pipeline(options: argparse.Namespace) -> Any:
     import torch
     from transformers.utils import logging
 
+    from lesa import ranks
     from lesa.pipelines import CALL_FILE, load, with_call
 
     if options.dtype and not isinstance(getattr(torch, options.dtype, None), torch.dtype):
@@ -416,7 +533,7 @@ def _pipeline(options: argparse.Namespace) -> Any:
     options.steps = options.steps or options.call.pop("num_inference_steps", None) or steps
     pipe = load(options.model, **({"torch_dtype": getattr(torch, options.dtype)} if options.dtype else {}))
     try:
-        pipe.to(options.device)
+        pipe.to(ranks.device(options.device))
     except AssertionError as error:  # what torch raises for a device that it was not built for
         raise ValueError(f"the device {options.device!r} cannot be used here: {error}") from error
     pipe.set_progress_bar_config(disable=True)
@@ -534,7 +651,7 @@ def _add_comparisons(commands: Any) -> None:
     )
     bench.add_argument("--predictors", nargs="+", metavar="FOLDER", help="default: those shipped with the model")
     bench.add_argument(
-        "--differences", metavar="METHOD", default="LESA", help="the one to compare with the rest (LESA)"
+        "--differences", metavar="METHOD", default=DIFFERENCES, help="the one to compare with the rest (LESA)"
     )
     bench.add_argument("--only", nargs="+", metavar="METHOD", help="the methods of these names alone")
     bench.add_argument("--no-bound", dest="bound", action="store_false", help="leave out the bound, which records runs")
@@ -548,7 +665,34 @@ def _add_comparisons(commands: Any) -> None:
         command.add_argument("--schedules", type=_schedules, default="paper:7,paper:10", help="paper:7,paper:10")
         command.add_argument("--budgets", type=_counts, default=budgets, help=f"full steps to plan for ({budgets})")
         command.add_argument("--batch-size", type=_count, default=16)
-        command.add_argument("--out", default=out, metavar="FOLDER", help=f"for results.json and pictures.png ({out})")
+        command.add_argument(
+            "--scores",
+            type=_names,
+            default=SCORES,
+            help=f"besides PSNR and SSIM, some of MS-SSIM,LPIPS,CLIP,ImageReward ({SCORES})",
+        )
+        command.add_argument(
+            "--out", default=out, metavar="FOLDER", help=f"for the records, the report and its plots; resumable ({out})"
+        )
+
+    report = commands.add_parser("report", help="make tables and plots of a run's records")
+    report.add_argument("run", metavar="RUN", help="the folder of a lesa bench")
+    report.add_argument("--differences", metavar="METHOD", default=DIFFERENCES, help="the one to compare with the rest")
+    report.set_defaults(command=_report)
+
+    changes = commands.add_parser("compare", help="do two runs differ beyond noise? 0 if not, 1 if they do")
+    changes.add_argument("first", metavar="RUN", help="the folder of a lesa bench")
+    changes.add_argument("second", metavar="RUN", help="another, whose scores are set against it")
+    changes.add_argument("--score", default="PSNR", help="PSNR, SSIM or another that both have (PSNR)")
+    changes.add_argument("--tolerance", type=float, default=0.01, help="differences up to this do not count (0.01)")
+    changes.set_defaults(command=_changes)
+
+    again = _command(commands, "reproduce", _reproduce, "measure a record again: 0 if it is the same, 1 if not", "")
+    again.add_argument("records", metavar="FILE", help="the records.jsonl of a lesa bench")
+    again.add_argument("line", metavar="LINE", type=_count, help="the record's line, from 1 on")
+    again.add_argument("--predictors", nargs="+", metavar="FOLDER", help="default: those shipped with the model")
+    again.add_argument("--tolerance", type=float, default=0.01, help="dB of PSNR that count as the same (0.01)")
+    again.set_defaults(device=None)
 
 
 def _add_training(commands: Any) -> None:
@@ -658,7 +802,7 @@ def _command(commands: Any, name: str, run: Any, words: str, model: str | None =
     if model is None:
         parser.add_argument("model", metavar="MODEL", help="folder or hub name of a diffusers pipeline")
     else:
-        parser.add_argument("--model", default=model, help=f"folder of a diffusers pipeline ({model})")
+        parser.add_argument("--model", default=model, help=f"folder of a diffusers pipeline ({model or 'the one run'})")
     parser.add_argument("--steps", type=_count, help="default: the model's own, or 50")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", help="e.g. bfloat16; default: that of diffusers")
@@ -696,6 +840,10 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise ValueError(f"a whole number, at least 1, is needed, got {text!r}")
     return int(text)
+
+
+def _names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
 
 
 @_told

@@ -242,9 +242,17 @@ class Predictor(
             )
         return predictor
 
-    def _save_pretrained(self, save_directory: Path) -> None:
+    def digest(self) -> str:
+        """Return the SHA-256 of what `save_pretrained` writes."""
+        return _digest(*self._contents())
+
+    def _contents(self) -> tuple[dict[str, Any], bytes]:
+        """Return what the two files hold."""
         weights = to_bytes({name: _without_loss(t) for name, t in sorted(self.state_dict().items())})
-        entries = dict(format=FORMAT, method=self.method, options=self.options(), **asdict(self.origin))
+        return dict(format=FORMAT, method=self.method, options=self.options(), **asdict(self.origin)), weights
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        entries, weights = self._contents()
         entries["sha256"] = _digest(entries, weights)
         write_atomically(save_directory / WEIGHTS_FILE, weights)
         write_atomically(save_directory / CONFIG_FILE, (json.dumps(entries, indent=1) + "\n").encode())

@@ -1,69 +1,179 @@
-"""Tables, pictures and files of what was measured."""
+"""Tables and the contact sheet of what was measured."""
 
 from __future__ import annotations
 
-import json
 import textwrap
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from operator import itemgetter
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lesa.benchmark import REFERENCE, Comparison, Record, Result, machine
 from lesa.metrics import IDENTICAL, Interval
-from lesa.training import Curve
-from lesa.trajectory import write_atomically
+from lesa.records import REFERENCE, Comparison, Key, Record, Result, paired
+
+NOT_HAD = "n/a"
 
 
-def table(results: Sequence[Result]) -> str:
+def summary(comparison: Comparison, against: str | None = None) -> str:
+    """Write down in Markdown all that a comparison says in words: tables, what is lacking, and the machine."""
+    parts = [table(comparison.results(), list(lacking(comparison))), cost_table(comparison)]
+    if against is not None:
+        parts.append(differences(comparison, against))
+    reasons = [f"{name} could not be had: {why}" for name, why in lacking(comparison).items()]
+    failures = [f"{name} on {schedule} failed: {why}" for (name, schedule), why in comparison.failures.items()]
+    machines = {_machine(start.machine): None for start in comparison.starts}
+    notes = "\n".join(f"- {note}" for note in [*reasons, *failures, *machines])
+    return "\n\n".join(part for part in [*parts, notes] if part) + "\n"
+
+
+def lacking(comparison: Comparison) -> dict[str, str]:
+    """Return the scores that were asked for and could not be had, each with the reason."""
+    return {name: why for start in comparison.starts for name, why in start.lacking.items()}
+
+
+def _machine(facts: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "diffusers") if name in facts)
+    threads = f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
+    on = facts.get("gpu") or f"{facts['cpu']}, {facts['cores']} cores"
+    return f"measured on {facts['date'][:10]} on {on}, {versions}, {threads}"
+
+
+def table(results: Sequence[Result], lacking: Sequence[str] = ()) -> str:
     """Lay results out as a Markdown table that reads as well in a terminal.
 
     Speedup is that of the denoising loop at batch 1, the whole call's is beside it; 'as prompted' is the share of
-    pictures that still show what their prompts name.
+    pictures that still show what their prompts name. Scores that are `lacking` have a column that says so.
     """
+    scores = list(dict.fromkeys(name for result in results for name in result.scores))
+    columns = [*scores, *(name for name in lacking if name not in scores)]
     head = ("method", "schedule", "full steps", "step ratio", "speedup", "whole call", "PSNR, dB [95 %]", "SSIM")
-    return markdown((*head, "as prompted"), [_cells(result) for result in results], text=2)
+    rows = [_cells(result, columns, lacking) for result in results]
+    return markdown((*head, *columns, "as prompted"), rows, text=2)
 
 
-def _cells(result: Result) -> list[str]:
+def _cells(result: Result, columns: Sequence[str], lacking: Sequence[str]) -> list[str]:
     psnr = Interval(result.psnr, result.psnr_low, result.psnr_high)
     return [
         result.method,
         result.schedule,
-        str(result.full_steps),
+        f"{result.full_steps:.3g}",
         f"{result.step_ratio:.2f}",
         _or_dash(result.speedup, "{:.2f}x"),
         _or_dash(result.call_speedup, "{:.2f}x"),
         "identical" if psnr.low == IDENTICAL else f"{psnr}",
         f"{result.ssim:.3f}",
+        *(_or_dash(result.scores.get(name), "{:.3f}", NOT_HAD if name in lacking else "-") for name in columns),
         _or_dash(result.prompted, "{:.1%}"),
     ]
 
 
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
+def _or_dash(value: float | None, form: str, without: str = "-") -> str:
+    return without if value is None else form.format(value)
+
+
+def cost_table(comparison: Comparison) -> str:
+    """Lay out what a run takes at batch 1, of each method whose cost was measured.
+
+    FLOPs are the transformer's, counted, and their ratio is to the reference run's; 'held' is by the history,
+    'resident' the growth of the process, 'CUDA' the peak of the GPU.
+    """
+    head = ("method", "schedule", "GFLOPs", "FLOP ratio", "skipped step, ms", "held, MB", "resident, MB", "CUDA, MB")
+    rows = [_cost_cells(comparison, key) for key in comparison.records if key in comparison.costs]
+    return markdown(head, rows, text=2) if rows else ""
+
+
+def _cost_cells(comparison: Comparison, key: Key) -> list[str]:
+    cost, timing = comparison.costs[key], comparison.timings.get(key)
+    reference = comparison.costs.get(REFERENCE)
+    ratio = reference.flops / cost.flops if reference and reference.flops and cost.flops else None
+    skipped = None if timing is None or timing.skipped is None else timing.skipped * 1e3
+    megabytes = [count and count / 1e6 for count in (cost.bytes_held, cost.resident_growth, cost.cuda_peak)]
+    return [
+        *key,
+        _or_dash(cost.flops and cost.flops / 1e9, "{:.2f}"),
+        _or_dash(ratio, "{:.2f}"),
+        _or_dash(skipped, "{:.3f}"),
+        *(_or_dash(count, "{:.2f}") for count in megabytes),
+    ]
 
 
 def differences(comparison: Comparison, ours: str) -> str:
-    """Lay out by how many dB the method named `ours` is above every other of as many full steps, pair by pair."""
+    """Lay out by how many dB the method named `ours` is above every other of as many full steps, pair by pair.
+
+    Full steps that differ from run to run are rounded.
+
+    Raises: ValueError if there is no such method.
+    """
     results = comparison.results()
+    if ours not in (names := dict.fromkeys(result.method for result in results)):
+        raise ValueError(f"the methods are {', '.join(names)}, got {ours!r}; name one of them.")
     rows = [
         [
             f"{ours} - {other.method}",
             f"{mine.schedule} - {other.schedule}",
-            str(mine.full_steps),
+            f"{mine.full_steps:.3g}",
             f"{comparison.difference((ours, mine.schedule), (other.method, other.schedule)):+.2f}",
         ]
         for mine in results
         for other in results
-        if mine.method == ours and other is not mine and other.full_steps == mine.full_steps
+        if mine.method == ours and other is not mine and round(other.full_steps) == round(mine.full_steps)
     ]
     return markdown(("difference", "schedules", "full steps", "PSNR, dB [95 %]"), rows, text=2)
+
+
+# --- two runs
+
+
+class Change(NamedTuple):
+    """By how much a method's score in one run is above that in another, over the pairs that both have."""
+
+    key: Key
+    difference: Interval
+    pairs: int
+
+    def beyond(self, tolerance: float) -> bool:
+        """Tell whether the whole interval is farther from 0 than the tolerance."""
+        return self.difference.low > tolerance or self.difference.high < -tolerance
+
+
+def changes(before: Comparison, after: Comparison, score: str = "PSNR") -> list[Change]:
+    """Compare two runs method by method, pair by pair.
+
+    The intervals hold for all methods together with 95 % (Bonferroni): of sixty methods that are the same, none should
+    be seen to differ by chance.
+
+    Raises: ValueError if no method was measured on the same pairs in both; LookupError if there is no such score.
+    """
+    common = [key for key in before.records if _common(before, after, key)]
+    if not common:
+        raise ValueError("two runs are compared on methods and pairs that both have, got none; name two such runs.")
+    level = 1 - 0.05 / len(common)
+    return [
+        Change(key, paired(after.records[key], before.records[key], score, level=level), _common(before, after, key))
+        for key in common
+    ]
+
+
+def _common(before: Comparison, after: Comparison, key: Key) -> int:
+    ours, theirs = ({record.pair for record in run.records.get(key, [])} for run in (before, after))
+    return len(ours & theirs)
+
+
+def changes_table(found: Sequence[Change], score: str, tolerance: float) -> str:
+    """Lay out what `changes` found; of what differs by more than the tolerance the last column says so."""
+    rows = [
+        [*change.key, str(change.pairs), f"{change.difference:+.3f}", "yes" if change.beyond(tolerance) else "no"]
+        for change in found
+    ]
+    return markdown(("method", "schedule", "pairs", f"{score}, second - first", "differs"), rows, text=2)
+
+
+def other_settings(before: Comparison, after: Comparison) -> list[str]:
+    """Name what the settings of two runs differ in."""
+    names = dict.fromkeys([*before.setting, *after.setting])
+    return [name for name in names if before.setting.get(name) != after.setting.get(name)]
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], text: int) -> str:
@@ -75,23 +185,6 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], text: int) -> s
         sized = enumerate(zip(cells, widths, strict=True))
         lines.append(" | ".join(cell.ljust(width) if k < text else cell.rjust(width) for k, (cell, width) in sized))
     return "\n".join(f"| {line} |" for line in lines)
-
-
-def write_results(path: str | Path, comparison: Comparison, **facts: Any) -> None:
-    """Write everything measured as JSON, whole or not at all: `rows`, `prompts`, `machine`, a record per picture.
-
-    Raises: OSError if it cannot be written.
-    """
-    pairs = comparison.records[REFERENCE.key]
-    content = {
-        **facts,
-        "machine": machine(),
-        "rows": [asdict(result) for result in comparison.results()],
-        "prompts": [record.prompt for record in pairs],
-        "seeds": [record.seed for record in pairs],
-        "records": [asdict(record) for records in comparison.records.values() for record in records],
-    }
-    write_atomically(Path(path), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 # --- the contact sheet
@@ -110,7 +203,7 @@ def sheet(comparison: Comparison) -> Image.Image:
     results = {(result.method, result.schedule): result for result in comparison.results()}
     keys = sorted(comparison.pictures, key=lambda key: -results[key].full_steps)
     lefts = list(_lefts([results[key].full_steps for key in keys]))
-    prompts = [record.prompt for record in comparison.records[REFERENCE.key]][: len(comparison.pictures[keys[0]])]
+    prompts = [record.prompt for record in comparison.records[REFERENCE]][: len(comparison.pictures[keys[0]])]
     top = 5 * LINE
     canvas = Image.new("RGB", (lefts[-1] + SIDE + GAP, top + len(prompts) * (SIDE + CAPTION + GAP)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -127,7 +220,7 @@ def sheet(comparison: Comparison) -> Image.Image:
     return canvas
 
 
-def _lefts(full_steps: Sequence[int]) -> Iterator[int]:
+def _lefts(full_steps: Sequence[float]) -> Iterator[int]:
     """Place columns from the left, those of as many full steps in one group."""
     x = MARGIN
     for _, group in groupby(full_steps):
@@ -138,15 +231,15 @@ def _lefts(full_steps: Sequence[int]) -> Iterator[int]:
 
 
 def _heading(result: Result) -> str:
-    if result.method == REFERENCE.name:
-        return f"{result.method}\n{result.full_steps} full steps\nthe reference"
+    if result.method == REFERENCE[0]:
+        return f"{result.method}\n{result.full_steps:.3g} full steps\nthe reference"
     name = textwrap.shorten(result.method, 18, placeholder="...")
-    schedule = textwrap.shorten(f"{result.full_steps} full, {result.schedule}", 18, placeholder="")
+    schedule = textwrap.shorten(f"{result.full_steps:.3g} full, {result.schedule}", 18, placeholder="")
     return f"{name}\n{schedule}\nmean {result.psnr:.1f} dB"
 
 
 def _caption(record: Record) -> tuple[str, Colour]:
-    psnr = "" if record.method == REFERENCE.name else f"{record.psnr:.1f} dB"
+    psnr = "" if record.method == REFERENCE[0] else f"{record.psnr:.1f} dB"
     return (f"{psnr} wrong", WRONG) if record.prompted is False else (psnr, FAINT)
 
 
@@ -160,45 +253,3 @@ def _sized(picture: np.ndarray) -> Image.Image:
     image.thumbnail((SIDE, SIDE))
     grown = SIDE // max(image.size)
     return image.resize((image.width * grown, image.height * grown), Image.Resampling.NEAREST)
-
-
-# --- curves
-
-
-def budget_curve(results: Sequence[Result], path: str | Path) -> None:
-    """Plot PSNR, with its 95 % interval, over the number of full steps, a line for each method.
-
-    Raises: ImportError without matplotlib (the extra `bench`).
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="full steps", ylabel="PSNR, dB")
-    for method in dict.fromkeys(result.method for result in results if result.method != REFERENCE.name):
-        line = sorted((r for r in results if r.method == method), key=lambda r: r.full_steps)
-        steps, quality = [r.full_steps for r in line], [r.psnr for r in line]
-        (drawn,) = axes.plot(steps, quality, marker=".", label=method)
-        low, high = [r.psnr_low for r in line], [r.psnr_high for r in line]
-        axes.fill_between(steps, low, high, color=drawn.get_color(), alpha=0.2)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-
-
-def training_curve(curve: Curve, path: str | Path) -> None:
-    """Plot the validation loss over all updates of a training, in the order in which they were done.
-
-    Raises: ImportError without matplotlib (the extra `bench`).
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="updates", ylabel="validation loss")
-    before = 0
-    for (phase, round_), entries in groupby(curve.entries, key=itemgetter("phase", "round")):
-        points = [(before + entry["update"], entry["validation_loss"]) for entry in entries]
-        axes.plot(*zip(*points, strict=True), marker=".", label=f"{phase} {round_ or ''}".strip())
-        before = points[-1][0]
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)

@@ -1,0 +1,209 @@
+"""What a call of a pipeline takes: time of its denoising loop and of its steps, full steps, FLOPs, memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lesa.tap import tap_of
+from lesa.trajectory import draw_tokens
+
+PACKAGES = ("lesa-cache", "torch", "diffusers", "transformers", "numpy", "scikit-image")
+
+
+class Watch:
+    """Looks at one call of a pipeline, by public hooks alone: times its denoising loop, or sees what its steps do.
+
+    The loop begins when the transformer is first called and ends with the last step's `callback_on_step_end`, which
+    comes right after the scheduler's step: text encoders and decoder are outside, and nothing of the pipeline is
+    patched. Work queued on a GPU is waited for at both ends. A step is full if the last block ran in it, in whatever
+    stream; seeing that hooks a block, so it is left to calls that are not timed.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self._marks: list[Any] = []
+        self._began: float | None = None
+        self._ran = False
+        self._passed: list[Tensor] = []
+        self._step = 0
+        self.seconds = 0.0
+        self.full: list[int] = []
+        self.features: list[Tensor | None] = []
+
+    @contextmanager
+    def timing(self) -> Iterator[None]:
+        """Set `seconds`, and those that `step_seconds` returns, by the call made inside."""
+        hook = self._pipe.transformer.register_forward_pre_hook(self._begin)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Set `full`, the full steps, by the call made inside."""
+        transformer = self._pipe.transformer
+        last_block = getattr(transformer, tap_of(transformer).blocks[-1])[-1]
+        hook = last_block.register_forward_pre_hook(self._see_block)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Set `features` by the call made inside: a step's at some tokens, of all streams, (streams x pairs, n, C).
+
+        Of a step in which nothing passed the class's usual tap it is None. A forecast is seen as the feature it is.
+        """
+        transformer = self._pipe.transformer
+        with ExitStack() as undo:
+            module = getattr(transformer, tap_of(transformer).module or "", transformer)
+            undo.callback(module.register_forward_pre_hook(self._pass, with_kwargs=True).remove)
+            yield
+
+    @property
+    def full_steps(self) -> int:
+        """How many steps were full."""
+        return len(self.full)
+
+    def step_seconds(self) -> list[float]:
+        """Return how long each step of the timed loop took."""
+        marks = self._marks
+        if marks and isinstance(marks[0], torch.cuda.Event):
+            return [a.elapsed_time(b) / 1000 for a, b in pairwise(marks)]
+        return [b - a for a, b in pairwise(marks)]
+
+    def on_step_end(self, pipe: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+        """The pipeline's `callback_on_step_end`; changes nothing."""
+        if self._ran:
+            self.full.append(step)
+        self.features.append(torch.cat(self._passed) if self._passed else None)
+        self._ran, self._passed = False, []
+        if self._began is not None:
+            self._marks.append(_mark(pipe.transformer))
+        if step == pipe.num_timesteps - 1:
+            _wait_for(pipe.transformer)
+            self.seconds = time.perf_counter() - (self._began or 0.0)
+        return {}
+
+    def _begin(self, transformer: torch.nn.Module, _inputs: Any) -> None:
+        if self._began is None:
+            _wait_for(transformer)
+            self._began = time.perf_counter()
+            self._marks = [_mark(transformer)]
+
+    def _see_block(self, _block: torch.nn.Module, _inputs: Any) -> None:
+        self._ran = True
+
+    def _pass(self, _module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        feature = args[0] if args else next(iter(kwargs.values()))
+        self._passed.append(feature.detach()[:, draw_tokens(feature.shape[1])].float().cpu())
+
+
+def _on_gpu(module: torch.nn.Module) -> bool:
+    return next(module.parameters()).is_cuda
+
+
+def _wait_for(module: torch.nn.Module) -> None:
+    if _on_gpu(module):
+        torch.cuda.synchronize()
+
+
+def _mark(module: torch.nn.Module) -> Any:
+    """Mark a moment: on a GPU in its queue, which nobody has to wait for."""
+    if not _on_gpu(module):
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+# --- FLOPs and memory
+
+
+def flops(pipe: Any, run: Callable[[], Any]) -> int | None:
+    """Count the FLOPs that a pipeline's transformer does in a run: matrix products, convolutions and attention.
+
+    A forecast is a weighted sum, and counts as none. None if the transformer was not called.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    with counter:
+        run()
+    counts = counter.get_flop_counts().get(type(pipe.transformer).__name__)
+    return None if counts is None else sum(counts.values())
+
+
+class Memory:
+    """The growth of the process and the peak of the GPU, from its making on."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._before = resident()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.growth: int | None = None
+
+    def look(self, *_: Any) -> None:
+        """See how large the process is now."""
+        now = resident()
+        if now is not None and self._before is not None:
+            self.growth = max(self.growth or 0, now - self._before)
+
+    def cuda_peak(self) -> int | None:
+        """Return the most bytes that the GPU held, None where there is none."""
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
+
+
+def resident() -> int | None:
+    """Return the bytes that this process keeps in memory, None without psutil (the extra `bench`)."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return psutil.Process().memory_info().rss
+
+
+# --- the machine
+
+
+def machine() -> dict[str, Any]:
+    """Describe what is measured on, with which versions, and when."""
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{name: found for name in PACKAGES if (found := _version(name))},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str | None:
+    with suppress(PackageNotFoundError):
+        return version(package)
+    return None
+
+
+def _cpu() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"

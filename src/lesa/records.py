@@ -1,0 +1,467 @@
+"""What a benchmark measured: a JSON line for each picture, time and cost, appended as they come.
+
+A run is a folder. Each process writes one file of it, `records.jsonl` or `records-1.jsonl`, ..., and reads all. The
+first line says what all records have in common: the model and its weights, the call, the pairs and how they are
+batched. A start follows for every time that a process went to work: on which machine, with which methods. Then come
+the records. Whatever a table or a plot says is worked out from these lines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+from filelock import FileLock, Timeout
+from PIL import Image
+
+from lesa import metrics
+from lesa.metrics import Interval
+from lesa.trajectory import write_atomically
+
+FORMAT = "lesa-records-1"
+FILES, PICTURES = "records*.jsonl", "pictures"
+REFERENCE = ("all full", "every:1")
+"""The run that all others are measured against."""
+Key = tuple[str, str]
+"""What tells a method from others: its name and its schedule."""
+
+
+class Pair(NamedTuple):
+    """A prompt and the seed of its noise."""
+
+    prompt: str
+    seed: int
+
+
+# --- what a line can be
+
+
+@dataclass(frozen=True)
+class Start:
+    """A process went to work: where, with which methods (as `Method.entry` gives them), and which scores it lacks."""
+
+    machine: Mapping[str, Any]
+    methods: tuple[Mapping[str, Any], ...]
+    lacking: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one picture of a method is worth, measured against the reference run's.
+
+    `prompted`: does it still show what the prompt names (None: not asked). `full` are the full steps of the run;
+    `scores` what else was asked for, by its name in tables; `feature_error` the relative error of what passed the tap
+    at each step, None where nothing passed, and empty if the run is on another grid than the reference run.
+    """
+
+    method: str
+    schedule: str
+    prompt: str
+    seed: int
+    psnr: float
+    ssim: float
+    prompted: bool | None = None
+    full: tuple[int, ...] = ()
+    scores: Mapping[str, float] = field(default_factory=dict)
+    feature_error: tuple[float | None, ...] = ()
+
+    @property
+    def pair(self) -> Pair:
+        return Pair(self.prompt, self.seed)
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of one run at batch 1: of its denoising loop, of the whole call, and of a skipped step if it was told."""
+
+    method: str
+    schedule: str
+    prompt: str
+    seed: int
+    loop: float
+    call: float
+    skipped: float | None = None
+
+    @property
+    def pair(self) -> Pair:
+        return Pair(self.prompt, self.seed)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run of a method takes at batch 1, besides time; None where it could not be told.
+
+    `flops` are the transformer's, counted; `bytes_held` are those of the history, `resident_growth` of the process,
+    `cuda_peak` of the GPU. `plans` are the rows of each stream, where the method has rows.
+    """
+
+    method: str
+    schedule: str
+    full: tuple[int, ...]
+    flops: int | None = None
+    bytes_held: int | None = None
+    resident_growth: int | None = None
+    cuda_peak: int | None = None
+    plans: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A method that may fail did, with this error."""
+
+    method: str
+    schedule: str
+    error: str
+
+
+Line = Start | Record | Time | Cost | Failure
+KINDS: dict[str, type[Line]] = {"start": Start, "picture": Record, "time": Time, "cost": Cost, "failure": Failure}
+NAMES = {kind: name for name, kind in KINDS.items()}
+
+
+def to_text(line: Line) -> str:
+    """Write a line as JSON."""
+    return json.dumps({"kind": NAMES[type(line)], **vars(line)}, ensure_ascii=False)
+
+
+def from_text(text: str) -> Line:
+    """Read what `to_text` wrote.
+
+    Raises: ValueError if it is something else.
+    """
+    try:
+        entries = json.loads(text)
+        kind: Any = KINDS[entries.pop("kind")]
+        return kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in entries.items()})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"it is no record ({error!r})") from error
+
+
+# --- all of them
+
+
+class Timing(NamedTuple):
+    """Median seconds in the denoising loop, in the whole call, and in a skipped step."""
+
+    loop: float
+    call: float
+    skipped: float | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of a table: a method over all pairs. Seconds and speedup are those of the denoising loop at batch 1.
+
+    `full_steps` is the mean over the runs: a method that decides for itself may take more in one than in another.
+    """
+
+    method: str
+    schedule: str
+    full_steps: float
+    step_ratio: float
+    psnr: float
+    psnr_low: float
+    psnr_high: float
+    ssim: float
+    prompted: float | None
+    seconds: float | None = None
+    speedup: float | None = None
+    call_seconds: float | None = None
+    call_speedup: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    pairs: int = 0
+
+
+@dataclass
+class Comparison:
+    """Everything that was measured: what all records have in common, the records, and pictures of the first pairs."""
+
+    setting: Mapping[str, Any] = field(default_factory=dict)
+    starts: list[Start] = field(default_factory=list)
+    records: dict[Key, list[Record]] = field(default_factory=dict)
+    times: dict[Key, list[Time]] = field(default_factory=dict)
+    costs: dict[Key, Cost] = field(default_factory=dict)
+    failures: dict[Key, str] = field(default_factory=dict)
+    pictures: dict[Key, list[np.ndarray]] = field(default_factory=dict)
+
+    def add(self, line: Line) -> None:
+        """Take a line in; of what was measured twice, the first counts."""
+        if isinstance(line, Start):
+            self.starts.append(line)
+            return
+        key = line.method, line.schedule
+        if isinstance(line, Record) and line.pair not in {one.pair for one in self.records.get(key, [])}:
+            self.records.setdefault(key, []).append(line)
+        elif isinstance(line, Time) and line.pair not in {one.pair for one in self.times.get(key, [])}:
+            self.times.setdefault(key, []).append(line)
+        elif isinstance(line, Cost):
+            self.costs.setdefault(key, line)
+        elif isinstance(line, Failure):
+            self.failures[key] = line.error
+
+    def holds(self, key: Key, pairs: Sequence[Pair]) -> bool:
+        """Tell whether a method has a record of each of these pairs."""
+        return set(pairs) <= {record.pair for record in self.records.get(key, [])}
+
+    def timed(self, key: Key, pairs: Sequence[Pair]) -> bool:
+        """Tell whether a method has a time of each of these pairs."""
+        return set(pairs) <= {time.pair for time in self.times.get(key, [])}
+
+    def sort(self) -> None:
+        """Bring methods into the order in which they were lined up, and records into that of the pairs."""
+        lined_up = [(m["name"], m["schedule"]) for start in self.starts for m in start.methods]
+        place = {key: k for k, key in reversed(list(enumerate(lined_up)))}
+        order = {tuple(pair): k for k, pair in enumerate(self.setting.get("pairs", ()))}
+        groups: Any = (self.records, self.times)
+        for group in groups:
+            for key in sorted(group, key=lambda key: place.get(key, len(place))):
+                group[key] = sorted(group.pop(key), key=lambda line: order.get(line.pair, len(order)))
+
+    @property
+    def full_steps(self) -> dict[Key, float]:
+        """The number of full steps of each method, on average over its runs."""
+        return {key: fmean(len(one.full) for one in records) for key, records in self.records.items()}
+
+    @property
+    def timings(self) -> dict[Key, Timing]:
+        """The medians of each method's times."""
+        return {key: _median(times) for key, times in self.times.items()}
+
+    def entry(self, key: Key) -> Mapping[str, Any]:
+        """Return what the newest start says of a method.
+
+        Raises: LookupError if no start names it.
+        """
+        for start in reversed(self.starts):
+            for entry in start.methods:
+                if (entry["name"], entry["schedule"]) == key:
+                    return entry
+        raise LookupError(f"no start names the method {key}; take a line of a record of a run.")
+
+    def results(self) -> list[Result]:
+        """Sum up every method, in the order in which they ran."""
+        full, timings = self.full_steps, self.timings
+        return [self._result(key, full, timings) for key in self.records]
+
+    def difference(self, key: Key, other: Key) -> Interval:
+        """Return by how many dB the PSNR of one method is above another's, pair by pair."""
+        return paired(self.records[key], self.records[other])
+
+    def _result(self, key: Key, full: Mapping[Key, float], timings: Mapping[Key, Timing]) -> Result:
+        records = self.records[key]
+        prompted = [record.prompted for record in records if record.prompted is not None]
+        seconds: dict[str, Any] = {}
+        if key in timings and REFERENCE in timings:
+            ours, reference = timings[key], timings[REFERENCE]
+            seconds = dict(seconds=ours.loop, speedup=reference.loop / ours.loop)
+            seconds |= dict(call_seconds=ours.call, call_speedup=reference.call / ours.call)
+        return Result(
+            *key,
+            full[key],
+            full[REFERENCE] / full[key],
+            *metrics.interval([record.psnr for record in records]),
+            fmean(record.ssim for record in records),
+            fmean(prompted) if prompted else None,
+            **seconds,
+            scores=_means([record.scores for record in records]),
+            pairs=len(records),
+        )
+
+
+def paired(records: Sequence[Record], others: Sequence[Record], score: str = "PSNR", **options: Any) -> Interval:
+    """Return by how much a score of some records is above that of others, over the pairs that both have.
+
+    Raises: ValueError if they have none in common.
+    """
+    theirs = {record.pair: value_of(record, score) for record in others}
+    ours = {record.pair: value_of(record, score) for record in records if record.pair in theirs}
+    return metrics.paired_interval(list(ours.values()), [theirs[pair] for pair in ours], **options)
+
+
+def value_of(record: Record, score: str) -> float:
+    """Return a score of a record by its name in tables.
+
+    Raises: LookupError if it was not measured.
+    """
+    known = {"PSNR": record.psnr, "SSIM": record.ssim, **record.scores}
+    if score not in known:
+        raise LookupError(f"the scores of these records are {', '.join(known)}, got {score!r}; name one of them.")
+    return known[score]
+
+
+def _median(times: Sequence[Time]) -> Timing:
+    skipped = [time.skipped for time in times if time.skipped is not None]
+    loop, call = median(time.loop for time in times), median(time.call for time in times)
+    return Timing(loop, call, median(skipped) if skipped else None)
+
+
+def _means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Average the scores that every record has."""
+    names = [name for name in (scores[0] if scores else ()) if all(name in one for one in scores)]
+    return {name: fmean(one[name] for one in scores) for name in names}
+
+
+# --- the folder
+
+
+class Log:
+    """The lines of a run that is being measured: those that are there, and a file that more are appended to.
+
+    Without a folder they are kept in memory alone.
+    """
+
+    def __init__(self, folder: Path | None = None, shard: int = 0, setting: Mapping[str, Any] | None = None):
+        self.folder = folder
+        self.path = folder / _file(shard) if folder else None
+        self.comparison = Comparison(setting or {})
+
+    def add(self, *lines: Line) -> None:
+        """Append lines to the file, all with one write, and take them in."""
+        if self.path is not None:
+            _append(self.path, "".join(to_text(line) + "\n" for line in lines))
+        for line in lines:
+            self.comparison.add(line)
+
+    def keep(self, key: Key, number: int, picture: np.ndarray) -> None:
+        """Keep the picture of the pair of this number, as a file if there is a folder."""
+        self.comparison.pictures.setdefault(key, []).append(picture)
+        if self.folder is not None:
+            path, file = picture_path(self.folder, key, number), BytesIO()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(file, "PNG")
+            write_atomically(path, file.getvalue())
+
+    def refresh(self) -> None:
+        """Read again what all processes wrote, and bring it into order."""
+        if self.folder is not None:
+            self.comparison = load(self.folder)
+        self.comparison.sort()
+
+
+@contextmanager
+def writing(folder: str | Path, setting: Mapping[str, Any], shard: int = 0) -> Iterator[Log]:
+    """Open a run's folder to measure on: a new one, or one that holds the same setting.
+
+    The last line of this process's file is removed if a kill tore it.
+
+    Raises: ValueError if the folder holds another setting, or a damaged file; RuntimeError if another process writes
+        the same file.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    log = Log(folder, shard)
+    assert log.path is not None
+    setting = json.loads(json.dumps({"format": FORMAT, **setting}))
+    try:
+        with FileLock(folder / f".lock-{shard}", timeout=0):
+            _repair(log.path)
+            for path in sorted(folder.glob(FILES)):
+                _check_same(path, setting)
+            if not log.path.exists():
+                _append(log.path, json.dumps({"kind": "run", **setting}, ensure_ascii=False) + "\n")
+            log.refresh()
+            yield log
+    except Timeout as error:
+        raise RuntimeError(f"another process measures into {log.path}; wait for it, or end it.") from error
+
+
+def load(folder: str | Path) -> Comparison:
+    """Read all that was measured into a folder, while a process measures or afterwards.
+
+    Raises: FileNotFoundError if it holds no records; ValueError if a file is damaged, or they are of different runs.
+    """
+    paths = sorted(path for path in Path(folder).glob(FILES) if _lines(path))
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no records ({FILES}); run lesa bench.")
+    comparison = Comparison(_setting(paths[0]))
+    for path in paths:
+        _check_same(path, comparison.setting)
+        for number, text in enumerate(_lines(path)[1:], start=2):
+            try:
+                comparison.add(from_text(text))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}; remove the line, and measure it again.") from error
+    comparison.sort()
+    for key in comparison.records:
+        pictures = sorted(picture_path(Path(folder), key, 0).parent.glob("*.png"))
+        if pictures:
+            comparison.pictures[key] = [np.asarray(Image.open(path).convert("RGB")) for path in pictures]
+    return comparison
+
+
+def at_line(path: str | Path, number: int) -> tuple[Record, Mapping[str, Any], Mapping[str, Any]]:
+    """Read the record in a line of a file, from 1 on; returns it with its method's entry and the run's setting.
+
+    Raises: FileNotFoundError as `load` does; ValueError if the line holds no picture's record; LookupError if no method
+        that was run made it.
+    """
+    comparison, lines = load(Path(path).parent), _lines(Path(path))
+    line = from_text(lines[number - 1]) if 1 < number <= len(lines) else None
+    if not isinstance(line, Record):
+        raise ValueError(f"line {number} of {path} (it has {len(lines)}) holds no picture's record; take another.")
+    return line, comparison.entry((line.method, line.schedule)), comparison.setting
+
+
+def picture_path(folder: Path, key: Key, number: int) -> Path:
+    """Return the file of a method's picture of the pair of this number."""
+    return folder / PICTURES / quote(" ".join(key), safe=" (),+") / f"{number:05d}.png"
+
+
+def _file(shard: int) -> str:
+    return f"records-{shard}.jsonl" if shard else "records.jsonl"
+
+
+def _append(path: Path, text: str) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _lines(path: Path) -> list[str]:
+    """Read the whole lines of a file: what follows the last line's end was torn by a kill, or is just being written."""
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+
+
+def _repair(path: Path) -> None:
+    """Remove a torn last line."""
+    if path.exists():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)
+        if not whole:
+            path.unlink()
+
+
+def _setting(path: Path) -> dict[str, Any]:
+    try:
+        entries = json.loads(_lines(path)[0])
+        if entries.pop("kind") != "run" or entries["format"] != FORMAT:
+            raise ValueError(f"its format is not {FORMAT!r}")
+        return entries
+    except (ValueError, LookupError, AttributeError) as error:
+        raise ValueError(f"{path} does not begin as records do ({error!r}); measure into another folder.") from error
+
+
+def _check_same(path: Path, setting: Mapping[str, Any]) -> None:
+    if not _lines(path):
+        return
+    there = _setting(path)
+    for name in {**there, **setting}:
+        if there.get(name) != setting.get(name):
+            shown = f"{reprlib.repr(there.get(name))} there, {reprlib.repr(setting.get(name))} here"
+            raise ValueError(
+                f"{path} holds records of another {name}: {shown}; measure into another folder, or with what it was "
+                "begun with."
+            )

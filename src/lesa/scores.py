@@ -1,0 +1,104 @@
+"""Scores of pictures: our own, and those that other packages compute where they and their weights can be had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lesa import metrics
+
+Score = Callable[[Sequence[str], Sequence[np.ndarray], Sequence[np.ndarray]], list[float]]
+"""(prompts, pictures, those of the reference run) -> one number for each"""
+
+
+def load(names: Sequence[str]) -> tuple[dict[str, Score], dict[str, str]]:
+    """Load scores by their names in tables; returns those that can be had, and of the others why not.
+
+    Raises: ValueError if there is no score of a name.
+    """
+    if unknown := set(names) - set(SCORES):
+        raise ValueError(f"the scores are {', '.join(SCORES)}, got {', '.join(sorted(unknown))}; name some of these.")
+    found: dict[str, Score] = {}
+    lacking: dict[str, str] = {}
+    for name in names:
+        try:
+            found[name] = SCORES[name]()
+        except Exception as error:  # whatever a package raises that finds no weights and no way to them
+            words = " ".join(str(error).split())
+            lacking[name] = f"{type(error).__name__}: {words[:200]}"
+    return found, lacking
+
+
+def _ms_ssim() -> Score:
+    def score(_prompts: Any, pictures: Sequence[np.ndarray], references: Sequence[np.ndarray]) -> list[float]:
+        return [metrics.ms_ssim(*pair) for pair in zip(pictures, references, strict=True)]
+
+    return score
+
+
+def _lpips() -> Score:
+    """LPIPS (Zhang et al., 2018) of AlexNet, 0 for identical pictures; by torchmetrics, weights by torchvision."""
+    functional = import_module("torchmetrics.functional.image")
+
+    def between(picture: np.ndarray, reference: np.ndarray) -> float:
+        with torch.no_grad():
+            return float(
+                functional.learned_perceptual_image_patch_similarity(
+                    _batch(picture), _batch(reference), net_type="alex", normalize=True
+                )
+            )
+
+    blank = np.zeros((64, 64, 3), dtype=np.uint8)
+    between(blank, blank)  # fetches the weights, or fails to
+
+    def score(_prompts: Any, pictures: Sequence[np.ndarray], references: Sequence[np.ndarray]) -> list[float]:
+        return [between(*pair) for pair in zip(pictures, references, strict=True)]
+
+    return score
+
+
+def _clip() -> Score:
+    """100 times the cosine between a picture and its prompt in CLIP (Hessel et al., 2021), by torchmetrics."""
+    metric = import_module("torchmetrics.multimodal").CLIPScore("openai/clip-vit-base-patch16")
+
+    def score(prompts: Sequence[str], pictures: Sequence[np.ndarray], _references: Any) -> list[float]:
+        with torch.no_grad():
+            return [
+                float(metric(torch.from_numpy(np.array(picture)).movedim(-1, 0), prompt))
+                for prompt, picture in zip(prompts, pictures, strict=True)
+            ]
+
+    return score
+
+
+def _image_reward() -> Score:
+    """ImageReward (Xu et al., 2023): what people would prefer, by its own package."""
+    model = import_module("ImageReward").load("ImageReward-v1.0")
+    image = import_module("PIL.Image")
+
+    def score(prompts: Sequence[str], pictures: Sequence[np.ndarray], _references: Any) -> list[float]:
+        with torch.no_grad():
+            return [
+                float(model.score(prompt, image.fromarray(picture)))
+                for prompt, picture in zip(prompts, pictures, strict=True)
+            ]
+
+    return score
+
+
+def _batch(picture: np.ndarray) -> Tensor:
+    """Turn a uint8 picture (H, W, 3) into what LPIPS takes: (1, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(picture)).movedim(-1, 0)[None] / 255
+
+
+SCORES: dict[str, Callable[[], Score]] = {
+    "MS-SSIM": _ms_ssim,
+    "LPIPS": _lpips,
+    "CLIP": _clip,
+    "ImageReward": _image_reward,
+}
