@@ -58,7 +58,8 @@ def _compare(options: argparse.Namespace, reuse: bool) -> None:
     methods = benchmark.line_up(options.steps, options.schedules, predictors, reuse=reuse)
     if options.budgets:
         planner = _planner(options, pipe)
-        planned = benchmark.line_up_planned(options.budgets, planner.grid, planner.search, predictors, reuse=reuse)
+        plan = _finder(planner)
+        planned = benchmark.line_up_planned(options.budgets, planner.grid, plan, predictors, reuse=reuse)
         methods += [method for method in planned if method not in methods]
     if options.only:
         if unknown := set(options.only) - {method.name for method in methods}:
@@ -105,7 +106,7 @@ def _plan(options: argparse.Namespace) -> None:
     planner = _planner(options, pipe, Store.open(options.data) if options.data else None)
     forecaster, planned = _forecaster(options), []
     for budget in options.budgets:
-        schedule = planner.search(forecaster, budget)
+        schedule = _finder(planner, options.refine)(forecaster, budget)
         full = schedule.full_steps(options.steps)
         print(f"{schedule}  {schedule.draw(options.steps)}  drift {planner.drift(forecaster, full):.1f} dB", flush=True)
         planned.append(schedule)
@@ -143,6 +144,12 @@ def _planner(options: argparse.Namespace, pipe: Any, store: Any = None) -> Any:
     prompts = _prompts(Path(options.model) / "prompts" / "train.txt", PLANNED_ON)
     seeds = range(TRAINING_SEED, TRAINING_SEED + len(prompts))
     return Planner.of(pipe, record(pipe, prompts, seeds, draw_tokens), tap)
+
+
+def _finder(planner: Any, refine: bool | None = None) -> Callable[[Any, int], Any]:
+    """Return what finds a schedule for a forecaster and a budget: real runs choose it where there is guidance."""
+    refine = planner.guided if refine is None else refine
+    return (lambda forecaster, budget: planner.plan(forecaster, budget)[0]) if refine else planner.search
 
 
 def _recorded(store: Any, tap: Any) -> Any:
@@ -263,7 +270,7 @@ def _schedules_to_learn(options: argparse.Namespace, pipe: Any, store: Any) -> l
     if not options.budgets:
         return [options.schedule]
     planner, forecaster = _planner(options, pipe, store), _forecaster(options)
-    found = [planner.search(forecaster, budget) for budget in options.budgets]
+    found = [_finder(planner)(forecaster, budget) for budget in options.budgets]
     print("\n".join(f"planned: {schedule}  {schedule.draw(planner.steps)}" for schedule in found), flush=True)
     return found
 
@@ -446,6 +453,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--budgets", type=_counts, default="10,8,6", help="numbers of full steps (10,8,6)")
     plan.add_argument("--forecaster", default="lagrange:2", help="what to plan for: reuse, taylor:1, ... (lagrange:2)")
     plan.add_argument("--predictor", metavar="FOLDER", help="plan for a lesa-continuous instead")
+    plan.add_argument(
+        "--refine",
+        action=argparse.BooleanOptionalAction,
+        help="choose by real runs among plans of more and more caution; default: where there is guidance",
+    )
     plan.add_argument("--verify", type=_count, metavar="N", help="draw N held-out prompts on the schedules found")
     plan.add_argument("--prompts", metavar="FILE", help="to verify with; default: the model's held-out ones")
     plan.add_argument("--plot", metavar="FILE", help="draw the PSNR of --verify (16) over the number of full steps")
