@@ -47,6 +47,20 @@ def comparison(pipe) -> Comparison:
     return benchmark.compare(pipe, methods, PROMPTS, SEEDS, batch_size=2, timed=3, shown=2, recognise=recognise)
 
 
+@pytest.mark.parametrize("where", ["in the method", "in the pipeline's call"])
+def test_a_negative_prompt_goes_with_every_prompt_of_a_batch(tiny_qwen, where):
+    call, guided = dict(height=32, width=32, num_inference_steps=2), dict(negative_prompt="fish", true_cfg_scale=3.0)
+    in_method = where == "in the method"
+    mine = with_call(copy.copy(tiny_qwen), call if in_method else {**call, **guided})
+    method, pairs = Method("guided", "every:1", call=guided if in_method else {}), [Pair("pear", 0), Pair("grey", 1)]
+    together, _ = benchmark.draw(mine, method, pairs)
+    alone = [benchmark.draw(mine, method, [pair])[0][0] for pair in pairs]
+    plain, _ = benchmark.draw(mine, Method("plain", "every:1", call=dict(true_cfg_scale=1.0)), pairs)
+    for a, b, other in zip(together, alone, plain, strict=True):
+        assert np.abs(a.astype(int) - b).max() <= 1
+        assert not np.array_equal(a, other)
+
+
 def result_of(comparison: Comparison, method: str) -> benchmark.Result:
     return next(result for result in comparison.results() if result.method == method)
 

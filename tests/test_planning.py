@@ -94,8 +94,9 @@ def test_real_runs_choose_among_plans_of_more_and_more_caution(planner, referenc
         runs.append(schedule)
         return -30.0 + abs(len(runs) - 2)
 
-    found, drifted = planner_of(reference, across, run).plan(Lagrange(2), 5)
-    assert len(runs) == 3 and (found, drifted) == (runs[1], -30.0)
+    ours, forecaster = planner_of(reference, across, run), Lagrange(2)
+    found = ours.plan(forecaster, 5)
+    assert len(runs) == 3 and found == runs[1] and ours.real(forecaster, found) == -30.0
     with pytest.raises(ValueError, match="knows recorded runs alone"):
         planner.plan(Lagrange(2), 5)
 

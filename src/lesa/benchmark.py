@@ -23,6 +23,7 @@ from lesa.collect import record
 from lesa.emoji import Atlas
 from lesa.forecasters import Forecaster, Lagrange, Reuse, Taylor
 from lesa.metrics import Interval
+from lesa.pipelines import for_each
 from lesa.predictor import LESA, ContinuousLESA, Predictor
 from lesa.runtime import accelerate
 from lesa.schedule import Schedule
@@ -295,7 +296,7 @@ def draw(pipe: Any, method: Method, pairs: Sequence[Pair]) -> tuple[list[np.ndar
 def _pictures(pipe: Any, pairs: Sequence[Pair], **call: Any) -> list[np.ndarray]:
     generators = [torch.Generator().manual_seed(pair.seed) for pair in pairs]
     prompts = [pair.prompt for pair in pairs]
-    images = pipe(prompt=prompts, generator=generators, output_type="pil", **call).images
+    images = pipe(prompt=prompts, generator=generators, output_type="pil", **for_each(prompts, call)).images
     return [np.asarray(image.convert("RGB")) for image in images]
 
 

@@ -107,8 +107,9 @@ def _plan(options: argparse.Namespace) -> None:
     forecaster, planned = _forecaster(options), []
     for budget in options.budgets:
         schedule = _finder(planner, options.refine)(forecaster, budget)
-        full = schedule.full_steps(options.steps)
-        print(f"{schedule}  {schedule.draw(options.steps)}  drift {planner.drift(forecaster, full):.1f} dB", flush=True)
+        real = f", {planner.real(forecaster, schedule):.1f} dB in real runs" if planner.guided else ""
+        drift = planner.drift(forecaster, schedule.full_steps(options.steps))
+        print(f"{schedule}  {schedule.draw(options.steps)}  drift {drift:.1f} dB{real}", flush=True)
         planned.append(schedule)
     print(f"planned in {monotonic() - began:.1f} s, the runs included", file=sys.stderr)
     if options.verify or options.plot:
@@ -149,7 +150,7 @@ def _planner(options: argparse.Namespace, pipe: Any, store: Any = None) -> Any:
 def _finder(planner: Any, refine: bool | None = None) -> Callable[[Any, int], Any]:
     """Return what finds a schedule for a forecaster and a budget: real runs choose it where there is guidance."""
     refine = planner.guided if refine is None else refine
-    return (lambda forecaster, budget: planner.plan(forecaster, budget)[0]) if refine else planner.search
+    return planner.plan if refine else planner.search
 
 
 def _recorded(store: Any, tap: Any) -> Any:

@@ -40,7 +40,7 @@ RANDOM_STARTS, TRIED_STARTS = 2, 4
 """How many of the search's starts are random, and from how many, the best ones, it goes on."""
 PLANNED_ON, DISTURBED = 16, 8
 """How many recorded runs a pipeline's planner looks at, and how many it runs once more to see drifts answered."""
-CAUTIONS = (0.0, 1.0, 2.0, 4.0, 8.0)
+CAUTIONS = (1.0, 2.0, 4.0, 8.0)
 """The caution of the schedules that `Planner.plan` runs."""
 Run = Callable[[Forecaster, Schedule], float]
 """(forecaster, schedule) -> the drift in dB of real runs"""
@@ -137,6 +137,7 @@ class Planner:
         directions = torch.randn(self.errors.shape[1:], generator=torch.Generator().manual_seed(1))
         self._directions = functional.normalize(directions, dim=-1)
         self._run = run
+        self._known: dict[tuple[Forecaster, Schedule], float] = {}
         self._gaps: dict[tuple, list[tuple[Tensor, list[float]]]] = {}
         self._states: dict[tuple, tuple[Tensor, Tensor]] = {}
 
@@ -186,25 +187,35 @@ class Planner:
             self._states[key] = left, self._answer(left, end, caution)
         return self._states[key]
 
-    def plan(self, forecaster: Forecaster, budget: int) -> tuple[Schedule, float]:
-        """Return the schedule whose real runs end nearest to their reference runs, and their drift in dB.
+    def plan(self, forecaster: Forecaster, budget: int) -> Schedule:
+        """Return the schedule whose real runs end nearest to their reference runs.
 
-        Those of `search` are run: without caution, with some, and with twice as much while that is no worse.
+        Those of `search` are run: with the caution that was measured, and with twice as much while that is no worse.
 
-        Raises: ValueError if the planner cannot run the pipeline (see `of`), or as `search` does.
+        Raises: ValueError as `real` and `search` do.
         """
-        if self._run is None:
-            raise ValueError("this planner knows recorded runs alone; make it with Planner.of(pipe, ...), or search.")
         best, least = None, math.inf
         for caution in CAUTIONS:
             schedule = self.search(forecaster, budget, caution=caution, near=best)
             if schedule == best:
                 continue
-            if (found := self._run(forecaster, schedule)) > least:
+            if (found := self.real(forecaster, schedule)) > least:
                 break
             best, least = schedule, found
         assert best is not None
-        return best, least
+        return best
+
+    def real(self, forecaster: Forecaster, schedule: Schedule) -> float:
+        """Return how far real runs end from their reference runs, in dB as `drift`.
+
+        Raises: ValueError if the planner has no pipeline to run (see `of`).
+        """
+        if self._run is None:
+            raise ValueError("this planner knows recorded runs alone; make it with Planner.of(pipe, ...), or search.")
+        key = (forecaster, schedule)
+        if key not in self._known:
+            self._known[key] = self._run(forecaster, schedule)
+        return self._known[key]
 
     def search(
         self,
@@ -217,9 +228,9 @@ class Planner:
     ) -> Schedule:
         """Return the best schedule found with `budget` full steps, by moving full steps until none is better elsewhere.
 
-        It starts from the best of several spreads of the full steps over the run, or from one schedule and the best
-        spread. The first full steps are those of `begin`. The same runs give the same schedule, however busy the
-        machine is. `caution` is that of `drift`.
+        It starts from the best of several spreads of the full steps over the run, or from the schedule `near`. The
+        first full steps are those of `begin`. The same runs give the same schedule, however busy the machine is.
+        `caution` is that of `drift`.
 
         Raises: ValueError if the budget is not from 1 to S, or has no room after `begin`, or as `drift` does.
         """
@@ -233,8 +244,8 @@ class Planner:
             return self.drift(forecaster, full, caution)
 
         self._states.clear()
-        starts = sorted(_starts(self.steps, budget, begin), key=cost)[: 1 if near else TRIED_STARTS]
-        starts += [list(near.full_steps(self.steps))] if near else []
+        spread = sorted(_starts(self.steps, budget, begin), key=cost)[:TRIED_STARTS]
+        starts = [list(near.full_steps(self.steps))] if near else spread
         found = [_descend(start, cost, self.steps, len(begin)) for start in starts]
         return Schedule.at(min(found, key=cost))
 
