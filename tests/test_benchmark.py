@@ -165,6 +165,22 @@ def test_the_line_up_has_every_method_on_every_schedule_and_fewer_steps_once():
     assert methods == [("fewer steps", "5 steps"), *ours]
 
 
+def test_only_what_is_named_is_planned_for():
+    planned = []
+
+    def plan(forecaster, budget):
+        planned.append((repr(forecaster), budget))
+        return Schedule.at(range(budget))
+
+    grid = torch.linspace(1, 0, STEPS + 1)
+    everything = benchmark.line_up_planned([2, 3], grid, plan)
+    assert len(everything) == len(planned) + 2 == 14
+    del planned[:]
+    few = benchmark.line_up_planned([2, 3], grid, plan, only=["Taylor-2 (our tap)"])
+    assert planned == [("Taylor(order=2)", 2), ("Taylor(order=2)", 3)]
+    assert [method.name for method in few] == ["fewer steps", "Taylor-2 (our tap)"] * 2
+
+
 def test_pictures_are_recognised_where_the_model_has_emoji(tmp_path):
     folder = Path(__file__).parents[1] / "models" / "emoji-flux"
     assert benchmark.recogniser(tmp_path) is None

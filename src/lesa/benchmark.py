@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -96,8 +96,9 @@ def line_up_planned(
     predictors: Sequence[Predictor] = (),
     *,
     reuse: bool = True,
+    only: Collection[str] | None = None,
 ) -> list[Method]:
-    """Line up every method on the schedule that is planned for it, budget by budget.
+    """Line up every method on the schedule that is planned for it, budget by budget, or those of these names only.
 
     `plan` finds the schedule of a forecaster that needs no training; a predictor has its own.
     """
@@ -111,8 +112,8 @@ def line_up_planned(
     methods: list[Method] = []
     for budget in budgets:
         methods.append(fewer_steps(budget))
-        plain = untrained(reuse, lagrange=True).items()
-        methods += [forecast(name, forecaster, plan(forecaster, budget)) for name, forecaster in plain]
+        plain = {name: one for name, one in untrained(reuse, lagrange=True).items() if only is None or name in only}
+        methods += [forecast(name, forecaster, plan(forecaster, budget)) for name, forecaster in plain.items()]
         chosen = [one for one in predictors if fits(one, budget)]
         methods += [forecast(label(one), one, one.schedule_for(grid, budget)) for one in chosen]
     return methods

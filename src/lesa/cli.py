@@ -59,7 +59,8 @@ def _compare(options: argparse.Namespace, reuse: bool) -> None:
     if options.budgets:
         planner = _planner(options, pipe)
         plan = _finder(planner)
-        planned = benchmark.line_up_planned(options.budgets, planner.grid, plan, predictors, reuse=reuse)
+        named = dict(reuse=reuse, only=options.only)
+        planned = benchmark.line_up_planned(options.budgets, planner.grid, plan, predictors, **named)
         methods += [method for method in planned if method not in methods]
     if options.only:
         if unknown := set(options.only) - {method.name for method in methods}:
