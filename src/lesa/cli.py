@@ -589,7 +589,7 @@ def _schedule(text: str) -> Any:
 
 @_told
 def _schedules(text: str) -> list[Any]:
-    return [_schedule(part) for part in re.split(r",(?=[a-z])", text)]
+    return [_schedule(part) for part in re.split(r",(?=[a-z])", text) if part]
 
 
 @_told
