@@ -5,7 +5,9 @@ MODEL := models/emoji-flux
 GRIDS := 64-50 64-40 64-28 64-20 96-50 96-40 96-28 96-20
 ON_VALIDATION := --validation-prompts $(MODEL)/prompts/validation.txt
 
-.PHONY: setup demo bench bench-planned bench-grids predictors predictor-many test lint format clean
+QWEN := models/emoji-qwen
+
+.PHONY: setup demo bench bench-planned bench-grids bench-qwen predictors predictor-many predictors-qwen test lint format clean
 
 setup: $(STAMP)
 
@@ -64,6 +66,23 @@ predictors: setup
 	$(BIN)/lesa train $(MODEL) --data out/runs --budgets 6 --forecaster lagrange:3 --rounds 3 --tap output \
 		$(ON_VALIDATION) --validation 24 \
 		--out $(MODEL)/lesa/lesa-planned6/at-output
+
+# The predictors shipped with emoji-qwen, for the paper's schedules and for planned ones, both streams at once.
+predictors-qwen: setup
+	$(BIN)/lesa collect $(QWEN) --prompts $(QWEN)/prompts/train.txt --limit 48 --out out/runs-qwen
+	train="$(BIN)/lesa train $(QWEN) --data out/runs-qwen --validation-prompts $(QWEN)/prompts/validation.txt \
+		--validation 16 --updates 60 100 --rounds 1"; \
+	for n in 7 10; do \
+		$$train --schedule paper:$$n --method lesa --out $(QWEN)/lesa/lesa-paper$$n || exit 1; \
+		$$train --schedule paper:$$n --method l2p --out $(QWEN)/lesa/l2p-paper$$n || exit 1; \
+	done; \
+	for n in 10 8; do \
+		$$train --budgets $$n --forecaster taylor:1 --out $(QWEN)/lesa/lesa-planned$$n || exit 1; \
+	done
+
+# Every method on emoji-qwen: on the paper's schedules, and on the schedule planned for it.
+bench-qwen: setup
+	$(BIN)/lesa bench $(QWEN) --no-bound --pairs 100 --budgets 10,8 --out out/bench-qwen
 
 test: setup
 	$(BIN)/python -m pytest

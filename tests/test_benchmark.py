@@ -50,6 +50,20 @@ def comparison(pipe) -> Comparison:
     return benchmark.compare(pipe, methods, PROMPTS, SEEDS, batch_size=2, timed=3, shown=2, recognise=recognise)
 
 
+@pytest.mark.parametrize("where", ["in the method", "in the pipeline's call"])
+def test_a_negative_prompt_goes_with_every_prompt_of_a_batch(tiny_qwen, where):
+    call, guided = dict(height=32, width=32, num_inference_steps=2), dict(negative_prompt="fish", true_cfg_scale=3.0)
+    in_method = where == "in the method"
+    mine = with_call(copy.copy(tiny_qwen), call if in_method else {**call, **guided})
+    method, pairs = Method("guided", "every:1", call=guided if in_method else {}), [Pair("pear", 0), Pair("grey", 1)]
+    together, _ = benchmark.draw(mine, method, pairs)
+    alone = [benchmark.draw(mine, method, [pair])[0][0] for pair in pairs]
+    plain, _ = benchmark.draw(mine, Method("plain", "every:1", call=dict(true_cfg_scale=1.0)), pairs)
+    for a, b, other in zip(together, alone, plain, strict=True):
+        assert np.abs(a.astype(int) - b).max() <= 1
+        assert not np.array_equal(a, other)
+
+
 def result_of(comparison: Comparison, method: str) -> Result:
     return next(result for result in comparison.results() if result.method == method)
 
@@ -250,6 +264,22 @@ def test_the_line_up_has_every_method_on_every_schedule_and_fewer_steps_once():
     names = ["reuse", "Taylor-1 (our tap)", "Taylor-2 (our tap)"]
     ours = [*((name, "paper:4") for name in names), ("L2P", "paper:4"), *((name, "at:0,2,4,6,7") for name in names)]
     assert methods == [("fewer steps", "5 steps"), *ours]
+
+
+def test_only_what_is_named_is_planned_for():
+    planned = []
+
+    def plan(forecaster, budget):
+        planned.append((repr(forecaster), budget))
+        return Schedule.at(range(budget))
+
+    grid = torch.linspace(1, 0, STEPS + 1)
+    everything = benchmark.line_up_planned([2, 3], grid, plan)
+    assert len(everything) == len(planned) + 2 == 14
+    del planned[:]
+    few = benchmark.line_up_planned([2, 3], grid, plan, only=["Taylor-2 (our tap)"])
+    assert planned == [("Taylor(order=2)", 2), ("Taylor(order=2)", 3)]
+    assert [method.name for method in few] == ["fewer steps", "Taylor-2 (our tap)"] * 2
 
 
 def test_pictures_are_recognised_where_the_model_has_emoji(tmp_path):

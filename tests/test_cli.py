@@ -314,6 +314,7 @@ def test_the_commands_know_all_taps():
 
 def test_schedules_may_hold_commas():
     assert [str(one) for one in cli._schedules("paper:7,at:0,3,9,ratio:5")] == ["paper:7", "at:0,3,9", "ratio:5"]
+    assert cli._schedules("") == []
 
 
 def test_plan_prints_a_schedule_for_each_budget(model, runs, capsys):

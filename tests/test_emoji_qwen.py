@@ -1,5 +1,6 @@
 """The embedded model `emoji-qwen`: what it draws with guidance and without, and the predictors beside it."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -10,8 +11,11 @@ import torch
 from diffusers import QwenImagePipeline
 
 import lesa
+from lesa.collect import record
 from lesa.emoji import PIXELS, Atlas
 from lesa.grid import from_scheduler
+from lesa.metrics import psnr
+from lesa.training import drift
 
 MODEL = Path(__file__).parent.parent / "models" / "emoji-qwen"
 HELD_OUT = (MODEL / "prompts" / "heldout.txt").read_text().splitlines()
@@ -63,6 +67,49 @@ def test_it_is_guided(pipe):
         guided, plain = draw(pipe, prompts), draw(pipe, prompts, true_cfg_scale=1.0)
     assert {name: stream.runs for name, stream in run.summary().items()} == {"cond": 2, "uncond": 1}
     assert not np.array_equal(guided[0], plain[0])
+
+
+def test_the_shipped_predictor_keeps_the_picture_with_a_fifth_of_the_steps_full(pipe):
+    prompts = HELD_OUT[8:12]
+    reference = draw(pipe, prompts)
+    with lesa.accelerate(pipe) as run:
+        pictures = draw(pipe, prompts)
+    assert {name: (s.full_steps, s.skipped_steps) for name, s in run.summary().items()} == dict.fromkeys(
+        ("cond", "uncond"), (10, 40)
+    )
+    taylor, ours = lesa.Taylor(order=1), np.mean(list(map(psnr, pictures, reference)))
+    for schedule, gained in ((lesa.Schedule.paper(7), 5), (lesa.Schedule.at(run.plan().full), 0)):
+        with lesa.accelerate(pipe, taylor, schedule=schedule):
+            theirs = np.mean(list(map(psnr, draw(pipe, prompts), reference)))
+        assert ours > theirs + gained
+
+
+def test_the_rows_of_one_stream_are_not_for_the_other(pipe):
+    prompts, seeds, tokens = HELD_OUT[12:16], range(4), torch.arange(64)
+    reference = record(pipe, prompts, seeds, tokens)
+    right = lesa.Predictor.from_pretrained(MODEL / "lesa" / "lesa-paper7")
+    swapped = copy.deepcopy(right)
+    swapped.load_state_dict(
+        {
+            ".".join({"cond": "uncond", "uncond": "cond"}.get(x, x) for x in name.split(".")): number
+            for name, number in right.state_dict().items()
+        }
+    )
+    drifts = []
+    for predictor in (right, swapped):
+        with lesa.accelerate(pipe, predictor):
+            drifts.append(drift(record(pipe, prompts, seeds, tokens), reference))
+    assert drifts[0] < drifts[1] - 1
+
+
+def test_every_shipped_predictor_loads_and_fits(pipe):
+    folders = [file.parent for file in MODEL.glob("lesa/*/config.json")]
+    assert len(folders) == 6
+    for folder in folders:
+        predictor = lesa.Predictor.from_pretrained(folder)
+        with lesa.accelerate(pipe, predictor) as run:
+            pipe("small red apple on blue, left", output_type="latent")
+        assert run.plan("uncond").full == predictor.schedule.full_steps(50)
 
 
 def test_diffusers_loads_it_without_lesa():

@@ -9,7 +9,7 @@ from test_training import BOTH, CHANNELS, OUT, STEPS, TOKENS, WEIGHTS, World, be
 from lesa.forecasters import Lagrange, LinearRows, PlannedRow, Reuse, Taylor
 from lesa.guidance import Guidance
 from lesa.plan import compile, histories
-from lesa.planning import Planner, disturbance, responses
+from lesa.planning import CAUTIONS, Planner, disturbance, responses
 from lesa.predictor import L2P
 from lesa.row import Row
 from lesa.schedule import Schedule
@@ -61,6 +61,50 @@ def test_the_drift_of_real_runs_is_known_before_them(forecaster, full, planner, 
     assert planner.drift(forecaster, full) == pytest.approx(real, abs=0.3)
 
 
+TURN = torch.tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+
+
+def turning(seed, step, latents):
+    """No one number says how outputs answer to the latents."""
+    return bending(seed, step, latents) + 3 * latents @ TURN @ BACK
+
+
+def test_caution_counts_what_full_steps_answer_across_a_drift():
+    world = plain_world(turning)
+    reference = world.runs(range(6))
+    disturbed = world.runs(range(6), Forecast(Reuse(), disturbance(STEPS)))
+    answers = responses(disturbed, reference)
+    assert 2 < float(answers.across[disturbed[0].full[1]]) < 3
+    wary, missed = Planner(reference, head, answers, size=2048), {0.0: 0.0, 1.0: 0.0}
+    for full in SCHEDULES:
+        real = drift(world.runs(range(6), Forecast(Lagrange(2), Schedule.at(full))), reference)
+        for caution in missed:
+            missed[caution] += abs(wary.drift(Lagrange(2), full, caution) - real)
+    assert missed[1.0] < missed[0.0]
+
+
+def test_real_runs_choose_among_plans_of_more_and_more_caution(planner, reference):
+    """What a real run loses to caution, or without it, is made up here; the planner believes it."""
+    across = planner._responses._replace(across=torch.full((STEPS,), 2.0))
+    searched = {caution: planner_of(reference, across).search(Lagrange(2), 5, caution=caution) for caution in CAUTIONS}
+    assert len(set(searched.values())) > 1
+    runs = []
+
+    def run(forecaster, schedule):
+        runs.append(schedule)
+        return -30.0 + abs(len(runs) - 2)
+
+    ours, forecaster = planner_of(reference, across, run), Lagrange(2)
+    found = ours.plan(forecaster, 5)
+    assert len(runs) == 3 and found == runs[1] and ours.real(forecaster, found) == -30.0
+    with pytest.raises(ValueError, match="knows recorded runs alone"):
+        planner.plan(Lagrange(2), 5)
+
+
+def planner_of(reference, answers, run=None):
+    return Planner(reference, head, answers, run=run)
+
+
 def test_without_the_answers_the_drift_is_another(planner, reference):
     deaf = Planner(reference, head, size=2048)
     assert abs(deaf.drift(Reuse(), SCHEDULES[0]) - planner.drift(Reuse(), SCHEDULES[0])) > 0.5
@@ -68,9 +112,10 @@ def test_without_the_answers_the_drift_is_another(planner, reference):
 
 def test_how_full_steps_answer_a_drift_is_measured(reference):
     disturbed = plain_world(answering).runs(range(6), Forecast(Reuse(), disturbance(STEPS)))
-    found = responses(disturbed, reference)
+    found, rest = responses(disturbed, reference)
     first, times = disturbed[0].full[1], reference[0].grid.float()
     torch.testing.assert_close(found[first:], torch.full((STEPS - first,), ANSWER), atol=1e-3, rtol=0)
+    torch.testing.assert_close(rest, torch.zeros(STEPS), atol=1e-3, rtol=0)
     expected = ANSWER * times[first] / times[:first]
     torch.testing.assert_close(found[:first], expected, atol=1e-3, rtol=0)
     with pytest.raises(ValueError, match="each disturbed run has its reference run, got 5 and 6"):
@@ -138,7 +183,7 @@ def test_training_knows_the_drift_of_rows_that_were_not_run(guidance):
     runs = world.runs(range(6), Forecast(Reuse(), Schedule.parse(schedule)))
     other = world.runs(range(6), Forecast(new, Schedule.parse(schedule)))
     truth, recorded = Runs.stack(reference, streams), Runs.stack(runs, streams, problem.full)
-    problem.responses = response(recorded, truth, problem.full, guidance)
+    problem.responses = response(recorded, truth, problem.full, guidance).along
     pasts = dict(histories(STEPS, problem.full, 0, free.memory, False))
 
     def row(step, plan):

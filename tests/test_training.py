@@ -22,7 +22,7 @@ from lesa.guidance import Guidance
 from lesa.plan import compile
 from lesa.predictor import L2P, LESA, Origin
 from lesa.schedule import Schedule
-from lesa.tap import Tap
+from lesa.tap import Projection, Tap
 from lesa.training import Config, Lesson, Problem, Runs, drift, least_squares, train
 from lesa.trajectory import Trajectory
 
@@ -699,3 +699,29 @@ def test_drift_is_in_decibels_of_the_last_latents():
     assert drift(reference, reference) == pytest.approx(-120, abs=1e-6)
     with pytest.raises(ValueError, match="runs come one for each"):
         drift(off[:2], reference)
+
+
+@pytest.mark.parametrize("closed_loop", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_projection_is_trained_on_folded_features_and_gives_the_same_loss(bias, closed_loop):
+    torch.manual_seed(0)
+    projection = torch.nn.Linear(CHANNELS, OUT, bias=bias).requires_grad_(False)
+    head = Projection(projection)
+    world, free = World(bending), LESA(origin(), **SMALL)
+    for expert in free.stage_experts("cond"):
+        expert.bias.data += 0.3  # offsets count
+    losses = []
+    for whole in (head, projection_of(projection)):
+        problem = Problem(free, whole, "latents")
+        assert problem.folds == (whole is head)
+        reference, runs = (problem.fold(Runs.stack(world.runs(seeds), BOTH[:1])) for seeds in (range(3), range(3, 6)))
+        assert runs.features.shape[-1] == (OUT if whole is head else CHANNELS)
+        runs = runs.at(problem.full) if closed_loop else runs
+        losses.append(
+            problem.loss({"cond": free.stream_rows("cond", GRID, problem.pasts)}, runs, reference, closed_loop)
+        )
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def projection_of(projection):
+    return lambda features, _conditioning: projection(features)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from lesa.collect import record
 from lesa.cost import Memory, Watch, flops, machine
 from lesa.emoji import Atlas
 from lesa.forecasters import Forecaster, Lagrange, Reuse, Taylor
+from lesa.pipelines import for_each
 from lesa.predictor import LESA, ContinuousLESA, Predictor
 from lesa.ranks import Ranks
 from lesa.records import Comparison, Cost, Failure, Key, Line, Log, Pair, Record, Start, Time
@@ -130,8 +131,9 @@ def line_up_planned(
     predictors: Sequence[Predictor] = (),
     *,
     reuse: bool = True,
+    only: Collection[str] | None = None,
 ) -> list[Method]:
-    """Line up every method on the schedule that is planned for it, budget by budget.
+    """Line up every method on the schedule that is planned for it, budget by budget, or those of these names only.
 
     `plan` finds the schedule of a forecaster that needs no training; a predictor has its own.
     """
@@ -145,8 +147,8 @@ def line_up_planned(
     methods: list[Method] = []
     for budget in budgets:
         methods.append(fewer_steps(budget))
-        plain = untrained(reuse, lagrange=True).items()
-        methods += [forecast(name, forecaster, plan(forecaster, budget)) for name, forecaster in plain]
+        plain = {name: one for name, one in untrained(reuse, lagrange=True).items() if only is None or name in only}
+        methods += [forecast(name, forecaster, plan(forecaster, budget)) for name, forecaster in plain.items()]
         chosen = [one for one in predictors if fits(one, budget)]
         methods += [forecast(label(one), one, one.schedule_for(grid, budget)) for one in chosen]
     return methods
@@ -319,7 +321,7 @@ def observe(pipe: Any, method: Method, pairs: Sequence[Pair]) -> Drawn:
 def _pictures(pipe: Any, pairs: Sequence[Pair], **call: Any) -> list[np.ndarray]:
     generators = [torch.Generator().manual_seed(pair.seed) for pair in pairs]
     prompts = [pair.prompt for pair in pairs]
-    images = pipe(prompt=prompts, generator=generators, output_type="pil", **call).images
+    images = pipe(prompt=prompts, generator=generators, output_type="pil", **for_each(prompts, call)).images
     return [np.asarray(image.convert("RGB")) for image in images]
 
 

@@ -107,7 +107,8 @@ def _line_up(options: argparse.Namespace, pipe: Any, predictors: Sequence[Any], 
         if not at.leads:
             at.wait()
         grid, plan = _planned(options, pipe)
-        planned = benchmark.line_up_planned(options.budgets, grid, plan, predictors, reuse=reuse)
+        named = dict(reuse=reuse, only=options.only)
+        planned = benchmark.line_up_planned(options.budgets, grid, plan, predictors, **named)
         methods += [method for method in planned if method not in methods]
         if at.leads:
             at.wait()
@@ -136,7 +137,7 @@ def _planned(options: argparse.Namespace, pipe: Any) -> tuple[Any, Callable[[Any
     def plan(forecaster: Any, budget: int) -> Any:
         name = f"{forecaster!r} {budget}"
         if name not in known:
-            known[name] = str(planner().search(forecaster, budget))
+            known[name] = str(_finder(planner())(forecaster, budget))
             write_atomically(path, json.dumps(known, indent=1).encode())
         return Schedule.parse(known[name])
 
@@ -224,9 +225,10 @@ def _plan(options: argparse.Namespace) -> None:
     planner = _planner(options, pipe, Store.open(options.data) if options.data else None)
     forecaster, planned = _forecaster(options), []
     for budget in options.budgets:
-        schedule = planner.search(forecaster, budget)
-        full = schedule.full_steps(options.steps)
-        print(f"{schedule}  {schedule.draw(options.steps)}  drift {planner.drift(forecaster, full):.1f} dB", flush=True)
+        schedule = _finder(planner, options.refine)(forecaster, budget)
+        real = f", {planner.real(forecaster, schedule):.1f} dB in real runs" if planner.guided else ""
+        drift = planner.drift(forecaster, schedule.full_steps(options.steps))
+        print(f"{schedule}  {schedule.draw(options.steps)}  drift {drift:.1f} dB{real}", flush=True)
         planned.append(schedule)
     print(f"planned in {monotonic() - began:.1f} s, the runs included", file=sys.stderr)
     if options.verify or options.plot:
@@ -262,6 +264,12 @@ def _planner(options: argparse.Namespace, pipe: Any, store: Any = None) -> Any:
     prompts = _prompts(Path(options.model) / "prompts" / "train.txt", PLANNED_ON)
     seeds = range(TRAINING_SEED, TRAINING_SEED + len(prompts))
     return Planner.of(pipe, record(pipe, prompts, seeds, draw_tokens), tap)
+
+
+def _finder(planner: Any, refine: bool | None = None) -> Callable[[Any, int], Any]:
+    """Return what finds a schedule for a forecaster and a budget: real runs choose it where there is guidance."""
+    refine = planner.guided if refine is None else refine
+    return planner.plan if refine else planner.search
 
 
 def _recorded(store: Any, tap: Any) -> Any:
@@ -386,7 +394,7 @@ def _schedules_to_learn(options: argparse.Namespace, pipe: Any, store: Any) -> l
     if not options.budgets:
         return [options.schedule]
     planner, forecaster = _planner(options, pipe, store), _forecaster(options)
-    found = [planner.search(forecaster, budget) for budget in options.budgets]
+    found = [_finder(planner)(forecaster, budget) for budget in options.budgets]
     print("\n".join(f"planned: {schedule}  {schedule.draw(planner.steps)}" for schedule in found), flush=True)
     return found
 
@@ -632,6 +640,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--budgets", type=_counts, default="10,8,6", help="numbers of full steps (10,8,6)")
     plan.add_argument("--forecaster", default="lagrange:2", help="what to plan for: reuse, taylor:1, ... (lagrange:2)")
     plan.add_argument("--predictor", metavar="FOLDER", help="plan for a lesa-continuous instead")
+    plan.add_argument(
+        "--refine",
+        action=argparse.BooleanOptionalAction,
+        help="choose by real runs among plans of more and more caution; default: where there is guidance",
+    )
     plan.add_argument("--verify", type=_count, metavar="N", help="draw N held-out prompts on the schedules found")
     plan.add_argument("--prompts", metavar="FILE", help="to verify with; default: the model's held-out ones")
     plan.add_argument("--plot", metavar="FILE", help="draw the PSNR of --verify (16) over the number of full steps")
@@ -832,7 +845,7 @@ def _schedule(text: str) -> Any:
 
 @_told
 def _schedules(text: str) -> list[Any]:
-    return [_schedule(part) for part in re.split(r",(?=[a-z])", text)]
+    return [_schedule(part) for part in re.split(r",(?=[a-z])", text) if part]
 
 
 @_told

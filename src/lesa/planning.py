@@ -7,8 +7,12 @@ reusing the feature of step k leaves in the output of step s, a row with coeffic
     d_{s+1} = d_s + (t_{s+1} - t_s) (sum_k c_k E_ks + sum_k c_k r_k d_k)
 
 over the full steps k that the row of s combines, a full step being its own. r_k is how the transformer answers a drift:
-full steps take most of an early drift back, which is why full steps are worth more late in a run. Where there are two
-streams, an output is the velocity that guidance makes of theirs.
+full steps take most of an early drift back, which is why full steps are worth more late in a run.
+
+Where there are two streams, an output is the velocity that guidance makes of theirs, and no one number says how it
+answers: guidance multiplies the difference of the streams, and uncond answers a drift by another picture. `search` can
+count that rest as a drift in some direction, with more or less caution; how much is right depends on the forecaster, so
+`plan` tries several by real runs.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lesa.collect import record
 from lesa.detour import Detour
@@ -28,13 +33,17 @@ from lesa.guidance import Guidance
 from lesa.runtime import accelerate
 from lesa.schedule import Schedule
 from lesa.tap import Tap, head, tap_of
-from lesa.training import TINY, Head, Runs, response
+from lesa.training import TINY, Answers, Head, Runs, drift, response
 from lesa.trajectory import Trajectory
 
 RANDOM_STARTS, TRIED_STARTS = 2, 4
 """How many of the search's starts are random, and from how many, the best ones, it goes on."""
 PLANNED_ON, DISTURBED = 16, 8
 """How many recorded runs a pipeline's planner looks at, and how many it runs once more to see drifts answered."""
+CAUTIONS = (1.0, 2.0, 4.0, 8.0)
+"""The caution of the schedules that `Planner.plan` runs."""
+Run = Callable[[Forecaster, Schedule], float]
+"""(forecaster, schedule) -> the drift in dB of real runs"""
 
 
 def disturbance(steps: int) -> Schedule:
@@ -42,8 +51,8 @@ def disturbance(steps: int) -> Schedule:
     return Schedule.at([0, *range(min(max(2, steps // 6), steps - 1), steps)])
 
 
-def responses(disturbed: Sequence[Trajectory], reference: Sequence[Trajectory]) -> Tensor:
-    """Return how the transformer answers a drift at every step, (S,), from runs on `disturbance` and their references.
+def responses(disturbed: Sequence[Trajectory], reference: Sequence[Trajectory]) -> Answers:
+    """Measure how the transformer answers a drift, from runs on `disturbance` and their references.
 
     Before their first full step after the skipped ones it is taken to be in proportion to 1 / t, as where a model sees
     noise alone.
@@ -54,13 +63,13 @@ def responses(disturbed: Sequence[Trajectory], reference: Sequence[Trajectory]) 
         raise ValueError(
             f"each disturbed run has its reference run, got {len(disturbed)} and {len(reference)}; record the same."
         )
-    full = disturbed[0].full
-    streams = reference[0].streams
+    full, streams = disturbed[0].full, reference[0].streams
     runs, wanted = (Runs.stack(some, streams) for some in (disturbed, reference))
-    found = response(runs, wanted, full, Guidance.of(reference, streams))
+    answers = response(runs, wanted, full, Guidance.of(reference, streams))
     times, first = reference[0].grid[:-1].float(), full[1]
-    found[:first] = found[first] * times[first] / times[:first]
-    return found
+    for found in answers:
+        found[:first] = found[first] * times[first] / times[:first]
+    return answers
 
 
 def detours(
@@ -103,7 +112,7 @@ class Planner:
     """What recorded reference runs say of schedules: the drift in dB that a forecaster leaves, and the best full steps.
 
     `size` is to how many random numbers the error at one step of one run is projected; drifts are theirs. `errors`
-    holds (t_{s+1} - t_s) E_ks so projected, (S, S, runs, size), 0 unless k < s.
+    holds (t_{s+1} - t_s) E_ks so projected, (S, S, runs, size), 0 unless k < s. `run` gives the drift of real runs.
 
     Raises: ValueError if there are no runs, or the runs do not fit each other.
     """
@@ -112,18 +121,25 @@ class Planner:
         self,
         reference: Sequence[Trajectory],
         outputs_of: Head,
-        responses: Tensor | None = None,
+        responses: Answers | None = None,
         *,
         tap: Tap | None = None,
         size: int = 64,
+        run: Run | None = None,
     ):
         streams = reference[0].streams if reference else ()
         runs = Runs.stack(reference, streams, tap=tap)
         self.grid, self.steps = reference[0].grid, reference[0].steps
+        self.guided = len(streams) > 1
         self._durations = self.grid.diff().float()
-        self._responses = torch.zeros(self.steps) if responses is None else responses
+        self._responses = responses or Answers(torch.zeros(self.steps), torch.zeros(self.steps))
         self.errors, self._scale = _errors(runs, outputs_of, Guidance.of(reference, streams), self._durations, size)
-        self._gaps: dict[tuple, tuple[Tensor, list[float]]] = {}
+        directions = torch.randn(self.errors.shape[1:], generator=torch.Generator().manual_seed(1))
+        self._directions = functional.normalize(directions, dim=-1)
+        self._run = run
+        self._known: dict[tuple[Forecaster, Schedule], float] = {}
+        self._gaps: dict[tuple, list[tuple[Tensor, list[float]]]] = {}
+        self._states: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def of(cls, pipe: Any, reference: Sequence[Trajectory], tap: Tap | None = None, **call: Any) -> Planner:
@@ -134,35 +150,87 @@ class Planner:
         if not reference:
             raise ValueError("planning needs recorded runs, got none; collect some first.")
         tap, again = tap or tap_of(pipe.transformer), reference[:DISTURBED]
-        tokens = reference[0].tokens
-        with accelerate(pipe, Reuse(), schedule=disturbance(reference[0].steps)):
-            disturbed = record(pipe, [run.prompt for run in again], [run.seed for run in again], tokens, **call)
-        answers = responses(disturbed, again)
-        return cls(reference[:PLANNED_ON], head(pipe.transformer, tap), answers, tap=tap)
 
-    def drift(self, forecaster: Forecaster, full: Sequence[int]) -> float:
+        def runs(forecaster: Forecaster, schedule: Schedule) -> list[Trajectory]:
+            prompts, seeds = [one.prompt for one in again], [one.seed for one in again]
+            with accelerate(pipe, forecaster, schedule=schedule, tap=tap):
+                return record(pipe, prompts, seeds, reference[0].tokens, tap, **call)
+
+        def run(forecaster: Forecaster, schedule: Schedule) -> float:
+            return drift(runs(forecaster, schedule), again)
+
+        answers = responses(runs(Reuse(), disturbance(reference[0].steps)), again)
+        return cls(reference[:PLANNED_ON], head(pipe.transformer, tap), answers, tap=tap, run=run)
+
+    def drift(self, forecaster: Forecaster, full: Sequence[int], caution: float = 0.0) -> float:
         """Return how far a run would end from its reference run: mean over runs of 10 log10(|d|^2 / |x|^2), in dB.
+
+        With `caution`, so much of what full steps answer `across` a drift is counted too.
 
         Raises: ValueError if forecasts enter the forecaster's history, which this algebra does not follow.
         """
         if forecaster.remembers_forecasts:
             raise ValueError(f"planning follows histories of full steps only, got {forecaster!r}; take e.g. Lagrange.")
-        drifts = [torch.zeros(self.errors.shape[2:])]
-        for k, end in enumerate([*full[1:], self.steps]):
-            past = tuple(full[max(0, k + 1 - forecaster.memory) : k + 1])
-            left, answers = self._gap(forecaster, past, end)
-            drift = drifts[-1] + left
-            for answer, earlier in zip(answers, drifts[-len(past) :], strict=True):
-                drift = drift + answer * earlier
-            drifts.append(drift)
-        error = drifts[-1].square().sum(-1) / self._scale
+        end, _ = self._state(forecaster, caution, tuple(full), self.steps)
+        error = end.square().sum(-1) / self._scale
         return float(10 * error.add(TINY).log10().mean())
 
-    def search(self, forecaster: Forecaster, budget: int, begin: Sequence[int] = (0,)) -> Schedule:
+    def _state(self, forecaster: Forecaster, caution: float, full: tuple[int, ...], end: int) -> tuple[Tensor, Tensor]:
+        """Return the drift before step `end`, after these full steps, and what the velocity of `end` answers to it:
+        (P, size) each."""
+        key = (forecaster, caution, full, end)
+        if key not in self._states:
+            left, weights = self._gap(forecaster, full[-forecaster.memory :], end)
+            for k, weight in zip(range(len(full) - 1, 0, -1), reversed(weights), strict=False):
+                before, answer = self._state(forecaster, caution, full[:k], full[k])
+                left = left + weight * answer + (before if k == len(full) - 1 else 0)
+            self._states[key] = left, self._answer(left, end, caution)
+        return self._states[key]
+
+    def plan(self, forecaster: Forecaster, budget: int) -> Schedule:
+        """Return the schedule whose real runs end nearest to their reference runs.
+
+        Those of `search` are run: with the caution that was measured, and with twice as much while that is no worse.
+
+        Raises: ValueError as `real` and `search` do.
+        """
+        best, least = None, math.inf
+        for caution in CAUTIONS:
+            schedule = self.search(forecaster, budget, caution=caution, near=best)
+            if schedule == best:
+                continue
+            if (found := self.real(forecaster, schedule)) > least:
+                break
+            best, least = schedule, found
+        assert best is not None
+        return best
+
+    def real(self, forecaster: Forecaster, schedule: Schedule) -> float:
+        """Return how far real runs end from their reference runs, in dB as `drift`.
+
+        Raises: ValueError if the planner has no pipeline to run (see `of`).
+        """
+        if self._run is None:
+            raise ValueError("this planner knows recorded runs alone; make it with Planner.of(pipe, ...), or search.")
+        key = (forecaster, schedule)
+        if key not in self._known:
+            self._known[key] = self._run(forecaster, schedule)
+        return self._known[key]
+
+    def search(
+        self,
+        forecaster: Forecaster,
+        budget: int,
+        begin: Sequence[int] = (0,),
+        *,
+        caution: float = 0.0,
+        near: Schedule | None = None,
+    ) -> Schedule:
         """Return the best schedule found with `budget` full steps, by moving full steps until none is better elsewhere.
 
-        It starts from the best of several spreads of the full steps over the run. The first full steps are those of
-        `begin`. The same runs give the same schedule, however busy the machine is.
+        It starts from the best of several spreads of the full steps over the run, or from the schedule `near`. The
+        first full steps are those of `begin`. The same runs give the same schedule, however busy the machine is.
+        `caution` is that of `drift`.
 
         Raises: ValueError if the budget is not from 1 to S, or has no room after `begin`, or as `drift` does.
         """
@@ -173,28 +241,41 @@ class Planner:
             )
 
         def cost(full: Sequence[int]) -> float:
-            return self.drift(forecaster, full)
+            return self.drift(forecaster, full, caution)
 
-        starts = sorted(_starts(self.steps, budget, begin), key=cost)[:TRIED_STARTS]
+        self._states.clear()
+        spread = sorted(_starts(self.steps, budget, begin), key=cost)[:TRIED_STARTS]
+        starts = [list(near.full_steps(self.steps))] if near else spread
         found = [_descend(start, cost, self.steps, len(begin)) for start in starts]
         return Schedule.at(min(found, key=cost))
 
+    def _answer(self, drift: Tensor, step: int, caution: float) -> Tensor:
+        if step == self.steps:
+            return drift
+        along, across = (float(found[step]) for found in self._responses)
+        answer = along * drift
+        if caution:
+            answer = answer + caution * across * drift.norm(dim=-1, keepdim=True) * self._directions[step]
+        return answer
+
     @torch.no_grad()
     def _gap(self, forecaster: Forecaster, past: tuple[int, ...], end: int) -> tuple[Tensor, list[float]]:
-        """Return what the steps from the newest of `past` to `end` add to the drift: (P, size), and a share of each
-        drift that the steps of `past` saw."""
-        key = (forecaster, past, end)
-        if key not in self._gaps:
-            newest, skipped = past[-1], range(past[-1] + 1, end)
-            answers, left = torch.zeros(len(past)), torch.zeros(self.errors.shape[2:])
-            answers[-1] = self._durations[newest]
-            if skipped:
-                rows = forecaster.rows_of(self.grid, dict.fromkeys(skipped, past)).values()
-                coefficients = torch.stack([row.coefficients.float() for row in rows])
-                left = torch.einsum("sk,kspd->pd", coefficients, self.errors[list(past)][:, list(skipped)])
-                answers += self._durations[list(skipped)] @ coefficients
-            self._gaps[key] = left, (answers * self._responses[list(past)]).tolist()
-        return self._gaps[key]
+        """Return what the steps from the newest of `past` to `end` add to the drift, (P, size), and by how much they
+        add what the velocity of each step of `past` answered to the drift there."""
+        newest = past[-1]
+        if (forecaster, past) not in self._gaps:
+            own = [0.0] * (len(past) - 1) + [float(self._durations[newest])]
+            self._gaps[forecaster, past] = [(torch.zeros(self.errors.shape[2:]), own)]
+        gaps = self._gaps[forecaster, past]  # for every end after the newest step, as far as they were asked for
+        missing = range(newest + len(gaps), end)
+        if missing:
+            rows = forecaster.rows_of(self.grid, dict.fromkeys(missing, past))
+            for step in missing:
+                (left, weights), row = gaps[-1], rows[step].coefficients.float()
+                left = left + torch.einsum("k,kpd->pd", row, self.errors[list(past), step])
+                moves = (float(self._durations[step]) * row).tolist()
+                gaps.append((left, [a + b for a, b in zip(weights, moves, strict=True)]))
+        return gaps[end - newest - 1]
 
 
 @torch.no_grad()

@@ -653,7 +653,7 @@ def _falling(bounds: Sequence[float]) -> tuple[float, ...]:
 
 def shipped_for(pipe: Any, schedule: Schedule | None = None, budget: int | None = None) -> Predictor:
     """Load the predictor that lies beside a pipeline's own files: of several, the one for many grids, and then the LESA
-    with the most full steps.
+    with the most full steps, on a planned schedule rather than a rule's.
 
     With a `schedule`, only those that were trained for it count; with a `budget`, those for so many full steps.
 
@@ -671,7 +671,11 @@ def shipped_for(pipe: Any, schedule: Schedule | None = None, budget: int | None 
     if not loaded:
         names, wanted = ", ".join(folder.name for folder in found), repr(schedule or f"{budget} full steps")
         raise LookupError(f"no predictor shipped for {source} was trained for {wanted}, only {names}; train one.")
-    return max(loaded, key=lambda p: (isinstance(p, ContinuousLESA), isinstance(p, LESA), len(p.full)))
+
+    def merits(p: Predictor) -> tuple:
+        return isinstance(p, ContinuousLESA), isinstance(p, LESA), len(p.full), p.schedule.rule == "at"
+
+    return max(loaded, key=merits)
 
 
 def _read(source: str, config: bytes, weights: bytes) -> Predictor:

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class Tap(NamedTuple):
@@ -85,9 +86,9 @@ def head(transformer: nn.Module, tap: Tap) -> Callable[[Tensor, Tensor], Tensor]
             f"a head is a final norm and {PROJECTION!r}, got a {type(transformer).__name__} tapped at {tap.module!r}; "
             "write the call that turns its features into outputs by hand."
         )
-    weight = next(projection.parameters())
     if module is projection:
-        return lambda features, _conditioning: projection(features.to(weight)).to(features.device)
+        return Projection(projection)
+    weight = next(projection.parameters())
 
     def outputs(features: Tensor, conditioning: Tensor) -> Tensor:
         *leading, tokens, channels = features.shape
@@ -101,6 +102,34 @@ def head(transformer: nn.Module, tap: Tap) -> Callable[[Tensor, Tensor], Tensor]
         return projection(normed).reshape(*leading, tokens, -1).to(features.device)
 
     return outputs
+
+
+class Projection:
+    """The head behind the tap at the last projection: affine, whatever the conditioning.
+
+    So what forecasts make of features, sums but for their offsets, they make of the `folded` features as well, which
+    are as small as outputs.
+    """
+
+    def __init__(self, projection: nn.Linear):
+        self._projection = projection
+
+    def __call__(self, features: Tensor, _conditioning: Tensor) -> Tensor:
+        return self._projection(features.to(self._projection.weight)).to(features.device)
+
+    def fold(self, features: Tensor) -> Tensor:
+        """Return features (..., C) as outputs (..., C_out) without the bias."""
+        weight = self._projection.weight
+        return functional.linear(features.to(weight), weight).to(features.device)
+
+    def of_folded(self, folded: Tensor) -> Tensor:
+        """Return the outputs."""
+        bias = self._projection.bias
+        return folded if bias is None else folded + bias.to(folded)
+
+    def of_ones(self) -> Tensor:
+        """Return what an offset of 1 in all channels is in folded features, (C_out,)."""
+        return self._projection.weight.sum(1)
 
 
 class Listener(Protocol):

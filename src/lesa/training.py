@@ -28,7 +28,7 @@ from lesa.plan import histories
 from lesa.predictor import L2P, LESA, Predictor
 from lesa.row import Row
 from lesa.schedule import Schedule
-from lesa.tap import Tap
+from lesa.tap import Projection, Tap
 from lesa.trajectory import Trajectory, write_atomically
 
 Head = Callable[[Tensor, Tensor], Tensor]
@@ -129,6 +129,10 @@ class Runs(NamedTuple):
         """Keep the features of these steps only."""
         return self._replace(features=self.features[:, :, list(steps)])
 
+    def folded(self, head: Head) -> Runs:
+        """Fold the features, if the head is a projection: a loss of outputs needs no more of them."""
+        return self._replace(features=head.fold(self.features)) if isinstance(head, Projection) else self
+
     def finite(self) -> bool:
         return all(bool(t.isfinite().all()) for t in self)
 
@@ -155,7 +159,8 @@ RecordRuns = Callable[[Predictor, Lesson], tuple[Sequence[Trajectory], Sequence[
 class Problem:
     """What a predictor's rows are fitted to: the head, the guidance, the loss, and the shape of a schedule on a grid.
 
-    Grid and schedule are the predictor's own if not given.
+    Grid and schedule are the predictor's own if not given. If it `folds`, which it does where the head is a projection
+    and the loss one of outputs, it takes folded runs.
 
     Raises: ValueError if the schedule skips no step.
     """
@@ -181,6 +186,10 @@ class Problem:
         self.guidance = Guidance(predictor.origin.streams) if guidance is None else guidance
         self.streams, self.head, self.loss_name = predictor.origin.streams, head, loss
         self.responses = torch.zeros(self.steps)
+        self.folds = isinstance(head, Projection) and loss != "features"
+
+    def fold(self, runs: Runs) -> Runs:
+        return runs.folded(self.head) if self.folds else runs
 
     def loss(self, rows: Rows, runs: Runs, reference: Runs, closed_loop: bool) -> Tensor:
         """Return the mean over prompts of how far the forecasts on `runs` lead away from the reference runs.
@@ -190,7 +199,7 @@ class Problem:
         forecasts = self.forecasts(rows, runs.features, closed_loop)
         if self.loss_name == "features":
             return (forecasts - reference.features[:, :, self.skipped]).abs().mean()
-        outputs = self.head(forecasts, runs.conditioning[:, :, self.skipped]).float()
+        outputs = self._outputs(forecasts, runs.conditioning[:, :, self.skipped]).float()
         outputs = runs.outputs.float().index_copy(2, torch.tensor(self.skipped), outputs)
         velocity, wanted = (self.guidance.velocity(x) for x in (outputs, reference.outputs.float()))
         moves = self.durations * (velocity - wanted)
@@ -221,7 +230,13 @@ class Problem:
         """Return the skipped steps' forecasts (P, streams, skipped, n, C) of all features, or those of full steps."""
         matrix, offsets = self.matrix(rows, closed_loop)
         matrix = matrix[:, :, list(self.full)] if closed_loop else matrix
-        return torch.einsum("isk,piknc->pisnc", matrix, features.float()) + offsets[:, :, None, None]
+        ones = self.head.of_ones().float() if self.folds and isinstance(self.head, Projection) else 1.0
+        return torch.einsum("isk,piknc->pisnc", matrix, features.float()) + offsets[:, :, None, None] * ones
+
+    def _outputs(self, forecasts: Tensor, conditioning: Tensor) -> Tensor:
+        if self.folds and isinstance(self.head, Projection):
+            return self.head.of_folded(forecasts)
+        return self.head(forecasts, conditioning)
 
     def matrix(self, rows: Rows, closed_loop: bool) -> tuple[Tensor, Tensor]:
         """Stack rows into matrices (streams, skipped, S) over the steps' features and offsets (streams, skipped).
@@ -321,22 +336,34 @@ def train(
     return Result(finished[best], finished[0], scores, curve)
 
 
-def response(runs: Runs, reference: Runs, full: Sequence[int], guidance: Guidance) -> Tensor:
-    """Return by how much the velocity answers a drift of the latents at every full step, (S,); 0 elsewhere.
+class Answers(NamedTuple):
+    """How the velocity of every step answers a drift d of the latents: by `along` d, and by more of the size `across`
+    |d|, which no one number explains. (S,) each, 0 at steps that are not full."""
 
-    It is the least squares fit of one number per step, v - v_ref = response (x - x_ref): near 1 / t where the model
-    sees noise and takes most of a drift back, 0 where it trusts the latents. On the embedded model this one number
-    explains 97 % and more of the change. It is 0 where outputs and latents are not alike, or nothing drifted.
+    along: Tensor
+    across: Tensor
+
+
+def response(runs: Runs, reference: Runs, full: Sequence[int], guidance: Guidance) -> Answers:
+    """Return how the velocity answers a drift of the latents at every full step.
+
+    `along` is the least squares fit of one number per step, v - v_ref = along (x - x_ref): near 1 / t where the model
+    sees noise and takes most of a drift back, 0 where it trusts the latents. On FLUX this one number explains 97 % and
+    more of the change; under guidance, which multiplies what the streams answer differently, half of it. Both are 0
+    where outputs and latents are not alike, or nothing drifted.
     """
     steps = list(full)
-    result = torch.zeros(runs.outputs.shape[2])
+    along, across = torch.zeros(2, runs.outputs.shape[2])
     velocity, wanted = (guidance.velocity(x.outputs[:, :, steps].float()) for x in (runs, reference))
     moved = (runs.latents - reference.latents)[:, steps].float()
     if velocity.shape != moved.shape:
-        return result
+        return Answers(along, across)
     size = moved.square().sum(dim=(0, 2, 3))
-    result[steps] = (moved * (velocity - wanted)).sum(dim=(0, 2, 3)) / size.clamp_min(TINY) * (size > TINY)
-    return result
+    drifted = size > TINY
+    along[steps] = (moved * (velocity - wanted)).sum(dim=(0, 2, 3)) / size.clamp_min(TINY) * drifted
+    rest = velocity - wanted - along[steps, None, None] * moved
+    across[steps] = (rest.square().sum(dim=(0, 2, 3)) / size.clamp_min(TINY)).sqrt() * drifted
+    return Answers(along, across)
 
 
 class _Task:
@@ -364,8 +391,8 @@ class _Task:
         tap = self.predictor.origin.tap
         stacked = [Runs.stack(runs, problem.streams, problem.full, tap) for runs in (trained, validated)]
         if all(runs.finite() for runs in stacked):
-            self.sets.append((stacked[0], stacked[1]))
-            problem.responses = response(stacked[0], self.truth[0], problem.full, problem.guidance)
+            self.sets.append((problem.fold(stacked[0]), problem.fold(stacked[1])))
+            problem.responses = response(stacked[0], self.truth[0], problem.full, problem.guidance).along
 
     def loss(self, rows: Rows, batch: int, generator: torch.Generator, closed_loop: bool) -> Tensor:
         """Return the loss on a batch of the runs of one round."""
@@ -392,7 +419,8 @@ class _Fit:
 
         def stack(runs: Sequence[Trajectory]) -> Runs:
             if id(runs) not in stacked:
-                stacked[id(runs)] = Runs.stack(runs, streams, tap=predictor.origin.tap)
+                whole = Runs.stack(runs, streams, tap=predictor.origin.tap)
+                stacked[id(runs)] = whole if config.loss == "features" else whole.folded(head)
             return stacked[id(runs)]
 
         self.tasks: list[_Task] = []
