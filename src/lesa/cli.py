@@ -25,6 +25,7 @@ CONVERTED = {
 }
 DIFFERENCES = "LESA"
 SCORES = "MS-SSIM"
+FEW_STEPS = {4: "at:0,2", 8: "at:0,1,3,5"}  # of FLUX.1-schnell and Qwen-Image-Lightning: the schedules at 2x
 USER_ERRORS = (ValueError, LookupError, OSError, RuntimeError, ImportError)
 
 
@@ -63,7 +64,8 @@ def _compare(options: argparse.Namespace, reuse: bool) -> None:
     seeds = range(len(prompts))
     with ranks.together() as at:
         out, pipe = _folder(options.out), _pipeline(options)
-        predictors = _predictors(options.model, options.predictors, variants=reuse)
+        _set_schedules(options)
+        predictors = _predictors(options.lora or options.model, options.predictors, variants=reuse)
         setting = _setting(options, pipe, benchmark.pair_up(prompts, seeds))
         with records.writing(out, setting, at.rank) as log:
             methods = _line_up(options, pipe, predictors, reuse, at)
@@ -82,12 +84,12 @@ def _compare(options: argparse.Namespace, reuse: bool) -> None:
 def _setting(options: argparse.Namespace, pipe: Any, pairs: Sequence[Any]) -> dict[str, Any]:
     """Return what all records of a run have in common: enough to draw their pictures again."""
     from lesa.collect import fingerprint
-    from lesa.pipelines import CALL_FILE
+    from lesa.pipelines import call_of
 
-    own = Path(options.model) / CALL_FILE
-    call = json.loads(own.read_text()) if own.exists() else {}
+    call = call_of(options.model, options.lora)
     return {
         "model": str(options.model),
+        "lora": options.lora,
         "pipeline": type(pipe).__name__,
         "weights": fingerprint(pipe),
         "call": {**call, **options.call, "num_inference_steps": options.steps},
@@ -184,16 +186,25 @@ def _reproduce(options: argparse.Namespace) -> int:
     then, entry, setting = records.at_line(options.records, options.line)
     options.model, options.steps = options.model or setting["model"], None
     options.call, options.dtype = {**setting["call"], **options.call}, options.dtype or setting["dtype"]
-    options.device = options.device or setting["device"]
+    options.device, options.lora = options.device or setting["device"], options.lora or setting.get("lora")
     pipe = _pipeline(options)
     if fingerprint(pipe) != setting["weights"]:
         raise ValueError(f"the record is of other weights than those of {options.model}; name its --model.")
-    predictors = _predictors(options.model, options.predictors, variants=True)
+    predictors = _predictors(options.lora or options.model, options.predictors, variants=True)
     method, (found, _) = benchmark.rebuild(entry, predictors), scores.load(list(then.scores))
     now = benchmark.reproduce(pipe, method, then, setting, benchmark.recogniser(options.model), found)
     print(f"{then.method} on {then.schedule}, {then.prompt!r}, seed {then.seed}")
     print(f"PSNR {then.psnr:.4f} dB then, {now.psnr:.4f} dB now; SSIM {then.ssim:.6f} then, {now.ssim:.6f} now")
     return int(abs(now.psnr - then.psnr) > options.tolerance)
+
+
+def _set_schedules(options: argparse.Namespace) -> None:
+    """Set what is compared by default: the paper's schedules and planned ones, or, of few steps, half of them full."""
+    few = FEW_STEPS.get(options.steps)
+    if options.schedules is None:
+        options.schedules = _schedules(few or "paper:7,paper:10")
+    if options.budgets is None:
+        options.budgets = [] if few else _counts(options.usual_budgets)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -305,7 +316,7 @@ def _collect(options: argparse.Namespace) -> None:
             [prompt for prompt, _ in pairs],
             [seed for _, seed in pairs],
             options.out,
-            model=options.model,
+            model=f"{options.model} with {options.lora}" if options.lora else options.model,
             tokens=options.tokens,
             batch_size=options.batch_size,
             tap=tap_of(pipe.transformer, options.tap),
@@ -378,8 +389,11 @@ def _train(options: argparse.Namespace) -> None:
 def _check_training(options: argparse.Namespace) -> None:
     if options.paper:
         options.method, options.history, options.loss = "lesa", "all", "features"
-    if options.stages and options.method != "lesa":
-        raise ValueError("--stages are those of LESA: they need --method lesa.")
+    for name in ("stages", "memories"):
+        if getattr(options, name) and options.method != "lesa":
+            raise ValueError(f"--{name} are those of LESA: they need --method lesa.")
+    if options.stages and options.memories:
+        raise ValueError("--memories are for the stages of the default bounds; pass them without --stages.")
     if options.loss == "steps" and options.method != "l2p":
         raise ValueError("--loss steps fits each step alone, which free rows can: it needs --method l2p.")
     if len(options.data) * len(options.budgets or [0]) > 1 and options.method != "lesa-continuous":
@@ -392,7 +406,8 @@ def _check_training(options: argparse.Namespace) -> None:
 def _schedules_to_learn(options: argparse.Namespace, pipe: Any, store: Any) -> list[Any]:
     """Return the schedule named, or one planned for each budget."""
     if not options.budgets:
-        return [options.schedule]
+        few = FEW_STEPS.get(len(store.collection.grid) - 1)
+        return [options.schedule or _schedule(few or "paper:7")]
     planner, forecaster = _planner(options, pipe, store), _forecaster(options)
     found = [_finder(planner)(forecaster, budget) for budget in options.budgets]
     print("\n".join(f"planned: {schedule}  {schedule.draw(planner.steps)}" for schedule in found), flush=True)
@@ -426,7 +441,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     few = argparse.Namespace(**{**vars(options), "out": runs, "seeds": None, "tokens": None, "tap": at})
     _collect(few)
     chosen = dict(method="l2p", history="full", loss="latents", paper=False, rounds=1, updates=(100, 100), seed=0)
-    data = dict(data=[runs], budgets=[options.budget], predictor=None, stages=None)
+    data = dict(data=[runs], budgets=[options.budget], predictor=None, stages=None, memories=None)
     chosen |= dict(validation_prompts=options.prompts, validation=options.limit)
     _train(argparse.Namespace(**{**vars(few), **chosen, **data, "out": options.out, "tap": options.tap}))
 
@@ -458,8 +473,11 @@ def _untrained(options: argparse.Namespace, pipe: Any, stores: Sequence[Any], le
         for lesson in lessons:
             schedules.setdefault(tuple(lesson.reference[0].grid.tolist()), []).append(str(lesson.schedule))
         return ContinuousLESA(origin, schedules=list(schedules.items()))
-    kind = LESA if options.method == "lesa" else L2P
-    return kind(origin, remembers_forecasts=options.history == "all")
+    remembers_forecasts = options.history == "all"
+    if options.method == "l2p":
+        return L2P(origin, remembers_forecasts=remembers_forecasts)
+    memories = {"memories": options.memories} if options.memories else {}
+    return LESA(origin, remembers_forecasts=remembers_forecasts, **memories)
 
 
 def _flops(options: argparse.Namespace) -> None:
@@ -531,15 +549,15 @@ def _pipeline(options: argparse.Namespace) -> Any:
     from transformers.utils import logging
 
     from lesa import ranks
-    from lesa.pipelines import CALL_FILE, load, with_call
+    from lesa.pipelines import call_of, load, with_call
 
     if options.dtype and not isinstance(getattr(torch, options.dtype, None), torch.dtype):
         raise ValueError(f"a dtype is one of torch's, such as bfloat16, got {options.dtype!r}.")
     logging.disable_progress_bar()  # of the weights of each component; that of the components stays
-    own = Path(options.model) / CALL_FILE
-    steps = json.loads(own.read_text()).get("num_inference_steps", 50) if own.exists() else 50
+    steps = call_of(options.model, options.lora).get("num_inference_steps", 50)
     options.steps = options.steps or options.call.pop("num_inference_steps", None) or steps
-    pipe = load(options.model, **({"torch_dtype": getattr(torch, options.dtype)} if options.dtype else {}))
+    dtype = {"torch_dtype": getattr(torch, options.dtype)} if options.dtype else {}
+    pipe = load(options.model, lora=options.lora, **dtype)
     try:
         pipe.to(ranks.device(options.device))
     except AssertionError as error:  # what torch raises for a device that it was not built for
@@ -675,8 +693,9 @@ def _add_comparisons(commands: Any) -> None:
             "--pairs", type=_count, default=pairs, help=f"how many prompts, the k-th with seed k ({pairs})"
         )
         command.add_argument("--timed", type=int, default=timed, help=f"how many of them are timed ({timed})")
-        command.add_argument("--schedules", type=_schedules, default="paper:7,paper:10", help="paper:7,paper:10")
-        command.add_argument("--budgets", type=_counts, default=budgets, help=f"full steps to plan for ({budgets})")
+        command.add_argument("--schedules", type=_schedules, help="paper:7,paper:10; of few steps, those at 2x")
+        command.add_argument("--budgets", type=_counts, help=f"full steps to plan for ({budgets}; of few steps, none)")
+        command.set_defaults(usual_budgets=budgets)
         command.add_argument("--batch-size", type=_count, default=16)
         command.add_argument(
             "--scores",
@@ -737,7 +756,9 @@ def _add_training(commands: Any) -> None:
     )
     train.add_argument("--validation-prompts", required=True, metavar="FILE", help="one a line; they choose the round")
     train.add_argument("--validation", type=_count, default=32, help="how many of them (32)")
-    train.add_argument("--schedule", type=_schedule, default="paper:7", help="which steps are full (paper:7)")
+    train.add_argument(
+        "--schedule", type=_schedule, help="which steps are full (paper:7; at:0,2 of 4, at:0,1,3,5 of 8)"
+    )
     train.add_argument(
         "--budgets", type=_counts, metavar="N", help="plan the schedule, of N full steps; N,M: lesa-continuous"
     )
@@ -745,6 +766,7 @@ def _add_training(commands: Any) -> None:
     train.add_argument("--tap", choices=PLACES, default="feature", help="what is forecast (feature)")
     train.add_argument("--method", choices=("lesa", "lesa-continuous", "l2p"), default="lesa")
     train.add_argument("--history", choices=("full", "all"), default="full", help="of full steps, or of forecasts too")
+    train.add_argument("--memories", type=_counts, help="of LESA: how many past features each stage combines (4,8,8)")
     train.add_argument("--loss", choices=("latents", "features", "steps"), default="latents")
     train.add_argument(
         "--paper",
@@ -816,6 +838,7 @@ def _command(commands: Any, name: str, run: Any, words: str, model: str | None =
         parser.add_argument("model", metavar="MODEL", help="folder or hub name of a diffusers pipeline")
     else:
         parser.add_argument("--model", default=model, help=f"folder of a diffusers pipeline ({model or 'the one run'})")
+    parser.add_argument("--lora", metavar="LORA", help="folder, hub name or file of a LoRA, whose predictors are taken")
     parser.add_argument("--steps", type=_count, help="default: the model's own, or 50")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", help="e.g. bfloat16; default: that of diffusers")

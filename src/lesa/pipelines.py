@@ -8,10 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-CALL_FILE = "call.json"
+CALL_FILE, SCHEDULER_FOLDER = "call.json", "scheduler"
+HOME = "_lesa_home"
+"""A loaded pipeline's attribute: the folder whose predictors are shipped for it, where that is not its own."""
 
 
-def load(path: str | Path, **options: Any) -> Any:
+def load(path: str | Path, *, lora: str | Path | None = None, **options: Any) -> Any:
     """Load a diffusers pipeline whose calls start from the arguments in the `call.json` beside its `model_index.json`.
 
     Options go to `DiffusionPipeline.from_pretrained`. Without such a file the pipeline keeps its own defaults. The
@@ -20,18 +22,56 @@ def load(path: str | Path, **options: Any) -> Any:
         pipe = lesa.load("models/emoji-flux")
         pipe("small red apple on blue, left", num_inference_steps=20)
 
-    Raises: ValueError if the file holds no arguments of this pipeline's call.
+    `lora` names a folder or a repository with the weights of a LoRA, or such a file in it. A `call.json` and a
+    `scheduler` in that folder win over the model's, as a LoRA for few steps needs, and the predictors shipped for the
+    pipeline are those that lie there.
+
+    Raises: ValueError if a file holds no arguments of this pipeline's call.
     """
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(str(path), **options)
-    file = Path(path) / CALL_FILE
-    if not file.exists():
-        return pipe
+    if lora is not None:
+        _add_lora(pipe, lora)
+    arguments = call_of(path, lora)
     try:
-        return with_call(pipe, dict(json.loads(file.read_text())))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} holds the arguments of a call as a JSON object: {error}") from error
+        return with_call(pipe, arguments) if arguments else pipe
+    except ValueError as error:
+        raise ValueError(f"{' and '.join(map(str, _call_files(path, lora)))}: {error}") from error
+
+
+def call_of(path: str | Path, lora: str | Path | None = None) -> dict[str, Any]:
+    """Return the arguments that a model's calls start from, and those of a LoRA in their place.
+
+    Raises: ValueError if a file holds no JSON object.
+    """
+    arguments: dict[str, Any] = {}
+    for file in _call_files(path, lora):
+        try:
+            arguments |= dict(json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} holds the arguments of a call as a JSON object: {error}") from error
+    return arguments
+
+
+def _call_files(path: str | Path, lora: str | Path | None) -> list[Path]:
+    folders = [path] if lora is None else [path, _parts(lora)[0]]
+    return [file for file in (Path(folder) / CALL_FILE for folder in folders) if file.exists()]
+
+
+def _add_lora(pipe: Any, lora: str | Path) -> None:
+    """Load a LoRA, and the scheduler beside it."""
+    folder, name = _parts(lora)
+    pipe.load_lora_weights(folder, **({"weight_name": name} if name else {}))
+    if (Path(folder) / SCHEDULER_FOLDER).is_dir():
+        pipe.scheduler = type(pipe.scheduler).from_pretrained(folder, subfolder=SCHEDULER_FOLDER)
+    setattr(pipe, HOME, folder)
+
+
+def _parts(lora: str | Path) -> tuple[str, str | None]:
+    """Split what names a LoRA into its folder, or repository, and its file if that is named."""
+    place = Path(lora)
+    return (str(place.parent), place.name) if place.suffix == ".safetensors" else (str(place), None)
 
 
 def with_call(pipe: Any, arguments: dict[str, Any]) -> Any:

@@ -23,6 +23,7 @@ from torch.nn import functional
 from lesa.forecasters import Forecaster, Lagrange
 from lesa.grid import matches, stage_of, validate
 from lesa.kan import KAN, KANLayer, bspline_basis
+from lesa.pipelines import HOME
 from lesa.row import Row
 from lesa.schedule import Schedule
 from lesa.tap import Tap
@@ -40,6 +41,8 @@ ROUNDING = 1e-6
 HELD = 1e-3
 """How far a KAN may miss the alphas that it takes up."""
 NEAR_REUSE = 0.02
+STRETCH = 1.5
+"""How many times the steps that it was trained for, or fewer, a predictor for many grids may run on."""
 BOUNDS, OTHER_BOUNDS = (0.9, 0.5), {"QwenImageTransformer2DModel": (0.9, 0.4)}
 """The paper's falling times between stages, and where a class of transformers has others."""
 
@@ -288,7 +291,8 @@ class _Stream(Forecaster):
 class Expert(nn.Module):
     """The part of LESA for one stage: h_s = h_{s-1} + alpha (sum_k w_k h_{s-k} + b), alpha = KAN(t_s - grid).
 
-    `weight` is (K,), oldest first, and starts as the difference of the newest two; `bias` is a scalar.
+    `weight` is (K,), oldest first, and starts as the difference of the newest two (the newest one where K is 1); `bias`
+    is a scalar.
     """
 
     def __init__(self, memory: int, kan: KAN):
@@ -297,7 +301,7 @@ class Expert(nn.Module):
         self.bias = nn.Parameter(torch.zeros(()))
         self.kan = kan
         with torch.no_grad():
-            self.weight[-1], self.weight[-2] = 1.0, -1.0
+            self.weight[-2:] = torch.tensor([-1.0, 1.0])[-memory:]
 
     def row(self, alpha: Tensor, held: int) -> Row:
         """Return the row over `held` past features; with fewer than K of them, of the newest weights."""
@@ -324,7 +328,7 @@ class LESA(Predictor):
 
     A new predictor is the same every time.
 
-    Raises: ValueError if `bounds` do not fall, or there is not one memory, of at least 2, for each stage.
+    Raises: ValueError if `bounds` do not fall, or there is not one memory, of at least 1, for each stage.
     """
 
     method = "lesa"
@@ -343,8 +347,8 @@ class LESA(Predictor):
     ):
         super().__init__(origin)
         bounds = OTHER_BOUNDS.get(origin.transformer, BOUNDS) if bounds is None else bounds
-        if len(memories) != len(bounds) + 1 or min(memories) < 2:
-            raise ValueError(f"{len(bounds) + 1} stages need as many memories of at least 2, got {list(memories)}.")
+        if len(memories) != len(bounds) + 1 or min(memories) < 1:
+            raise ValueError(f"{len(bounds) + 1} stages need as many memories of at least 1, got {list(memories)}.")
         self.bounds, self.memories = _falling(bounds), tuple(memories)
         self.stages = [stage_of(float(time), self.bounds) for time in self.grid[:-1]]
         self.memory, self.remembers_forecasts = max(memories), remembers_forecasts
@@ -501,7 +505,8 @@ class ContinuousLESA(Predictor):
     where p_j is the forecast of `Lagrange(j)` and t_1, t_2, ... are the times of the newest full steps, 1 where there
     are none. A new predictor is `Lagrange(J)`, J being its `order`, and the KAN bends it from there.
 
-    It gives a row for any step after any full steps, so any schedule can be run, and planned for it. `schedules` are
+    It gives a row for any step after any full steps, so any schedule can be run, and planned for it, on grids of about
+    as many steps (a KAN extrapolates badly: runs of 4 steps need a predictor of their own). `schedules` are
     the grids that it was trained for with the schedules planned for each, several if they differ in the number of full
     steps; the default is the origin's grid and schedule alone.
 
@@ -558,7 +563,13 @@ class ContinuousLESA(Predictor):
         return list(self.experts[stream].parameters())
 
     def check_grid(self, grid: Tensor) -> None:
-        """Accept any grid."""
+        """Raise ValueError unless the grid has about as many steps as those that the predictor was trained for."""
+        trained = sorted(len(grid) - 1 for grid, _ in self.schedules)
+        if not trained[0] / STRETCH <= len(grid) - 1 <= trained[-1] * STRETCH:
+            raise ValueError(
+                f"this predictor was trained for {trained[0]} to {trained[-1]} steps, got {_grid_words(grid)}; train "
+                "one for such a grid, or take a forecaster that needs no training, e.g. lesa.Lagrange(1)."
+            )
 
     def check_past(self, step: int, past: Sequence[int]) -> None:
         """Accept any past."""
@@ -578,6 +589,7 @@ class ContinuousLESA(Predictor):
         Raises: ValueError if no schedule has such a budget, or the grid has fewer steps.
         """
         grid = validate(grid)
+        self.check_grid(grid)
 
         def distance(other: tuple[float, ...]) -> tuple[int, float]:
             middles = (torch.tensor(times)[len(times) // 2] for times in (grid.tolist(), other))
@@ -652,14 +664,16 @@ def _falling(bounds: Sequence[float]) -> tuple[float, ...]:
 
 
 def shipped_for(pipe: Any, schedule: Schedule | None = None, budget: int | None = None) -> Predictor:
-    """Load the predictor that lies beside a pipeline's own files: of several, the one for many grids, and then the LESA
-    with the most full steps, on a planned schedule rather than a rule's.
+    """Load the predictor that lies beside a pipeline's own files, or those of the LoRA that it was loaded with: of
+    several, the one for many grids, and then the LESA with the most full steps, on a planned schedule rather than a
+    rule's.
 
     With a `schedule`, only those that were trained for it count; with a `budget`, those for so many full steps.
 
     Raises: LookupError if there is none.
     """
-    source = str(getattr(getattr(pipe, "config", None), "_name_or_path", "") or type(pipe).__name__)
+    own = getattr(getattr(pipe, "config", None), "_name_or_path", "")
+    source = str(getattr(pipe, HOME, None) or own or type(pipe).__name__)
     found = sorted(path.parent for path in Path(source).glob(f"{SHIPPED_FOLDER}/*/{CONFIG_FILE}"))
     if not found:
         raise LookupError(

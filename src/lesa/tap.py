@@ -151,8 +151,11 @@ def attach(transformer: nn.Module, tap: Tap, listener: Listener) -> Callable[[],
     """
     _check(transformer, tap)
     here = _Passage()
+    at_module = _AtModule(transformer, tap.module, listener, here) if tap.module else None
 
     def before(*_: Any) -> None:
+        if at_module:
+            at_module.follow()
         here.blocks_run = listener.begin()
         here.awaited = True
 
@@ -173,26 +176,37 @@ def attach(transformer: nn.Module, tap: Tap, listener: Listener) -> Callable[[],
             blocks = getattr(transformer, name)
             undo.callback(setattr, blocks, "__class__", type(blocks))
             blocks.__class__ = _gated(type(blocks), here)
-        if tap.module is None:
-            undo.callback(_at_output(transformer, listener, here))
+        if at_module:
+            at_module.follow()
+            undo.callback(lambda: at_module.close())
         else:
-            undo.callback(_at_module(getattr(transformer, tap.module), listener, here))
+            undo.callback(_at_output(transformer, listener, here))
         return undo.pop_all().close
 
 
-def _at_module(module: nn.Module, listener: Listener, here: _Passage) -> Callable[[], None]:
-    """Exchange the first input of a module."""
+class _AtModule:
+    """Exchanges the first input of a transformer's module, also of one that takes its place later (a LoRA's layer)."""
 
-    def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if not here.awaited:  # called by someone else than the transformer's forward
+    def __init__(self, transformer: nn.Module, name: str, listener: Listener, here: _Passage):
+        self._transformer, self._name, self._listener, self._here = transformer, name, listener, here
+        self._module: nn.Module | None = None
+        self.close: Callable[[], None] = lambda: None
+
+    def follow(self) -> None:
+        module = getattr(self._transformer, self._name)
+        if module is not self._module:
+            self.close()
+            self._module = module
+            self.close = module.register_forward_pre_hook(self._before, with_kwargs=True).remove
+
+    def _before(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if not self._here.awaited:  # called by someone else than the transformer's forward
             return None
-        here.reset()
+        self._here.reset()
         if args:
-            return (listener.exchange(args[0]), *args[1:]), kwargs
+            return (self._listener.exchange(args[0]), *args[1:]), kwargs
         name, feature = next(iter(kwargs.items()))
-        return args, {**kwargs, name: listener.exchange(feature)}
-
-    return module.register_forward_pre_hook(before, with_kwargs=True).remove
+        return args, {**kwargs, name: self._listener.exchange(feature)}
 
 
 def _at_output(transformer: nn.Module, listener: Listener, here: _Passage) -> Callable[[], None]:
