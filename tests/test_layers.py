@@ -9,7 +9,7 @@ import lesa
 
 LAYERS = [
     {"grid", "schedule", "kan", "row", "tap", "metrics", "emoji", "pipelines"},
-    {"forecasters", "trajectory", "detour"},
+    {"forecasters", "trajectory", "detour", "clips"},
     {"predictor", "plan", "guidance"},
     {"runtime", "collect"},
     {"training"},

@@ -19,14 +19,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lesa import metrics
+from lesa.clips import NAMES, Reel
 from lesa.collect import record
 from lesa.emoji import Atlas
 from lesa.forecasters import Forecaster, Lagrange, Reuse, Taylor
 from lesa.metrics import Interval
+from lesa.pipelines import pictures_of
 from lesa.predictor import LESA, ContinuousLESA, Predictor
 from lesa.runtime import accelerate
 from lesa.schedule import Schedule
-from lesa.tap import place_of, tap_of
+from lesa.tap import from_tokens, place_of, tap_of
 
 PAIRS_A_TURN = 2
 Key = tuple[str, str]
@@ -141,6 +143,8 @@ def line_up(
 
 def recogniser(model: str | Path) -> Recogniser | None:
     """Return the call that tells prompted pictures from others, for the embedded models that come with their emoji."""
+    if (Path(model) / NAMES).exists():
+        return Reel(model).is_prompted
     return Atlas(model).is_prompted if (Path(model) / "emoji.json").exists() else None
 
 
@@ -153,7 +157,10 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """What one picture of a method is worth; `prompted`: does it still show what the prompt names (None: not asked)."""
+    """What one picture or clip of a method is worth.
+
+    `prompted`: does it still show what the prompt names (None: not asked). `motion`: `metrics.motion_psnr` of a clip.
+    """
 
     method: str
     schedule: str
@@ -162,6 +169,7 @@ class Record:
     psnr: float
     ssim: float
     prompted: bool | None = None
+    motion: float | None = None
 
 
 class Timing(NamedTuple):
@@ -184,6 +192,7 @@ class Result:
     psnr_high: float
     ssim: float
     prompted: float | None
+    motion: float | None = None
     seconds: float | None = None
     speedup: float | None = None
     call_seconds: float | None = None
@@ -211,6 +220,7 @@ class Comparison:
     def _result(self, key: Key) -> Result:
         records, full_steps = self.records[key], self.full_steps[key]
         prompted = [record.prompted for record in records if record.prompted is not None]
+        motion = [record.motion for record in records if record.motion is not None]
         result = Result(
             *key,
             full_steps,
@@ -218,6 +228,7 @@ class Comparison:
             *metrics.interval([record.psnr for record in records]),
             fmean(record.ssim for record in records),
             fmean(prompted) if prompted else None,
+            fmean(motion) if motion else None,
         )
         if key not in self.timings:
             return result
@@ -285,7 +296,7 @@ def batches(pairs: Sequence[Pair], size: int) -> list[Sequence[Pair]]:
 
 
 def draw(pipe: Any, method: Method, pairs: Sequence[Pair]) -> tuple[list[np.ndarray], int]:
-    """Draw pairs in one call: uint8 RGB pictures (H, W, 3), and how many steps of the run were full."""
+    """Draw pairs in one call: uint8 RGB pictures (H, W, 3) or clips (frames, H, W, 3), and how many steps were full."""
     watch = Watch(pipe)
     with method.switch(pipe), watch.counting():
         pictures = _pictures(pipe, pairs, **method.call, callback_on_step_end=watch.on_step_end)
@@ -295,8 +306,12 @@ def draw(pipe: Any, method: Method, pairs: Sequence[Pair]) -> tuple[list[np.ndar
 def _pictures(pipe: Any, pairs: Sequence[Pair], **call: Any) -> list[np.ndarray]:
     generators = [torch.Generator().manual_seed(pair.seed) for pair in pairs]
     prompts = [pair.prompt for pair in pairs]
-    images = pipe(prompt=prompts, generator=generators, output_type="pil", **call).images
-    return [np.asarray(image.convert("RGB")) for image in images]
+    drawn = pictures_of(pipe(prompt=prompts, generator=generators, output_type="pil", **call))
+    return [np.stack([_pixels(frame) for frame in one]) if isinstance(one, list) else _pixels(one) for one in drawn]
+
+
+def _pixels(image: Any) -> np.ndarray:
+    return np.asarray(image.convert("RGB"))
 
 
 def score(
@@ -309,9 +324,17 @@ def score(
     """Measure pictures against those of the reference run."""
     prompted = recognise([pair.prompt for pair in pairs], pictures) if recognise else [None] * len(pairs)
     return [
-        Record(*key, *pair, metrics.psnr(picture, reference), metrics.ssim(picture, reference), shows)
+        Record(*key, *pair, *_quality(picture, reference), shows, _motion(picture, reference))
         for pair, picture, reference, shows in zip(pairs, pictures, references, prompted, strict=True)
     ]
+
+
+def _quality(picture: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    return metrics.psnr(picture, reference), metrics.ssim(picture, reference)
+
+
+def _motion(picture: np.ndarray, reference: np.ndarray) -> float | None:
+    return metrics.motion_psnr(picture, reference) if picture.ndim == 4 else None
 
 
 # --- time
@@ -482,4 +505,8 @@ def decode(pipe: Any, pairs: Sequence[Pair], latents: Tensor) -> list[np.ndarray
     A scheduler that stretches its grid to a last time, as Qwen-Image's, divides zero by zero in a run of one step.
     """
     latents = latents.to(pipe.device, pipe.transformer.dtype)
-    return _pictures(pipe, pairs, num_inference_steps=2, callback_on_step_end=lambda *_: {"latents": latents})
+
+    def put(pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"latents": from_tokens(pipe.transformer, latents, tensors["latents"])}
+
+    return _pictures(pipe, pairs, num_inference_steps=2, callback_on_step_end=put)

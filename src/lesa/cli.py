@@ -49,6 +49,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace, reuse: bool) -> None:
     from lesa import benchmark, report
+    from lesa.pipelines import save_picture
 
     out = _folder(options.out)
     source = options.prompts or Path(options.model) / "prompts" / "heldout.txt"
@@ -70,29 +71,35 @@ def _compare(options: argparse.Namespace, reuse: bool) -> None:
         benchmark.add_bounds(comparison, pipe, prompts, seeds, options.schedules, **facts)
     report.write_results(out / "results.json", comparison, model=str(options.model))
     report.sheet(comparison).save(out / "pictures.png")
+    files = [out / "results.json", out / "pictures.png"]
+    if moving := report.sheets(comparison):
+        save_picture(moving, out / "clips.gif")
+        files.append(out / "clips.gif")
     print(f"\n{len(prompts)} prompts of {source}, {options.steps} steps\n\n{report.table(comparison.results())}\n")
     if options.differences:
         print(f"{report.differences(comparison, options.differences)}\n")
-    print(f"{out / 'results.json'}\n{out / 'pictures.png'}")
+    print("\n".join(map(str, files)))
 
 
 def _generate(options: argparse.Namespace) -> None:
     import torch
     from PIL import Image
 
+    from lesa.pipelines import pictures_of, save_picture
     from lesa.runtime import accelerate
 
-    if Path(options.out).suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--out names a picture file such as picture.png, got {options.out!r}.")
+    if Path(options.out).suffix.lower() not in {*Image.registered_extensions(), ".mp4"}:
+        raise ValueError(f"--out names a picture file such as picture.png, or clip.gif, got {options.out!r}.")
     _folder(Path(options.out).parent)
     pipe = _pipeline(options)
     seeded = dict(generator=torch.Generator().manual_seed(options.seed))
     if options.full:
-        pipe(options.prompt, **seeded).images[0].save(options.out)
+        drawn = pictures_of(pipe(options.prompt, **seeded))
     else:
         with accelerate(pipe, _forecaster(options), schedule=options.schedule) as run:
-            pipe(options.prompt, **seeded).images[0].save(options.out)
+            drawn = pictures_of(pipe(options.prompt, **seeded))
         print(run.summary())
+    save_picture(drawn[0], options.out)
     print(options.out)
 
 

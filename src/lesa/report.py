@@ -24,10 +24,14 @@ def table(results: Sequence[Result]) -> str:
     """Lay results out as a Markdown table that reads as well in a terminal.
 
     Speedup is that of the denoising loop at batch 1, the whole call's is beside it; 'as prompted' is the share of
-    pictures that still show what their prompts name.
+    pictures that still show what their prompts name; 'motion' is the PSNR of what changes between the frames of clips.
     """
     head = ("method", "schedule", "full steps", "step ratio", "speedup", "whole call", "PSNR, dB [95 %]", "SSIM")
-    return markdown((*head, "as prompted"), [_cells(result) for result in results], text=2)
+    rows = [_cells(result) for result in results]
+    if any(result.motion is not None for result in results):
+        rows = [[*cells, _or_dash(result.motion, "{:.2f}")] for cells, result in zip(rows, results, strict=True)]
+        return markdown((*head, "as prompted", "motion, dB"), rows, text=2)
+    return markdown((*head, "as prompted"), rows, text=2)
 
 
 def _cells(result: Result) -> list[str]:
@@ -102,10 +106,17 @@ Colour = tuple[int, int, int]
 INK, FAINT, WRONG = (25, 25, 25), (110, 110, 110), (200, 30, 30)
 
 
-def sheet(comparison: Comparison) -> Image.Image:
-    """Draw the kept pictures, prompts x methods, methods of as many full steps side by side.
+def sheets(comparison: Comparison) -> list[Image.Image]:
+    """Draw the sheet of every frame of clips."""
+    clips = [clip for kept in comparison.pictures.values() for clip in kept if clip.ndim == 4]
+    return [sheet(comparison, frame) for frame in range(len(clips[0]) if clips else 0)]
 
-    Under each picture stands its PSNR, in red and 'wrong' if it does not show what its prompt names.
+
+def sheet(comparison: Comparison, frame: int | None = None) -> Image.Image:
+    """Draw the kept pictures, prompts x methods, methods of as many full steps side by side; of clips one frame.
+
+    Under each picture stands its PSNR, in red and 'wrong' if it does not show what its prompt names. Without a `frame`
+    it is the middle one.
     """
     results = {(result.method, result.schedule): result for result in comparison.results()}
     keys = sorted(comparison.pictures, key=lambda key: -results[key].full_steps)
@@ -122,9 +133,15 @@ def sheet(comparison: Comparison) -> Image.Image:
         cells = zip(comparison.pictures[key], comparison.records[key], strict=False)
         for k, (picture, record) in enumerate(cells):
             y = top + k * (SIDE + CAPTION + GAP)
-            canvas.paste(_sized(picture), (left, y))
+            canvas.paste(_sized(_still(picture, frame)), (left, y))
             _write(draw, (left, y + SIDE + 2), *_caption(record))
     return canvas
+
+
+def _still(picture: np.ndarray, frame: int | None) -> np.ndarray:
+    if picture.ndim == 3:
+        return picture
+    return picture[len(picture) // 2 if frame is None else frame]
 
 
 def _lefts(full_steps: Sequence[int]) -> Iterator[int]:
