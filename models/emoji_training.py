@@ -17,7 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import lesa
-from lesa.emoji import PIXELS, Atlas, parse
+from lesa.benchmark import recogniser
+from lesa.emoji import Atlas, parse
+from lesa.pipelines import pictures_of
 
 IMAGE_TOKENS = 64
 CHECKPOINT_SECONDS = 240
@@ -32,6 +34,7 @@ class Recipe(ABC):
     dropped: float  # share of the captions that are dropped, so that classifier-free guidance works
     vae_batch = 16
     batch = 96
+    columns = 10  # of the contact sheet
     shift = 2.0  # of the times trained on, as schedulers have it
 
     def pictures(self, folder: Path, captions: list[str]) -> Tensor:
@@ -279,33 +282,41 @@ def export(recipe: Recipe, folder: Path, runs: Path) -> None:
 # --- the figures of the model card
 
 
-def evaluate(folder: Path, count: int = 200, batch: int = 50) -> None:
-    """Draw held-out prompts with every step full; print how many show the prompted emoji, and draw a contact sheet."""
-    pipe, atlas = lesa.load(folder), Atlas(folder)
+def evaluate(recipe: Recipe, folder: Path, count: int = 200, batch: int = 50) -> None:
+    """Draw held-out prompts with every step full; print how many show what is prompted, and draw a contact sheet."""
+    pipe, is_prompted = lesa.load(folder), recogniser(folder)
+    assert is_prompted is not None, f"{folder} has no emoji"
     captions = prompts(folder, "heldout")[:count]
     drawn: list[np.ndarray] = []
     for first in range(0, count, batch):
         chosen = captions[first : first + batch]
         seeds = [torch.Generator().manual_seed(first + k) for k in range(len(chosen))]
-        images = pipe(prompt=chosen, generator=seeds, output_type="np").images
+        images = pictures_of(pipe(prompt=chosen, generator=seeds, output_type="np"))
         drawn += [(image * 255).round().astype(np.uint8) for image in images]
-    targets = [atlas.draw(*parse(c)) for c in captions]
-    share = float(np.mean(atlas.is_prompted(captions, drawn)))
+    targets = list(recipe.pictures(folder, captions).movedim(1, -1).numpy())
+    share = float(np.mean(is_prompted(captions, drawn)))
     errors = [np.mean((a.astype(float) - b) ** 2) for a, b in zip(drawn, targets, strict=True)]
     median = float(np.median([10 * math.log10(255**2 / max(e, 1e-9)) for e in errors]))
-    print(f"{count} held-out prompts: {share:.3f} show the prompted emoji, median PSNR to its drawing {median:.1f} dB")
-    contact_sheet(drawn[:40], targets[:40]).save(folder / "sheet.png", optimize=True)
+    print(f"{count} held-out prompts: {share:.3f} show what is prompted, median PSNR to its drawing {median:.1f} dB")
+    contact_sheet(drawn[:40], targets[:40], recipe.columns).save(folder / "sheet.png", optimize=True)
 
 
-def contact_sheet(drawn: list[np.ndarray], targets: list[np.ndarray], columns: int = 10) -> Image.Image:
-    """Put each drawn picture above its target."""
-    cell = PIXELS + 2
-    sheet = Image.new("RGB", (columns * cell, -(-len(drawn) // columns) * (2 * cell + 6)), "white")
+def contact_sheet(drawn: list[np.ndarray], targets: list[np.ndarray], columns: int) -> Image.Image:
+    """Put each drawn picture above its target; of clips the first, the middle and the last frame."""
+    drawn, targets = ([_still(picture) for picture in pictures] for pictures in (drawn, targets))
+    height, width = (size + 2 for size in drawn[0].shape[:2])
+    sheet = Image.new("RGB", (columns * width, -(-len(drawn) // columns) * (2 * height + 6)), "white")
     for k, (picture, target) in enumerate(zip(drawn, targets, strict=True)):
-        x, y = k % columns * cell, k // columns * (2 * cell + 6)
+        x, y = k % columns * width, k // columns * (2 * height + 6)
         sheet.paste(Image.fromarray(picture), (x, y))
-        sheet.paste(Image.fromarray(target), (x, y + cell))
+        sheet.paste(Image.fromarray(target), (x, y + height))
     return sheet
+
+
+def _still(picture: np.ndarray) -> np.ndarray:
+    if picture.ndim == 3:
+        return picture
+    return np.concatenate(picture[[0, len(picture) // 2, -1]], axis=1)
 
 
 def main(recipe: Recipe, description: str | None) -> None:
@@ -325,4 +336,4 @@ def main(recipe: Recipe, description: str | None) -> None:
     elif options.what == "export":
         export(recipe, options.folder, runs)
     else:
-        evaluate(options.folder, options.count)
+        evaluate(recipe, options.folder, options.count)

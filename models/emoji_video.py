@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from lesa.clips import FRAMES, Reel, parse
-from lesa.emoji import PIXELS
 
 TEMPLATE, TEMPLATE_TOKENS = DEFAULT_PROMPT_TEMPLATE["template"], DEFAULT_PROMPT_TEMPLATE["crop_start"]
 TEXT_TOKENS = 12  # max_sequence_length in call.json
@@ -44,7 +43,7 @@ START, END, HEADER, HEADER_END, TURN_END = (
     "<|eot_id|>",
 )
 LATENT_CHANNELS = 16
-CROP, CROP_FRAMES = 32, 5
+SHORT = 5  # frames
 
 
 class Video(Recipe):
@@ -53,6 +52,7 @@ class Video(Recipe):
     dropped = 0.05
     vae_batch = 8
     batch = 48
+    columns = 4
     shift = 3.0
 
     def pictures(self, folder, captions):
@@ -61,14 +61,13 @@ class Video(Recipe):
         return torch.from_numpy(drawn).permute(0, 4, 1, 2, 3).contiguous()
 
     def cut(self, drawn, progress, generator):
-        """Learn single frames first, then small blocks of clips, and whole clips in the end: they cost far more."""
-        first, y, x = (
-            int(torch.randint(n + 1, (), generator=generator)) for n in (FRAMES - CROP_FRAMES, *2 * [PIXELS - CROP])
-        )
-        if progress < 0.45:
-            return drawn[:, :, first * 2 : first * 2 + 1]
-        if progress < 0.88:
-            return drawn[:3, :, first : first + CROP_FRAMES, y : y + CROP, x : x + CROP]
+        """Learn single frames first, then short clips, and whole ones in the end: they cost far more."""
+        if progress < 0.3:
+            frame = int(torch.randint(FRAMES, (), generator=generator))
+            return drawn[:, :, frame : frame + 1]
+        if progress < 0.8:
+            first = int(torch.randint(FRAMES - SHORT + 1, (), generator=generator))
+            return drawn[:3, :, first : first + SHORT]
         return drawn[:2]
 
     def build_vae(self) -> AutoencoderKLHunyuanVideo:

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from lesa.emoji import COLOURS, PIXELS, bitmaps
+from lesa.emoji import COLOURS, bitmaps
 
-FRAMES = 9
+FRAMES, PIXELS = 9, 48
 NAMES = "clips.json"
 GROUNDS = ("white", "grey", "yellow", "pink", "blue", "green")
 
@@ -22,7 +22,7 @@ class Pose(NamedTuple):
     x: float = 0.0
     y: float = 0.0
     turns: float = 0.0
-    side: float = 36.0
+    side: float = 28.0
 
 
 MOTIONS: dict[str, Callable[[float], Pose]] = {
@@ -32,8 +32,8 @@ MOTIONS: dict[str, Callable[[float], Pose]] = {
     "rolling right": lambda t: Pose(x=2 * t - 1, turns=-t / 2),
     "bouncing": lambda t: Pose(y=2 * (2 * t - 1) ** 2 - 1),
     "turning": lambda t: Pose(turns=-t / 2),
-    "growing": lambda t: Pose(side=18 + 26 * t),
-    "shrinking": lambda t: Pose(side=44 - 26 * t),
+    "growing": lambda t: Pose(side=14 + 22 * t),
+    "shrinking": lambda t: Pose(side=36 - 22 * t),
 }
 """The pose at each moment of a clip, from 0 to 1."""
 
