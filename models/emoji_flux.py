@@ -122,8 +122,8 @@ class Flux(Recipe):
         )[0]
 
 
-def build_tokenizers(corpus: list[str]) -> tuple[CLIPTokenizer, T5TokenizerFast]:
-    """Make CLIP's and T5's kinds of tokenizer with one token for each word of the corpus."""
+def build_clip_tokenizer(corpus: list[str], length: int) -> CLIPTokenizer:
+    """Make CLIP's kind of tokenizer with one token for each word of the corpus."""
     special = ["<|startoftext|>", "<|endoftext|>"]
     base = CLIPTokenizer().backend_tokenizer
     pairs = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
@@ -135,7 +135,12 @@ def build_tokenizers(corpus: list[str]) -> tuple[CLIPTokenizer, T5TokenizerFast]
     pairs.train_from_iterator(corpus, trainer)
     learned = json.loads(pairs.to_str())["model"]
     merges = [tuple(merge) for merge in learned["merges"]]
-    clip = CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=TEXT_TOKENS)
+    return CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=length)
+
+
+def build_tokenizers(corpus: list[str]) -> tuple[CLIPTokenizer, T5TokenizerFast]:
+    """Make CLIP's and T5's kinds of tokenizer with one token for each word of the corpus."""
+    clip = build_clip_tokenizer(corpus, TEXT_TOKENS)
 
     # a trained unigram vocabulary splits the rarer names, so this one is the words themselves, and letters for the rest
     counts = Counter(f"▁{word}" for line in corpus for word in line.lower().replace(",", "").split())

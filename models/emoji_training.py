@@ -17,7 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import lesa
-from lesa.emoji import PIXELS, Atlas, parse
+from lesa.benchmark import recogniser
+from lesa.emoji import Atlas, parse
+from lesa.pipelines import pictures_of
 
 IMAGE_TOKENS = 64
 CHECKPOINT_SECONDS = 240
@@ -32,17 +34,33 @@ class Recipe(ABC):
     dropped: float  # share of the captions that are dropped, so that classifier-free guidance works
     vae_batch = 16
     batch = 96
+    columns = 10  # of the contact sheet
+    shift = 2.0  # of the times trained on, as schedulers have it
+
+    def pictures(self, folder: Path, captions: list[str]) -> Tensor:
+        """Draw captions as uint8 of shape (N, 3, PIXELS, PIXELS), or (N, 3, frames, PIXELS, PIXELS)."""
+        atlas = Atlas(folder)
+        drawn = np.stack([atlas.draw(*parse(c)) for c in captions])
+        return torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()
+
+    def cut(self, drawn: Tensor, progress: float, generator: torch.Generator) -> Tensor:
+        """Return what the autoencoder learns from at this share of its training: all of the pictures."""
+        return drawn
 
     @abstractmethod
     def build_vae(self) -> Any: ...
 
+    def vae_parameters(self, vae: Any) -> list[dict[str, Any]]:
+        """Group the autoencoder's parameters by their peak learning rate."""
+        return [dict(params=list(vae.parameters()), lr=2e-3)]
+
     @abstractmethod
     def encode(self, vae: Any, pictures: Tensor) -> Any:
-        """Return the posterior of pictures in [-1, 1], (N, 3, PIXELS, PIXELS)."""
+        """Return the posterior of pictures in [-1, 1]."""
 
     @abstractmethod
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
-        """Return pictures (N, 3, PIXELS, PIXELS)."""
+        """Return pictures of the shape that is encoded."""
 
     @abstractmethod
     def whiten(self, vae: Any, means: Tensor) -> None:
@@ -54,7 +72,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def pack(self, pipe: Any, means: Tensor) -> Tensor:
-        """Make of the autoencoder's latents what the transformer sees, (N, IMAGE_TOKENS, 16)."""
+        """Make of the autoencoder's latents what the transformer sees."""
 
     @abstractmethod
     def tokens(self, pipe: Any, captions: list[str]) -> tuple[Tensor, ...]:
@@ -62,7 +80,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def velocity(self, pipe: Any, noised: Tensor, sigma: Tensor, *tokens: Tensor) -> Tensor:
-        """Run text encoders and transformer on noised latents (B, IMAGE_TOKENS, 16)."""
+        """Run text encoders and transformer on noised latents."""
 
 
 def prompts(folder: Path, split: str) -> list[str]:
@@ -71,13 +89,6 @@ def prompts(folder: Path, split: str) -> list[str]:
 
 def all_prompts(folder: Path) -> list[str]:
     return [c for split in ("train", "heldout", "validation") for c in prompts(folder, split)]
-
-
-def pictures(folder: Path, captions: list[str]) -> Tensor:
-    """Draw captions as uint8 of shape (N, 3, PIXELS, PIXELS)."""
-    atlas = Atlas(folder)
-    drawn = np.stack([atlas.draw(*parse(c)) for c in captions])
-    return torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()
 
 
 def to_unit(drawn: Tensor) -> Tensor:
@@ -102,9 +113,10 @@ def cosine(progress: float, warmup: float = 0.01) -> float:
 def train_vae(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32: bool = False) -> None:
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
-    drawn = pictures(folder, prompts(folder, "train"))
+    drawn = recipe.pictures(folder, prompts(folder, "train"))
     vae = recipe.build_vae()
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    optimiser = torch.optim.AdamW(recipe.vae_parameters(vae), betas=(0.9, 0.98), weight_decay=0.0)
+    peaks = [group["lr"] for group in optimiser.param_groups]
     spent, step, saved = 0.0, 0, time.monotonic()
     if (path := runs / "vae.pt").exists():
         state = torch.load(path, weights_only=True)
@@ -115,14 +127,15 @@ def train_vae(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32:
     bar = tqdm(total=round(minutes * 60), initial=round(spent), unit="s", desc="vae", mininterval=5)
     while spent < minutes * 60:
         start = time.monotonic()
-        optimiser.param_groups[0]["lr"] = 2e-3 * cosine(spent / (minutes * 60), warmup=0.03)
+        for group, peak in zip(optimiser.param_groups, peaks, strict=True):
+            group["lr"] = peak * cosine(spent / (minutes * 60), warmup=0.03)
         batch = drawn[torch.randint(len(drawn), (recipe.vae_batch,), generator=generator)]
-        real = to_unit(batch)
+        real = to_unit(recipe.cut(batch, spent / (minutes * 60), generator))
         with mixed:
             posterior = recipe.encode(vae, real)
             decoded = recipe.decode(vae, posterior.sample())
         difference = decoded.float() - real
-        slopes = sum((difference.diff(dim=d)).abs().mean() for d in (2, 3))
+        slopes = sum((difference.diff(dim=d)).abs().mean() for d in (-2, -1))
         distortion = difference.abs().mean() + difference.square().mean() + 0.5 * slopes
         loss = distortion + 1.25e-6 * posterior.kl().float().mean()
         optimiser.zero_grad()
@@ -141,15 +154,15 @@ def train_vae(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32:
             saved = time.monotonic()
 
     with torch.no_grad():
-        means = torch.cat([recipe.encode(vae, to_unit(part)).mean for part in drawn[:2048].split(64)])
+        means = torch.cat([recipe.encode(vae, to_unit(part)).mean for part in drawn[:512].split(64)])
     recipe.whiten(vae, means)
     (folder / "vae").mkdir(exist_ok=True)
     vae.to(torch.bfloat16).save_pretrained(folder / "vae")
-    check = drawn[torch.randperm(len(drawn))[:256]]
+    check = drawn[torch.randperm(len(drawn))[:64]]
     with torch.no_grad():
         vae.float()
         restored = recipe.decode(vae, recipe.encode(vae, to_unit(check)).mean).clamp(-1, 1)
-    error = (restored - to_unit(check)).square().mean(dim=(1, 2, 3))
+    error = (restored - to_unit(check)).square().flatten(1).mean(dim=1)
     spread = means.transpose(0, 1).flatten(1).std(dim=1)
     print(
         f"median PSNR of the autoencoder: {(-10 * torch.log10(error / 4)).median():.1f} dB; "
@@ -170,7 +183,7 @@ def start_at_identity(transformer: nn.Module, endings: tuple[str, ...]) -> None:
 
 @torch.no_grad()
 def packed_latents(recipe: Recipe, pipe: Any, drawn: Tensor) -> Tensor:
-    """Encode uint8 pictures as the transformer sees them, shape (N, IMAGE_TOKENS, 16)."""
+    """Encode uint8 pictures as the transformer sees them."""
     return recipe.pack(pipe, torch.cat([recipe.encode(pipe.vae, to_unit(part)).mean for part in drawn.split(64)]))
 
 
@@ -199,7 +212,7 @@ def train_transformer(recipe: Recipe, folder: Path, runs: Path, minutes: float, 
     torch.set_flush_denormal(True)
     captions = prompts(folder, "train")
     pipe = recipe.build_pipeline(folder)
-    latents = packed_latents(recipe, pipe, pictures(folder, captions))
+    latents = packed_latents(recipe, pipe, recipe.pictures(folder, captions))
     tokens = recipe.tokens(pipe, [*recipe.unconditional, *captions])
     learners = optimisers(recipe, pipe)
     peaks = [o.param_groups[0]["lr"] for o in learners]
@@ -223,13 +236,13 @@ def train_transformer(recipe: Recipe, folder: Path, runs: Path, minutes: float, 
         for learner, peak in zip(learners, peaks, strict=True):
             learner.param_groups[0]["lr"] = peak * cosine(spent / (minutes * 60))
         chosen = torch.randint(len(captions), (batch,), generator=generator)
-        clean, noise = latents[chosen], torch.randn(batch, IMAGE_TOKENS, 16, generator=generator)
+        clean, noise = latents[chosen], torch.randn(batch, *latents.shape[1:], generator=generator)
         dropped = torch.rand(batch, generator=generator) < recipe.dropped
         empty = torch.randint(len(recipe.unconditional), (batch,), generator=generator)
         rows = torch.where(dropped, empty, len(recipe.unconditional) + chosen)
         uniform = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
-        sigma = 2 * uniform / (1 + uniform)  # a mild shift to noise, where the emoji is decided
-        noised = torch.lerp(clean, noise, sigma[:, None, None])
+        sigma = recipe.shift * uniform / (1 + (recipe.shift - 1) * uniform)  # towards noise: it decides what is drawn
+        noised = torch.lerp(clean, noise, sigma.view(-1, *[1] * (clean.ndim - 1)))
         with mixed, sdpa_kernel(SDPBackend.MATH):  # the fused backward is slower here
             velocity = recipe.velocity(pipe, noised, sigma, *(t[rows] for t in tokens))
         loss = F.mse_loss(velocity.float(), noise - clean)
@@ -269,33 +282,41 @@ def export(recipe: Recipe, folder: Path, runs: Path) -> None:
 # --- the figures of the model card
 
 
-def evaluate(folder: Path, count: int = 200, batch: int = 50) -> None:
-    """Draw held-out prompts with every step full; print how many show the prompted emoji, and draw a contact sheet."""
-    pipe, atlas = lesa.load(folder), Atlas(folder)
+def evaluate(recipe: Recipe, folder: Path, count: int = 200, batch: int = 50) -> None:
+    """Draw held-out prompts with every step full; print how many show what is prompted, and draw a contact sheet."""
+    pipe, is_prompted = lesa.load(folder), recogniser(folder)
+    assert is_prompted is not None, f"{folder} has no emoji"
     captions = prompts(folder, "heldout")[:count]
     drawn: list[np.ndarray] = []
     for first in range(0, count, batch):
         chosen = captions[first : first + batch]
         seeds = [torch.Generator().manual_seed(first + k) for k in range(len(chosen))]
-        images = pipe(prompt=chosen, generator=seeds, output_type="np").images
+        images = pictures_of(pipe(prompt=chosen, generator=seeds, output_type="np"))
         drawn += [(image * 255).round().astype(np.uint8) for image in images]
-    targets = [atlas.draw(*parse(c)) for c in captions]
-    share = float(np.mean(atlas.is_prompted(captions, drawn)))
+    targets = list(recipe.pictures(folder, captions).movedim(1, -1).numpy())
+    share = float(np.mean(is_prompted(captions, drawn)))
     errors = [np.mean((a.astype(float) - b) ** 2) for a, b in zip(drawn, targets, strict=True)]
     median = float(np.median([10 * math.log10(255**2 / max(e, 1e-9)) for e in errors]))
-    print(f"{count} held-out prompts: {share:.3f} show the prompted emoji, median PSNR to its drawing {median:.1f} dB")
-    contact_sheet(drawn[:40], targets[:40]).save(folder / "sheet.png", optimize=True)
+    print(f"{count} held-out prompts: {share:.3f} show what is prompted, median PSNR to its drawing {median:.1f} dB")
+    contact_sheet(drawn[:40], targets[:40], recipe.columns).save(folder / "sheet.png", optimize=True)
 
 
-def contact_sheet(drawn: list[np.ndarray], targets: list[np.ndarray], columns: int = 10) -> Image.Image:
-    """Put each drawn picture above its target."""
-    cell = PIXELS + 2
-    sheet = Image.new("RGB", (columns * cell, -(-len(drawn) // columns) * (2 * cell + 6)), "white")
+def contact_sheet(drawn: list[np.ndarray], targets: list[np.ndarray], columns: int) -> Image.Image:
+    """Put each drawn picture above its target; of clips the first, the middle and the last frame."""
+    drawn, targets = ([_still(picture) for picture in pictures] for pictures in (drawn, targets))
+    height, width = (size + 2 for size in drawn[0].shape[:2])
+    sheet = Image.new("RGB", (columns * width, -(-len(drawn) // columns) * (2 * height + 6)), "white")
     for k, (picture, target) in enumerate(zip(drawn, targets, strict=True)):
-        x, y = k % columns * cell, k // columns * (2 * cell + 6)
+        x, y = k % columns * width, k // columns * (2 * height + 6)
         sheet.paste(Image.fromarray(picture), (x, y))
-        sheet.paste(Image.fromarray(target), (x, y + cell))
+        sheet.paste(Image.fromarray(target), (x, y + height))
     return sheet
+
+
+def _still(picture: np.ndarray) -> np.ndarray:
+    if picture.ndim == 3:
+        return picture
+    return np.concatenate(picture[[0, len(picture) // 2, -1]], axis=1)
 
 
 def main(recipe: Recipe, description: str | None) -> None:
@@ -315,4 +336,4 @@ def main(recipe: Recipe, description: str | None) -> None:
     elif options.what == "export":
         export(recipe, options.folder, runs)
     else:
-        evaluate(options.folder, options.count)
+        evaluate(recipe, options.folder, options.count)

@@ -24,6 +24,14 @@ def tiny_qwen():
     return build_qwen_pipeline()
 
 
+@pytest.fixture(scope="session")
+def tiny_hunyuan():
+    """A tiny HunyuanVideoPipeline with random weights, shared by all tests: leave it as it was."""
+    from tiny import build_hunyuan_pipeline
+
+    return build_hunyuan_pipeline()
+
+
 @pytest.fixture
 def call() -> dict[str, Any]:
     """Arguments of a small call of `tiny_flux`: `pipe(prompt, **call).images` are latents, (1, 16, 16)."""

@@ -9,7 +9,7 @@ import lesa
 
 LAYERS = [
     {"grid", "schedule", "kan", "row", "tap", "metrics", "emoji", "pipelines", "ranks"},
-    {"forecasters", "trajectory", "detour", "models", "scores"},
+    {"forecasters", "trajectory", "detour", "models", "scores", "clips"},
     {"predictor", "plan", "guidance"},
     {"runtime", "collect", "flops", "convert", "records", "cost"},
     {"training"},

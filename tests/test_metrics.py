@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from lesa.metrics import IDENTICAL, SCALES, Interval, interval, ms_ssim, paired_interval, psnr, relative_error, ssim
+from lesa.metrics import (
+    IDENTICAL,
+    SCALES,
+    Interval,
+    interval,
+    motion_psnr,
+    ms_ssim,
+    paired_interval,
+    psnr,
+    relative_error,
+    ssim,
+)
 
 RANDOM = np.random.default_rng(0)
 PICTURE = RANDOM.integers(0, 256, (32, 24, 3), dtype=np.uint8)
@@ -126,3 +137,25 @@ def test_unpaired_or_missing_values_are_refused():
 def test_intervals_can_be_printed():
     assert f"{Interval(1.234, -0.5, 2.0)}" == "1.23 [-0.50, 2.00]"
     assert f"{Interval(1.234, -0.5, 2.0):+.1f}" == "+1.2 [-0.5, +2.0]"
+
+
+def test_clips_are_compared_frame_by_frame():
+    generator = np.random.default_rng(0)
+    clip, other = generator.integers(0, 256, (2, 3, 16, 16, 3), dtype=np.uint8)
+    for metric in (psnr, ssim):
+        frames = [metric(a, b) for a, b in zip(clip, other, strict=True)]
+        assert metric(clip, other) == pytest.approx(sum(frames) / 3)
+
+
+def test_motion_is_what_changes_between_frames():
+    clip = np.zeros((3, 8, 8, 3), np.uint8)
+    clip[1] += 50
+    assert motion_psnr(clip, clip) == IDENTICAL
+    assert motion_psnr(clip + np.uint8(7), clip) == IDENTICAL  # as bright in every frame
+    flicker = clip.copy()
+    flicker[1] += 51
+    assert motion_psnr(flicker, clip) == pytest.approx(20 * np.log10(255 / 51))
+    with pytest.raises(ValueError, match="two frames at least"):
+        motion_psnr(clip[:1], clip[:1])
+    with pytest.raises(ValueError, match="two frames at least"):
+        motion_psnr(clip[0], clip[0])

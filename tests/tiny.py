@@ -7,18 +7,25 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLHunyuanVideo,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -194,5 +201,91 @@ def build_qwen_pipeline() -> QwenImagePipeline:
         max_image_seq_len=64,
     )
     pipe = QwenImagePipeline(scheduler, vae.eval(), text.eval(), tokenizer, transformer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+HUNYUAN_START, HUNYUAN_END = "<|begin_of_text|>", "<|end_of_text|>"
+HUNYUAN_SPECIAL = (HUNYUAN_START, HUNYUAN_END, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+
+def hunyuan_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer to which each word of the template is one token, so that the pipeline crops all 95 and no more."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
+    template = DEFAULT_PROMPT_TEMPLATE["template"].format("\n")
+    for token in HUNYUAN_SPECIAL:
+        template = template.replace(token, "\n")
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=list(HUNYUAN_SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([template] * 300 + CORPUS, trainer)
+    bpe.post_processor = processors.TemplateProcessing(f"{HUNYUAN_START} $A", special_tokens=[(HUNYUAN_START, 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=HUNYUAN_START,
+        eos_token=HUNYUAN_END,
+        pad_token=HUNYUAN_END,
+        padding_side="right",
+    )
+
+
+def build_hunyuan_transformer(seed: int = 0, **config: Any) -> HunyuanVideoTransformer3DModel:
+    """A HunyuanVideoTransformer3DModel of 2 + 2 blocks and 24 channels with seeded random weights."""
+    torch.manual_seed(seed)
+    small = dict(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=32,
+        pooled_projection_dim=32,
+        rope_axes_dim=(4, 4, 4),
+    )
+    return HunyuanVideoTransformer3DModel(**{**small, **config}).eval()
+
+
+def build_hunyuan_pipeline() -> HunyuanVideoPipeline:
+    """A whole HunyuanVideoPipeline with seeded random weights: 5 frames of 32 x 48 pixels are 12 tokens of 16."""
+    llama_tokenizer, clip = hunyuan_tokenizer(), tokenizers()[0]
+    transformer = build_hunyuan_transformer()
+    llama = LlamaModel(
+        LlamaConfig(
+            vocab_size=len(llama_tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    pipe = HunyuanVideoPipeline(llama.eval(), llama_tokenizer, transformer, vae.eval(), scheduler, text.eval(), clip)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -18,20 +18,23 @@ from tqdm import tqdm
 
 from lesa import metrics, ranks
 from lesa import records as kept
+from lesa.clips import NAMES, Reel
 from lesa.collect import record
 from lesa.cost import Memory, Watch, flops, machine
 from lesa.emoji import Atlas
 from lesa.forecasters import Forecaster, Lagrange, Reuse, Taylor
-from lesa.pipelines import for_each
+from lesa.pipelines import for_each, pictures_of
 from lesa.predictor import LESA, ContinuousLESA, Predictor
 from lesa.ranks import Ranks
 from lesa.records import Comparison, Cost, Failure, Key, Line, Log, Pair, Record, Start, Time
 from lesa.runtime import Run, accelerate
 from lesa.schedule import Schedule
 from lesa.scores import Score
-from lesa.tap import place_of
+from lesa.tap import from_tokens, place_of
 
 PAIRS_A_TURN = 2
+MOTION = "motion"
+"""The score of clips besides those that are asked for: `metrics.motion_psnr`, in dB."""
 Recogniser = Callable[[Sequence[str], Sequence[np.ndarray]], list[bool]]
 
 
@@ -178,6 +181,8 @@ def line_up(
 
 def recogniser(model: str | Path) -> Recogniser | None:
     """Return the call that tells prompted pictures from others, for the embedded models that come with their emoji."""
+    if (Path(model) / NAMES).exists():
+        return Reel(model).is_prompted
     return Atlas(model).is_prompted if (Path(model) / "emoji.json").exists() else None
 
 
@@ -304,7 +309,7 @@ class Drawn(NamedTuple):
 
 
 def draw(pipe: Any, method: Method, pairs: Sequence[Pair]) -> tuple[list[np.ndarray], int]:
-    """Draw pairs in one call: uint8 RGB pictures (H, W, 3), and how many steps of the run were full."""
+    """Draw pairs in one call: uint8 RGB pictures (H, W, 3) or clips (frames, H, W, 3), and how many steps were full."""
     drawn = observe(pipe, method, pairs)
     return drawn.pictures, len(drawn.full)
 
@@ -321,8 +326,12 @@ def observe(pipe: Any, method: Method, pairs: Sequence[Pair]) -> Drawn:
 def _pictures(pipe: Any, pairs: Sequence[Pair], **call: Any) -> list[np.ndarray]:
     generators = [torch.Generator().manual_seed(pair.seed) for pair in pairs]
     prompts = [pair.prompt for pair in pairs]
-    images = pipe(prompt=prompts, generator=generators, output_type="pil", **for_each(prompts, call)).images
-    return [np.asarray(image.convert("RGB")) for image in images]
+    drawn = pictures_of(pipe(prompt=prompts, generator=generators, output_type="pil", **for_each(prompts, call)))
+    return [np.stack([_pixels(frame) for frame in one]) if isinstance(one, list) else _pixels(one) for one in drawn]
+
+
+def _pixels(image: Any) -> np.ndarray:
+    return np.asarray(image.convert("RGB"))
 
 
 def score(
@@ -337,6 +346,8 @@ def score(
     prompts = [pair.prompt for pair in pairs]
     prompted = recognise(prompts, drawn.pictures) if recognise else [None] * len(pairs)
     others = {name: of(prompts, drawn.pictures, reference.pictures) for name, of in (scores or {}).items()}
+    if drawn.pictures[0].ndim == 4:
+        others[MOTION] = [metrics.motion_psnr(*clips) for clips in zip(drawn.pictures, reference.pictures, strict=True)]
     return [
         Record(
             *key,
@@ -520,4 +531,8 @@ def decode(pipe: Any, pairs: Sequence[Pair], latents: Tensor) -> list[np.ndarray
     A scheduler that stretches its grid to a last time, as Qwen-Image's, divides zero by zero in a run of one step.
     """
     latents = latents.to(pipe.device, pipe.transformer.dtype)
-    return _pictures(pipe, pairs, num_inference_steps=2, callback_on_step_end=lambda *_: {"latents": latents})
+
+    def put(pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"latents": from_tokens(pipe.transformer, latents, tensors["latents"])}
+
+    return _pictures(pipe, pairs, num_inference_steps=2, callback_on_step_end=put)

@@ -109,8 +109,7 @@ def _line_up(options: argparse.Namespace, pipe: Any, predictors: Sequence[Any], 
         if not at.leads:
             at.wait()
         grid, plan = _planned(options, pipe)
-        named = dict(reuse=reuse, only=options.only)
-        planned = benchmark.line_up_planned(options.budgets, grid, plan, predictors, **named)
+        planned = benchmark.line_up_planned(options.budgets, grid, plan, predictors, reuse=reuse, only=options.only)
         methods += [method for method in planned if method not in methods]
         if at.leads:
             at.wait()
@@ -155,6 +154,7 @@ def _report(options: argparse.Namespace) -> None:
 def _write_report(folder: Path, differences: str | None) -> None:
     """Make tables and plots of the records in a folder, and of nothing else."""
     from lesa import plots, records, report
+    from lesa.pipelines import save_picture
 
     comparison = records.load(folder)
     named = differences in {method for method, _ in comparison.records} or differences != DIFFERENCES
@@ -165,6 +165,9 @@ def _write_report(folder: Path, differences: str | None) -> None:
     if comparison.pictures:
         drawn.append(folder / "pictures.png")
         report.sheet(comparison).save(drawn[-1])
+    if moving := report.sheets(comparison):
+        drawn.append(folder / "clips.gif")
+        save_picture(moving, drawn[-1])
     print("\n".join(map(str, [folder / "report.md", *drawn])))
 
 
@@ -211,19 +214,21 @@ def _generate(options: argparse.Namespace) -> None:
     import torch
     from PIL import Image
 
+    from lesa.pipelines import pictures_of, save_picture
     from lesa.runtime import accelerate
 
-    if Path(options.out).suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--out names a picture file such as picture.png, got {options.out!r}.")
+    if Path(options.out).suffix.lower() not in {*Image.registered_extensions(), ".mp4"}:
+        raise ValueError(f"--out names a picture file such as picture.png, or clip.gif, got {options.out!r}.")
     _folder(Path(options.out).parent)
     pipe = _pipeline(options)
     seeded = dict(generator=torch.Generator().manual_seed(options.seed))
     if options.full:
-        pipe(options.prompt, **seeded).images[0].save(options.out)
+        drawn = pictures_of(pipe(options.prompt, **seeded))
     else:
         with accelerate(pipe, _forecaster(options), schedule=options.schedule) as run:
-            pipe(options.prompt, **seeded).images[0].save(options.out)
+            drawn = pictures_of(pipe(options.prompt, **seeded))
         print(run.summary())
+    save_picture(drawn[0], options.out)
     print(options.out)
 
 

@@ -25,11 +25,19 @@ from tqdm import tqdm
 from lesa import grid as grids
 from lesa.pipelines import for_each
 from lesa.ranks import ALONE, Ranks
-from lesa.tap import Tap, hear_streams, tap_of
+from lesa.tap import Tap, hear_streams, tap_of, to_tokens
 from lesa.trajectory import COLLECTION, Collection, Store, Trajectory, draw_tokens
 
 DEFAULT_STREAM = "cond"
-_OURS = ("prompt", "generator", "latents", "num_images_per_prompt", "output_type", "return_dict")
+_OURS = (
+    "prompt",
+    "generator",
+    "latents",
+    "num_images_per_prompt",
+    "num_videos_per_prompt",
+    "output_type",
+    "return_dict",
+)
 
 
 def record(
@@ -45,7 +53,8 @@ def record(
     `tokens` are the positions to keep, (n,) int64, or a function that draws them from the number of image tokens. Other
     arguments go to the pipeline; a text (such as `negative_prompt`) goes with every prompt. An accelerated pipeline is
     recorded as it runs, with its forecasts; if it is so at another tap than the class's usual one, name it. At the
-    output tap the features are the outputs, and the conditioning is empty.
+    output tap the features are the outputs, and the conditioning is empty. Latents and outputs of videos are kept as
+    the tokens that the transformer makes of them.
 
     Raises: ValueError if the prompts and seeds do not pair up, if an argument is the recording's own, if the pipeline
     does not walk its whole grid once per stream, or if it is accelerated at another tap.
@@ -111,7 +120,8 @@ class _Recorder:
         self._step = grids.step_of(self._scheduler) or 0
         if not self._latents:
             self._shape = latents.shape
-            self._tokens = _checked(self._draw(latents.shape[1]), latents.shape[1])
+            available = to_tokens(transformer, latents).shape[1]
+            self._tokens = _checked(self._draw(available), available)
         kept = self._kept.setdefault(self._stream, {"features": [], "conditioning": [], "outputs": []})
         if len(kept["outputs"]) != self._step:
             raise ValueError(
@@ -141,7 +151,7 @@ class _Recorder:
             )
 
     def _keep(self, x: Tensor) -> Tensor:
-        return x.detach()[:, self._tokens].cpu()
+        return to_tokens(self._transformer, x.detach())[:, self._tokens].cpu()
 
     def trajectories(self, prompts: Sequence[str], seeds: Sequence[int], final: Tensor) -> list[Trajectory]:
         grid = grids.from_scheduler(self._scheduler)

@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesa.tap import tap_of
+from lesa.tap import tap_of, to_tokens
 from lesa.trajectory import draw_tokens
 
 PACKAGES = ("lesa-cache", "torch", "diffusers", "transformers", "numpy", "scikit-image")
@@ -69,10 +69,15 @@ class Watch:
         Of a step in which nothing passed the class's usual tap it is None. A forecast is seen as the feature it is.
         """
         transformer = self._pipe.transformer
-        with ExitStack() as undo:
-            module = getattr(transformer, tap_of(transformer).module or "", transformer)
-            undo.callback(module.register_forward_pre_hook(self._pass, with_kwargs=True).remove)
+        name = tap_of(transformer).module
+        if name is None:
+            hook = transformer.register_forward_hook(self._return)
+        else:
+            hook = getattr(transformer, name).register_forward_pre_hook(self._pass, with_kwargs=True)
+        try:
             yield
+        finally:
+            hook.remove()
 
     @property
     def full_steps(self) -> int:
@@ -109,8 +114,14 @@ class Watch:
         self._ran = True
 
     def _pass(self, _module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        feature = args[0] if args else next(iter(kwargs.values()))
-        self._passed.append(feature.detach()[:, draw_tokens(feature.shape[1])].float().cpu())
+        self._see(args[0] if args else next(iter(kwargs.values())))
+
+    def _return(self, _transformer: torch.nn.Module, _args: tuple, output: Any) -> None:
+        self._see(output[0])
+
+    def _see(self, feature: Tensor) -> None:
+        tokens = to_tokens(self._pipe.transformer, feature.detach())
+        self._passed.append(tokens[:, draw_tokens(tokens.shape[1])].float().cpu())
 
 
 def _on_gpu(module: torch.nn.Module) -> bool:

@@ -61,15 +61,8 @@ class Atlas:
     """The emoji of an embedded model: their names and one RGBA bitmap each, read from `emoji.png` and `emoji.json`."""
 
     def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        self.names: list[str] = json.loads((folder / "emoji.json").read_text())
-        sheet = Image.open(folder / "emoji.png")
-        side = max(SIZES.values())
-        columns = sheet.width // side
-        corners = [(k % columns * side, k // columns * side) for k in range(len(self.names))]
-        self._bitmaps = {
-            name: sheet.crop((x, y, x + side, y + side)) for name, (x, y) in zip(self.names, corners, strict=True)
-        }
+        self.names: list[str] = json.loads((Path(folder) / "emoji.json").read_text())
+        self._bitmaps = bitmaps(Path(folder) / "emoji.png", self.names)
 
     def draw(self, name: str, composition: Composition) -> np.ndarray:
         """Draw one emoji as uint8 RGB of shape (PIXELS, PIXELS, 3)."""
@@ -89,6 +82,14 @@ class Atlas:
         """Tell for each picture whether it shows the emoji that its prompt names."""
         parsed = [parse(prompt) for prompt in prompts]
         return [self.recognise(p, composition) == name for (name, composition), p in zip(parsed, pictures, strict=True)]
+
+
+def bitmaps(sheet: Path, names: Sequence[str]) -> dict[str, Image.Image]:
+    """Cut a sheet of square RGBA bitmaps, row by row, into one for each name."""
+    picture, side = Image.open(sheet), max(SIZES.values())
+    columns = picture.width // side
+    corners = [(k % columns * side, k // columns * side) for k in range(len(names))]
+    return {name: picture.crop((x, y, x + side, y + side)) for name, (x, y) in zip(names, corners, strict=True)}
 
 
 def compose(bitmap: Image.Image, composition: Composition) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,23 +34,48 @@ class Interval(NamedTuple):
 def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
     """Return 10 log10(255^2 / mean squared difference) of two 8-bit RGB pictures (H, W, 3), in dB, at most `IDENTICAL`.
 
-    The cap keeps the order: without it a picture that is off by one in a single pixel would beat an identical one.
+    The cap keeps the order: without it a picture that is off by one in a single pixel would beat an identical one. Of
+    two clips (frames, H, W, 3) it is the mean over their frames.
 
-    Raises: ValueError if the pictures are not uint8 of one shape (H, W, 3).
+    Raises: ValueError if the pictures are not uint8 of one shape (H, W, 3) or (frames, H, W, 3).
     """
     _check_pictures(picture, reference)
-    error = np.mean((picture.astype(np.float64) - reference.astype(np.float64)) ** 2)
+    if picture.ndim == 4:
+        return fmean(psnr(*frames) for frames in zip(picture, reference, strict=True))
+    return _decibels(picture.astype(np.float64) - reference)
+
+
+def motion_psnr(clip: np.ndarray, reference: np.ndarray) -> float:
+    """Return the PSNR of what changes from frame to frame of two 8-bit RGB clips (frames, H, W, 3), as `psnr` does.
+
+    A flicker counts here, and a constant difference does not.
+
+    Raises: ValueError if the clips are not uint8 of one shape (frames, H, W, 3) with two frames at least.
+    """
+    _check_pictures(clip, reference)
+    if clip.ndim != 4 or len(clip) < 2:
+        raise ValueError(f"motion is seen in two frames at least, got shape {clip.shape}; pass clips.")
+    changes, wanted = (np.diff(frames.astype(np.float64), axis=0) for frames in (clip, reference))
+    return fmean(_decibels(change) for change in changes - wanted)
+
+
+def _decibels(difference: np.ndarray) -> float:
+    error = np.mean(difference**2)
     return IDENTICAL if error == 0 else min(IDENTICAL, float(10 * np.log10(255**2 / error)))
 
 
 def ssim(picture: np.ndarray, reference: np.ndarray) -> float:
     """Return the structural similarity of two 8-bit RGB pictures (H, W, 3), with the Gaussian window of its authors.
 
+    Of two clips (frames, H, W, 3) it is the mean over their frames.
+
     Raises: ValueError as `psnr` does; ImportError without scikit-image (the extra `bench`).
     """
     from skimage.metrics import structural_similarity
 
     _check_pictures(picture, reference)
+    if picture.ndim == 4:
+        return fmean(ssim(*frames) for frames in zip(picture, reference, strict=True))
     similarity: Any = structural_similarity(
         picture,
         reference,
@@ -135,8 +161,14 @@ def paired_interval(values: Sequence[float], others: Sequence[float], **options:
 
 def _check_pictures(picture: np.ndarray, reference: np.ndarray) -> None:
     for array in (picture, reference):
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.shape != reference.shape:
+        if (
+            array.dtype != np.uint8
+            or array.ndim not in (3, 4)
+            or array.shape[-1] != 3
+            or array.shape != reference.shape
+        ):
             raise ValueError(
-                f"two pictures are uint8 of one shape (H, W, 3), got {picture.dtype} {picture.shape} and "
-                f"{reference.dtype} {reference.shape}; decode both to 8-bit RGB of one size."
+                "two pictures are uint8 of one shape (H, W, 3), two clips (frames, H, W, 3), got "
+                f"{picture.dtype} {picture.shape} and {reference.dtype} {reference.shape}; decode both to 8-bit RGB of "
+                "one size."
             )

@@ -11,6 +11,7 @@ from typing import Any
 CALL_FILE, SCHEDULER_FOLDER = "call.json", "scheduler"
 HOME = "_lesa_home"
 """A loaded pipeline's attribute: the folder whose predictors are shipped for it, where that is not its own."""
+FRAMES_A_SECOND = 8
 
 
 def load(path: str | Path, *, lora: str | Path | None = None, **options: Any) -> Any:
@@ -104,3 +105,24 @@ def for_each(prompt: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(prompt, (list, tuple)):
         return arguments
     return {k: [v] * len(prompt) if "prompt" in k and isinstance(v, str) else v for k, v in arguments.items()}
+
+
+def pictures_of(result: Any) -> list[Any]:
+    """Return what a call drew: PIL pictures, or of videos a list of such frames for each."""
+    return list(result.frames if hasattr(result, "frames") else result.images)
+
+
+def save_picture(picture: Any, path: str | Path) -> None:
+    """Write a PIL picture, or the frames of a clip: as GIF, WebP, PNG that moves, or MP4.
+
+    Raises: ImportError if an MP4 is to be written and neither imageio (with ffmpeg) nor opencv is installed.
+    """
+    if not isinstance(picture, (list, tuple)):
+        picture.save(path)
+    elif Path(path).suffix.lower() == ".mp4":
+        from diffusers.utils import export_to_video
+
+        export_to_video(list(picture), str(path), fps=FRAMES_A_SECOND)
+    else:
+        first, *others = picture
+        first.save(path, save_all=True, append_images=others, duration=1000 // FRAMES_A_SECOND, loop=0)

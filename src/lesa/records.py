@@ -23,13 +23,14 @@ from urllib.parse import quote
 import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from lesa import metrics
 from lesa.metrics import Interval
 from lesa.trajectory import write_atomically
 
 FORMAT = "lesa-records-1"
-FILES, PICTURES = "records*.jsonl", "pictures"
+FILES, PICTURES, FRAMES = "records*.jsonl", "pictures", "frames"
 REFERENCE = ("all full", "every:1")
 """The run that all others are measured against."""
 Key = tuple[str, str]
@@ -338,7 +339,7 @@ class Log:
         if self.folder is not None:
             path, file = picture_path(self.folder, key, number), BytesIO()
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(file, "PNG")
+            _write_picture(picture, file)
             write_atomically(path, file.getvalue())
 
     def refresh(self) -> None:
@@ -395,7 +396,7 @@ def load(folder: str | Path) -> Comparison:
     for key in comparison.records:
         pictures = sorted(picture_path(Path(folder), key, 0).parent.glob("*.png"))
         if pictures:
-            comparison.pictures[key] = [np.asarray(Image.open(path).convert("RGB")) for path in pictures]
+            comparison.pictures[key] = [_read_picture(path) for path in pictures]
     return comparison
 
 
@@ -415,6 +416,22 @@ def at_line(path: str | Path, number: int) -> tuple[Record, Mapping[str, Any], M
 def picture_path(folder: Path, key: Key, number: int) -> Path:
     """Return the file of a method's picture of the pair of this number."""
     return folder / PICTURES / quote(" ".join(key), safe=" (),+") / f"{number:05d}.png"
+
+
+def _write_picture(picture: np.ndarray, file: BytesIO) -> None:
+    """Write a picture as PNG, and a clip as one picture of its frames from top to bottom, with their number."""
+    facts = PngInfo()
+    if picture.ndim == 4:
+        facts.add_text(FRAMES, str(len(picture)))
+        picture = np.concatenate(picture)
+    Image.fromarray(picture).save(file, "PNG", pnginfo=facts)
+
+
+def _read_picture(path: Path) -> np.ndarray:
+    """Read what `_write_picture` wrote."""
+    with Image.open(path) as image:
+        picture, frames = np.asarray(image.convert("RGB")), image.info.get(FRAMES)
+    return picture if frames is None else np.stack(np.split(picture, int(frames)))
 
 
 def _file(shard: int) -> str:

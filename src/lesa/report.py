@@ -44,7 +44,8 @@ def table(results: Sequence[Result], lacking: Sequence[str] = ()) -> str:
     """Lay results out as a Markdown table that reads as well in a terminal.
 
     Speedup is that of the denoising loop at batch 1, the whole call's is beside it; 'as prompted' is the share of
-    pictures that still show what their prompts name. Scores that are `lacking` have a column that says so.
+    pictures that still show what their prompts name, 'motion' the PSNR of what changes between the frames of clips.
+    Scores that are `lacking` have a column that says so.
     """
     scores = list(dict.fromkeys(name for result in results for name in result.scores))
     columns = [*scores, *(name for name in lacking if name not in scores)]
@@ -195,10 +196,17 @@ Colour = tuple[int, int, int]
 INK, FAINT, WRONG = (25, 25, 25), (110, 110, 110), (200, 30, 30)
 
 
-def sheet(comparison: Comparison) -> Image.Image:
-    """Draw the kept pictures, prompts x methods, methods of as many full steps side by side.
+def sheets(comparison: Comparison) -> list[Image.Image]:
+    """Draw the sheet of every frame of clips."""
+    clips = [clip for kept in comparison.pictures.values() for clip in kept if clip.ndim == 4]
+    return [sheet(comparison, frame) for frame in range(len(clips[0]) if clips else 0)]
 
-    Under each picture stands its PSNR, in red and 'wrong' if it does not show what its prompt names.
+
+def sheet(comparison: Comparison, frame: int | None = None) -> Image.Image:
+    """Draw the kept pictures, prompts x methods, methods of as many full steps side by side; of clips one frame.
+
+    Under each picture stands its PSNR, in red and 'wrong' if it does not show what its prompt names. Without a `frame`
+    it is the middle one.
     """
     results = {(result.method, result.schedule): result for result in comparison.results()}
     keys = sorted(comparison.pictures, key=lambda key: -results[key].full_steps)
@@ -215,9 +223,15 @@ def sheet(comparison: Comparison) -> Image.Image:
         cells = zip(comparison.pictures[key], comparison.records[key], strict=False)
         for k, (picture, record) in enumerate(cells):
             y = top + k * (SIDE + CAPTION + GAP)
-            canvas.paste(_sized(picture), (left, y))
+            canvas.paste(_sized(_still(picture, frame)), (left, y))
             _write(draw, (left, y + SIDE + 2), *_caption(record))
     return canvas
+
+
+def _still(picture: np.ndarray, frame: int | None) -> np.ndarray:
+    if picture.ndim == 3:
+        return picture
+    return picture[len(picture) // 2 if frame is None else frame]
 
 
 def _lefts(full_steps: Sequence[float]) -> Iterator[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,23 @@ def load(names: Sequence[str]) -> tuple[dict[str, Score], dict[str, str]]:
     lacking: dict[str, str] = {}
     for name in names:
         try:
-            found[name] = SCORES[name]()
+            found[name] = _of_frames(SCORES[name]())
         except Exception as error:  # whatever a package raises that finds no weights and no way to them
             words = " ".join(str(error).split())
             lacking[name] = f"{type(error).__name__}: {words[:200]}"
     return found, lacking
+
+
+def _of_frames(score: Score) -> Score:
+    """Let a score of pictures be one of clips (frames, H, W, 3) too: the mean over their frames."""
+
+    def mean(prompts: Sequence[str], pictures: Sequence[np.ndarray], references: Sequence[np.ndarray]) -> list[float]:
+        if pictures[0].ndim == 3:
+            return score(prompts, pictures, references)
+        clips = zip(prompts, pictures, references, strict=True)
+        return [fmean(score([prompt] * len(clip), list(clip), list(wanted))) for prompt, clip, wanted in clips]
+
+    return mean
 
 
 def _ms_ssim() -> Score:

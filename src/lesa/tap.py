@@ -33,6 +33,7 @@ NORM, PROJECTION = "norm_out", "proj_out"
 TAPS = {
     "FluxTransformer2DModel": Tap(("transformer_blocks", "single_transformer_blocks"), NORM),
     "QwenImageTransformer2DModel": Tap(("transformer_blocks",), PROJECTION),
+    "HunyuanVideoTransformer3DModel": Tap(("transformer_blocks", "single_transformer_blocks"), None),
 }
 """Where the paper taps each class: its place called 'feature'."""
 MODULES = {"norm": NORM, "projection": PROJECTION, "output": None}
@@ -62,8 +63,13 @@ def tap_of(transformer: nn.Module, place: str = "feature") -> Tap:
 
 
 def place_of(kind: str, tap: Tap) -> str:
-    """Name the place of a tap of a class of transformers; 'feature' where it is the class's usual one, or unknown."""
-    if kind not in TAPS or tap == TAPS[kind]:
+    """Name the place of a tap of a class of transformers: 'feature' where it is the class's usual one.
+
+    Of a class that is not known here it is 'feature' too, unless it is the output.
+    """
+    if tap == TAPS.get(kind):
+        return "feature"
+    if kind not in TAPS:
         return "output" if tap.module is None else "feature"
     return next((place for place, module in MODULES.items() if module == tap.module), "feature")
 
@@ -130,6 +136,47 @@ class Projection:
     def of_ones(self) -> Tensor:
         """Return what an offset of 1 in all channels is in folded features, (C_out,)."""
         return self._projection.weight.sum(1)
+
+
+def to_tokens(transformer: nn.Module, x: Tensor) -> Tensor:
+    """Bring latents or outputs of a transformer to its tokens, (B, N, C), in the order in which its head gives them.
+
+    Pictures are such tokens already. Videos, (B, C, T, H, W), are cut into the patches that the transformer makes of
+    them; each token holds the C p_t p p numbers of one.
+
+    Raises: ValueError if they are neither.
+    """
+    if x.ndim == 3:
+        return x
+    time, side = _patch_of(transformer, x)
+    patches = x.unflatten(4, (-1, side)).unflatten(3, (-1, side)).unflatten(2, (-1, time))  # B, C, T, p_t, H, p, W, p
+    return patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+
+
+def from_tokens(transformer: nn.Module, tokens: Tensor, like: Tensor) -> Tensor:
+    """Undo `to_tokens`: put tokens together to latents of the shape of others.
+
+    Raises: ValueError if those are neither pictures' tokens nor videos.
+    """
+    if like.ndim == 3:
+        return tokens
+    time, side = _patch_of(transformer, like)
+    _, channels, frames, height, width = like.shape
+    patches = tokens.unflatten(2, (channels, time, side, side))
+    patches = patches.unflatten(1, (frames // time, height // side, width // side))  # B, T, H, W, C, p_t, p, p
+    return patches.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6).flatten(4, 5).flatten(2, 3)
+
+
+def _patch_of(transformer: nn.Module, x: Tensor) -> tuple[int, int]:
+    """Return how many frames and how many rows and columns of a video go into one token."""
+    config = getattr(transformer, "config", None)
+    time, side = (getattr(config, name, None) for name in ("patch_size_t", "patch_size"))
+    if x.ndim != 5 or not isinstance(time, int) or not isinstance(side, int):
+        raise ValueError(
+            "latents are tokens (B, N, C), or videos (B, C, T, H, W) of a transformer that names its patches, got "
+            f"{tuple(x.shape)} from a {type(transformer).__name__}; only such runs can be recorded."
+        )
+    return time, side
 
 
 class Listener(Protocol):
