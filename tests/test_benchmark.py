@@ -81,8 +81,8 @@ def test_what_equals_the_reference_counts_as_identical(comparison):
 
 def test_every_method_runs_the_same_pairs(comparison):
     expected = list(zip(PROMPTS, SEEDS, strict=True))
-    for measured in comparison.records.values():
-        assert [(one.prompt, one.seed) for one in measured] == expected
+    for of_method in comparison.records.values():
+        assert [(one.prompt, one.seed) for one in of_method] == expected
 
 
 def test_a_batched_record_is_what_the_pair_gives_alone(pipe, comparison):

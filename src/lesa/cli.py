@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -129,11 +130,7 @@ def _planned(options: argparse.Namespace, pipe: Any) -> tuple[Any, Callable[[Any
 
     path = Path(options.out) / "planned.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    planners: list[Any] = []
-
-    def planner() -> Any:
-        planners.extend([] if planners else [_planner(options, pipe)])
-        return planners[0]
+    planner = cache(lambda: _planner(options, pipe))  # it records runs, so it is made once, and only if it is needed
 
     def plan(forecaster: Any, budget: int) -> Any:
         name = f"{forecaster!r} {budget}"

@@ -37,7 +37,6 @@ class Watch:
         self._began: float | None = None
         self._ran = False
         self._passed: list[Tensor] = []
-        self._step = 0
         self.seconds = 0.0
         self.full: list[int] = []
         self.features: list[Tensor | None] = []
@@ -69,11 +68,11 @@ class Watch:
         Of a step in which nothing passed the class's usual tap it is None. A forecast is seen as the feature it is.
         """
         transformer = self._pipe.transformer
-        name = tap_of(transformer).module
-        if name is None:
-            hook = transformer.register_forward_hook(self._return)
+        module = tap_of(transformer).module
+        if module is None:
+            hook = transformer.register_forward_hook(lambda _module, _args, output: self._keep(output[0]))
         else:
-            hook = getattr(transformer, name).register_forward_pre_hook(self._pass, with_kwargs=True)
+            hook = getattr(transformer, module).register_forward_pre_hook(self._pass, with_kwargs=True)
         try:
             yield
         finally:
@@ -114,12 +113,9 @@ class Watch:
         self._ran = True
 
     def _pass(self, _module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._see(args[0] if args else next(iter(kwargs.values())))
+        self._keep(args[0] if args else next(iter(kwargs.values())))
 
-    def _return(self, _transformer: torch.nn.Module, _args: tuple, output: Any) -> None:
-        self._see(output[0])
-
-    def _see(self, feature: Tensor) -> None:
+    def _keep(self, feature: Tensor) -> None:
         tokens = to_tokens(self._pipe.transformer, feature.detach())
         self._passed.append(tokens[:, draw_tokens(tokens.shape[1])].float().cpu())
 
