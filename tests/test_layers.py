@@ -9,7 +9,7 @@ import lesa
 
 LAYERS = [
     {"grid", "schedule", "kan", "row", "tap", "metrics", "emoji", "pipelines"},
-    {"forecasters", "trajectory", "detour", "models"},
+    {"forecasters", "trajectory", "detour", "models", "offload"},
     {"predictor", "plan", "guidance"},
     {"runtime", "collect", "flops", "convert"},
     {"training"},
