@@ -9,7 +9,7 @@ import lesa
 
 LAYERS = [
     {"grid", "schedule", "kan", "row", "tap", "metrics", "emoji", "pipelines", "ranks"},
-    {"forecasters", "trajectory", "detour", "models", "scores", "clips"},
+    {"forecasters", "trajectory", "detour", "models", "scores", "clips", "offload"},
     {"predictor", "plan", "guidance"},
     {"runtime", "collect", "flops", "convert", "records", "cost"},
     {"training"},

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +18,7 @@ from typing import Any, NoReturn
 EMBEDDED = "models/emoji-flux"
 PLACES = ("feature", "norm", "projection", "output")
 VALIDATION_SEED, TRAINING_SEED = 1_000_000, 2_000_000  # the first ones; held-out pairs count from 0, so none coincide
+OFFLOADS = ("none", "model", "sequential", "group")
 LEARNED = "learned"
 CONVERTED = {
     "flux": "black-forest-labs/FLUX.1-dev",
@@ -332,7 +335,7 @@ def _collect(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from lesa import plots, tap, training
-    from lesa.collect import fingerprint, record
+    from lesa.collect import fingerprint, record_kept
     from lesa.runtime import accelerate
     from lesa.trajectory import Store, Trajectory
 
@@ -345,33 +348,31 @@ def _train(options: argparse.Namespace) -> None:
             raise ValueError(f"training needs recorded runs, and {folder} holds none; run lesa collect.")
     out, prompts = _folder(options.out), _prompts(options.validation_prompts, options.validation)
     seeds = range(VALIDATION_SEED, VALIDATION_SEED + len(prompts))
-    where = tap.tap_of(pipe.transformer, options.tap)
+    where, kept = tap.tap_of(pipe.transformer, options.tap), out / "rounds" / "recorded"
     pipe.transformer.requires_grad_(False)  # the head is differentiated, and nothing of it is trained
 
-    def runs(like: Trajectory, prompts: Sequence[str], seeds: Sequence[int]) -> list[Trajectory]:
-        recorded: list[Trajectory] = []
-        for k in range(0, len(prompts), options.batch_size):
-            part = slice(k, k + options.batch_size)
-            recorded += record(pipe, prompts[part], seeds[part], like.tokens, where, **calls[tuple(like.grid.tolist())])
-        return recorded
+    def runs(like: Trajectory, prompts: Sequence[str], seeds: Sequence[int], name: str) -> list[Trajectory]:
+        facts = dict(batch_size=options.batch_size, **calls[tuple(like.grid.tolist())])
+        return record_kept(pipe, prompts, seeds, like.tokens, where, kept / name, **facts)
 
     def record_runs(predictor: Any, lesson: Any) -> tuple[list[Trajectory], list[Trajectory]]:
-        first = lesson.reference[0]
+        first, name = lesson.reference[0], _digest(predictor, lesson)
         with accelerate(pipe, predictor, schedule=lesson.schedule):
-            trained = runs(first, [run.prompt for run in lesson.reference], [run.seed for run in lesson.reference])
-            return trained, runs(first, prompts, seeds)
+            trained = [run.prompt for run in lesson.reference], [run.seed for run in lesson.reference]
+            return runs(first, *trained, f"trained-{name}"), runs(first, prompts, seeds, f"validated-{name}")
 
     calls, lessons = {}, []
     for store in stores:
         reference = list(store)
         calls[tuple(reference[0].grid.tolist())] = store.collection.call
-        validation = runs(reference[0], prompts, seeds)
+        validation = runs(reference[0], prompts, seeds, f"reference-{store.digest()}")
         for schedule in _schedules_to_learn(options, pipe, store):
             lessons.append(training.Lesson(reference, validation, schedule))
     predictor = _untrained(options, pipe, stores, lessons)
     if options.loss == "steps":
         training.least_squares(predictor, lessons[0].reference)
         predictor.save_pretrained(out)
+        shutil.rmtree(kept)
         return print(out)
     recipe = training.Config.paper() if options.paper else training.Config(loss=options.loss)
     config = replace(recipe, rounds=options.rounds, updates=tuple(options.updates), seed=options.seed)
@@ -384,8 +385,17 @@ def _train(options: argparse.Namespace) -> None:
     earlier.origin = replace(earlier.origin, training={**earlier.origin.training, "phase": "ground-truth"})
     earlier.save_pretrained(out / "ground-truth")
     plots.training_curve(result.curve, out / "training.png")
+    shutil.rmtree(kept)
     print("\n".join(f"round {k}: drift {score:.2f} dB" for k, score in enumerate(result.scores)))
     print(out)
+
+
+def _digest(predictor: Any, lesson: Any) -> str:
+    """Name the runs of a predictor on a lesson: by its numbers, the grid and the schedule."""
+    total = hashlib.sha256(f"{lesson.reference[0].grid.tolist()} {lesson.schedule}".encode())
+    for name, tensor in sorted(predictor.state_dict().items()):
+        total.update(name.encode() + tensor.numpy().tobytes())
+    return total.hexdigest()[:16]
 
 
 def _check_training(options: argparse.Namespace) -> None:
@@ -551,6 +561,7 @@ def _pipeline(options: argparse.Namespace) -> Any:
     from transformers.utils import logging
 
     from lesa import ranks
+    from lesa.offload import place
     from lesa.pipelines import call_of, load, with_call
 
     if options.dtype and not isinstance(getattr(torch, options.dtype, None), torch.dtype):
@@ -558,10 +569,13 @@ def _pipeline(options: argparse.Namespace) -> Any:
     logging.disable_progress_bar()  # of the weights of each component; that of the components stays
     steps = call_of(options.model, options.lora).get("num_inference_steps", 50)
     options.steps = options.steps or options.call.pop("num_inference_steps", None) or steps
-    dtype = {"torch_dtype": getattr(torch, options.dtype)} if options.dtype else {}
-    pipe = load(options.model, lora=options.lora, **dtype)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    loading = dict(torch_dtype=dtype, variant=options.variant, revision=options.revision)
+    pipe = load(options.model, lora=options.lora, **{name: value for name, value in loading.items() if value})
+    if options.scheduler:
+        pipe.scheduler = type(pipe.scheduler).from_config({**pipe.scheduler.config, **options.scheduler})
     try:
-        pipe.to(ranks.device(options.device))
+        place(pipe, ranks.device(options.device), options.offload)
     except AssertionError as error:  # what torch raises for a device that it was not built for
         raise ValueError(f"the device {options.device!r} cannot be used here: {error}") from error
     pipe.set_progress_bar_config(disable=True)
@@ -843,7 +857,11 @@ def _command(commands: Any, name: str, run: Any, words: str, model: str | None =
     parser.add_argument("--lora", metavar="LORA", help="folder, hub name or file of a LoRA, whose predictors are taken")
     parser.add_argument("--steps", type=_count, help="default: the model's own, or 50")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--offload", choices=OFFLOADS, default="none", help="keep weights in the CPU's memory (none)")
     parser.add_argument("--dtype", help="e.g. bfloat16; default: that of diffusers")
+    parser.add_argument("--variant", help="of the weights' files, e.g. fp16")
+    parser.add_argument("--revision", help="of the hub repository: a branch, tag or commit")
+    parser.add_argument("--scheduler", type=_call, help="""other settings, e.g. '{"shift": 3.0}'""")
     parser.add_argument("--call", type=_call, default={}, help="""more arguments of its call, e.g. '{"height": 512}'""")
     parser.set_defaults(command=run)
     return parser

@@ -263,6 +263,38 @@ def _add(
     return store
 
 
+def record_kept(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    tokens: Tensor,
+    tap: Tap,
+    folder: str | Path,
+    batch_size: int,
+    **call: Any,
+) -> list[Trajectory]:
+    """Record as `record` does, in batches, and keep each run in a folder: called again, it records what is not there.
+
+    The folder belongs to the pipeline as it is accelerated now and to these arguments; what is damaged in it, or of
+    other prompts, is recorded again.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    found: list[Trajectory] = []
+    for start in range(0, len(prompts), batch_size):
+        batch = slice(start, start + batch_size)
+        paths = [Path(folder) / f"{start + k:05d}-{seed}.safetensors" for k, seed in enumerate(seeds[batch])]
+        try:
+            runs = [Trajectory.load(path) for path in paths]
+        except (FileNotFoundError, ValueError):
+            runs = []
+        if [run.prompt for run in runs] != list(prompts[batch]):
+            runs = record(pipe, prompts[batch], seeds[batch], tokens, tap, **call)
+            for path, run in zip(paths, runs, strict=True):
+                run.save(path)
+        found += runs
+    return found
+
+
 def _describe(
     pipe: Any,
     prompts: Sequence[str],
@@ -302,9 +334,18 @@ def fingerprint(pipe: Any) -> str:
     total = hashlib.sha256()
     for part, module in sorted(pipe.components.items()):
         for name, x in module.state_dict().items() if isinstance(module, nn.Module) else ():
+            x = _offloaded(module, name) if x.is_meta else x
             head = [] if x.is_meta else x.flatten()[:8].tolist()
             total.update(f"{part}.{name} {x.dtype} {tuple(x.shape)} {head}\n".encode())
     return total.hexdigest()
+
+
+def _offloaded(module: nn.Module, name: str) -> Tensor:
+    """Return a weight that accelerate's sequential offloading keeps elsewhere, or the empty one in its place."""
+    owner, _, weight = name.rpartition(".")
+    part = module.get_submodule(owner)
+    elsewhere = getattr(getattr(part, "_hf_hook", None), "weights_map", None) or {}
+    return elsewhere[weight] if weight in elsewhere else getattr(part, weight)
 
 
 def _check_same(store: Store, wanted: dict[str, Any]) -> None:

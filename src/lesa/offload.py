@@ -1,0 +1,63 @@
+"""Put a pipeline on a device whole, or in parts as they are needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lesa.tap import NORM, PROJECTION
+
+OFFLOADS = ("none", "model", "sequential", "group")
+
+
+def place(pipe: Any, device: str, offload: str = "none") -> None:
+    """Put a pipeline on a device, or keep its weights in the CPU's memory and bring them over when they run.
+
+    'model' brings one component at a time and keeps it until the next is called: a transformer stays for a whole run.
+    'sequential' and 'group' bring one layer at a time; the latter is diffusers' newer way. On a skipped step no block
+    is brought over, as none runs. What follows the tap is small, and stays on the device: training differentiates it.
+
+    Raises: ValueError if there is no such way, or none for the device; ImportError if it needs accelerate and that is not
+        installed.
+    """
+    if offload not in OFFLOADS:
+        raise ValueError(
+            f"a pipeline is offloaded in one of the ways {', '.join(OFFLOADS)}, got {offload!r}; name one."
+        )
+    if offload == "sequential" and torch.device(device).type == "cpu":
+        raise ValueError("accelerate brings layers over to another device than the CPU; take 'group' or 'model' there.")
+    if offload == "none":
+        pipe.to(device)
+    elif offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+        pipe.maybe_free_model_hooks = lambda: _free(pipe)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+        _keep_head(pipe.transformer, device)
+    else:
+        pipe.enable_group_offload(device, offload_type="leaf_level")
+
+
+def _free(pipe: Any) -> None:
+    """Bring all components back to the CPU, which pipelines do at the end of a call.
+
+    diffusers takes all its hooks off and puts them on anew there, and whatever was put over a transformer's forward
+    meanwhile, such as a tap at its output, goes with them.
+    """
+    for component in pipe.components.values():
+        if hasattr(component, "_reset_stateful_cache"):
+            component._reset_stateful_cache()
+    for hook in pipe._all_hooks:
+        hook.offload()
+
+
+def _keep_head(transformer: nn.Module, device: str) -> None:
+    from accelerate.hooks import remove_hook_from_module
+
+    for name in (NORM, PROJECTION):
+        module = getattr(transformer, name, None)
+        if isinstance(module, nn.Module):
+            remove_hook_from_module(module, recurse=True)  # with it go the empty weights in place of the real ones
+            module.to(device)
