@@ -5,7 +5,7 @@ MODEL := models/emoji-flux
 GRIDS := 64-50 64-40 64-28 64-20 96-50 96-40 96-28 96-20
 ON_VALIDATION := --validation-prompts $(MODEL)/prompts/validation.txt
 
-.PHONY: setup demo bench bench-planned bench-grids predictors predictor-many test lint format clean
+.PHONY: setup demo bench bench-planned bench-peers bench-grids predictors predictor-many test lint format clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,12 @@ bench: setup
 bench-planned: setup
 	$(BIN)/lesa bench $(MODEL) --no-bound --timed 2 --out out/bench-planned --predictors \
 		$(MODEL)/lesa/lesa-many $(foreach n,10 8 6 5 4,$(MODEL)/lesa/lesa-planned$(n)) $(MODEL)/lesa/lesa-planned6/at-output
+
+# Other projects' caches and better samplers beside the predictor shipped, and all of them against 500 steps too.
+bench-peers: setup
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[peers]'
+	$(BIN)/lesa bench $(MODEL) --pairs 48 --timed 4 --no-bound --schedules "" --budgets 10,8,6,5 --fine 500 --peers all \
+		--predictors $(MODEL)/lesa/lesa-many --differences LESA-CONTINUOUS --out out/bench-peers
 
 # One predictor on eight grids, beside a specialist for each. A grid is image size - steps.
 bench-grids: setup
