@@ -7,7 +7,7 @@ ON_VALIDATION := --validation-prompts $(MODEL)/prompts/validation.txt
 
 QWEN := models/emoji-qwen
 
-.PHONY: setup demo bench bench-planned bench-grids bench-qwen predictors predictor-many predictors-qwen test lint format clean
+.PHONY: setup demo bench bench-planned bench-peers bench-grids bench-qwen predictors predictor-many predictors-qwen test lint format clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,12 @@ bench: setup
 bench-planned: setup
 	$(BIN)/lesa bench $(MODEL) --no-bound --timed 2 --out out/bench-planned --predictors \
 		$(MODEL)/lesa/lesa-many $(foreach n,10 8 6 5 4,$(MODEL)/lesa/lesa-planned$(n)) $(MODEL)/lesa/lesa-planned6/at-output
+
+# Other projects' caches and better samplers beside the predictor shipped, and all of them against 500 steps too.
+bench-peers: setup
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[peers]'
+	$(BIN)/lesa bench $(MODEL) --pairs 48 --timed 4 --no-bound --schedules "" --budgets 10,8,6,5 --fine 500 --peers all \
+		--predictors $(MODEL)/lesa/lesa-many --differences LESA-CONTINUOUS --out out/bench-peers
 
 # One predictor on eight grids, beside a specialist for each. A grid is image size - steps.
 bench-grids: setup

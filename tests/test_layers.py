@@ -15,7 +15,7 @@ LAYERS = [
     {"training"},
     {"planning"},
     {"benchmark", "stages"},
-    {"report", "plots"},
+    {"report", "plots", "peers"},
     {"cli"},
 ]
 HOUSE = Path(lesa.__file__).parent

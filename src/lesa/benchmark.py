@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +45,8 @@ class Method:
     `name` and `schedule` name it in tables, `call` holds the arguments of the pipeline's call that it changes, and
     `switch` turns it on for a pipeline and off again. What makes a picture in fewer full steps can be one. `recipe` is
     what it is made of, as JSON: records keep it, `rebuild` reads it. If it is `optional`, it may fail: its error is
-    listed, and the others go on.
+    listed, and the others go on. If it is `partial`, it may skip parts of a step, and its full steps are a share of
+    FLOPs; if it goes `alone`, what it does depends on the whole batch, and each pair is drawn in a call of its own.
     """
 
     name: str
@@ -54,6 +55,8 @@ class Method:
     switch: Callable[[Any], AbstractContextManager[Any]] = nullcontext
     recipe: Mapping[str, Any] = field(default_factory=dict)
     optional: bool = False
+    partial: bool = False
+    alone: bool = False
 
     @property
     def key(self) -> Key:
@@ -99,7 +102,7 @@ def rebuild(entry: Mapping[str, Any], predictors: Sequence[Predictor] = ()) -> M
     if (entry["name"], schedule) == REFERENCE.key:
         return REFERENCE
     if "steps" in recipe:
-        return fewer_steps(recipe["steps"])
+        return replace(fewer_steps(recipe["steps"]), name=entry["name"])
     plain = {repr(one): one for one in untrained(reuse=True, lagrange=True).values()}
     forecaster: Any = plain.get(recipe.get("forecaster"))
     if "predictor" in recipe:
@@ -179,6 +182,11 @@ def line_up(
     return methods
 
 
+def more_steps(steps: int) -> Method:
+    """The same sampler with more steps: how much of a method's error is the reference run's own."""
+    return replace(fewer_steps(steps), name="more steps")
+
+
 def recogniser(model: str | Path) -> Recogniser | None:
     """Return the call that tells prompted pictures from others, for the embedded models that come with their emoji."""
     if (Path(model) / NAMES).exists():
@@ -198,6 +206,7 @@ def compare(
     recognise: Recogniser | None = None,
     scores: Mapping[str, Score] | None = None,
     lacking: Mapping[str, str] | None = None,
+    fine: Method | None = None,
     log: Log | None = None,
     at: Ranks = ranks.ALONE,
 ) -> Comparison:
@@ -205,23 +214,24 @@ def compare(
 
     Pictures are drawn `batch_size` at a time. The first `timed` pairs are run once more at batch 1 for the times, and
     the pictures of the first `shown` are kept. `recognise` tells which pictures show what their prompts name; `scores`
-    are those to be measured, by their names in tables, and `lacking` those that cannot be. What a `log` holds is not
+    are those to be measured, by their names in tables, and `lacking` those that cannot be; PSNR is measured against
+    `fine`, a run of more steps, too. What a `log` holds is not
     measured again. Several processes (`at`) share the batches; the first of them measures time and cost, alone.
 
     Raises: ValueError if there are no prompts, not one seed for each, a pair twice, two methods of one name and
         schedule, or a method that the log knows by another recipe.
     """
-    pairs, methods = pair_up(prompts, seeds), [REFERENCE, *methods]
+    pairs, methods = pair_up(prompts, seeds), [REFERENCE, *([fine] if fine else []), *methods]
     log = log or Log(setting={"pairs": pairs})
     _begin(log, methods, lacking or {})
     with tqdm(total=len(pairs) * len(methods), desc="pictures", unit="picture", disable=not at.leads) as bar:
         for number, batch in at.share(list(enumerate(batches(pairs, batch_size)))):
-            _draw_all(pipe, methods, batch, log, recognise, scores or {}, shown, number * batch_size)
+            _draw_all(pipe, methods, batch, log, recognise, scores or {}, fine, shown, number * batch_size)
             bar.update(len(batch) * len(methods) * at.count)
     at.wait()
     log.refresh()
     if at.leads and timed:
-        running = [method for method in methods if method.key in log.comparison.records]
+        running = [method for method in methods if method.key in log.comparison.records and method is not fine]
         measure_costs(pipe, running, pairs[0], log)
         time_methods(pipe, running, pairs[:timed], log)
         log.refresh()
@@ -251,6 +261,7 @@ def _draw_all(
     log: Log,
     recognise: Recogniser | None,
     scores: Mapping[str, Score],
+    fine: Method | None,
     shown: int,
     first: int,
 ) -> None:
@@ -259,15 +270,23 @@ def _draw_all(
     if not lacking:
         return
     reference = observe(pipe, REFERENCE, batch)
+    known = {REFERENCE.key: reference}
+    if fine:
+        exact = known[fine.key] = observe(pipe, fine, batch)
+        scores = {**scores, f"PSNR to {fine.schedule}": lambda _, pictures, __: _psnrs(pictures, exact.pictures)}
 
     def measure(method: Method) -> list[Record]:
-        drawn = reference if method is REFERENCE else observe(pipe, method, batch)
+        drawn = known.get(method.key) or observe(pipe, method, batch)
         for number, picture in enumerate(drawn.pictures[: max(0, shown - first)], start=first):
             log.keep(method.key, number, picture)
         return score(method.key, batch, drawn, reference, recognise, scores)
 
     for method in lacking:
         _attempt(log, method, measure)
+
+
+def _psnrs(pictures: Sequence[np.ndarray], references: Sequence[np.ndarray]) -> list[float]:
+    return [metrics.psnr(*pair) for pair in zip(pictures, references, strict=True)]
 
 
 def _attempt(log: Log, method: Method, measure: Callable[[Method], Sequence[Line]]) -> None:
@@ -300,27 +319,45 @@ def batches(pairs: Sequence[Pair], size: int) -> list[Sequence[Pair]]:
 
 
 class Drawn(NamedTuple):
-    """What one call of a method gave: uint8 RGB pictures (H, W, 3), and what was seen of its steps (see `Watch`)."""
+    """What a method gave of some pairs: uint8 RGB pictures (H, W, 3), and what was seen of its steps (see `Watch`).
+
+    FLOPs are those of a pair.
+    """
 
     pictures: list[np.ndarray]
-    full: tuple[int, ...]
+    full: list[tuple[int, ...]]
     features: list[Tensor | None]
     times: list[float]
+    flops: list[float]
 
 
 def draw(pipe: Any, method: Method, pairs: Sequence[Pair]) -> tuple[list[np.ndarray], int]:
     """Draw pairs in one call: uint8 RGB pictures (H, W, 3) or clips (frames, H, W, 3), and how many steps were full."""
     drawn = observe(pipe, method, pairs)
-    return drawn.pictures, len(drawn.full)
+    return drawn.pictures, len(drawn.full[0])
 
 
 def observe(pipe: Any, method: Method, pairs: Sequence[Pair]) -> Drawn:
-    """Draw pairs in one call, and see which of its steps were full and what passed the tap."""
+    """Draw pairs in one call if the method can, and see which of its steps were full and what passed the tap."""
+    if method.alone and len(pairs) > 1:
+        return _together([observe(pipe, method, [pair]) for pair in pairs])
     watch = Watch(pipe)
-    with method.switch(pipe), watch.counting(), watch.recording():
+    with method.switch(pipe), watch.counting(), watch.counting_flops(), watch.recording():
         pictures = _pictures(pipe, pairs, **method.call, callback_on_step_end=watch.on_step_end)
-    times = torch.as_tensor(pipe.scheduler.timesteps).tolist()
-    return Drawn(pictures, tuple(watch.full), watch.features, times)
+        times = torch.as_tensor(pipe.scheduler.timesteps).tolist()
+    full = () if method.partial else tuple(watch.full)
+    flops = [watch.flops / len(pairs)] * len(pairs)
+    return Drawn(pictures, [full] * len(pairs), watch.features, times, flops)
+
+
+def _together(drawn: Sequence[Drawn]) -> Drawn:
+    """Put calls of one pair each together, as if they were one call."""
+    pictures, full, flops = ([getattr(one, name)[0] for one in drawn] for name in ("pictures", "full", "flops"))
+    features: list[Tensor | None] = []
+    for of_step in zip(*(one.features for one in drawn), strict=True):
+        passed = [feature for feature in of_step if feature is not None]
+        features.append(torch.stack(passed, dim=1).flatten(0, 1) if len(passed) == len(drawn) else None)
+    return Drawn(pictures, full, features, drawn[0].times, flops)
 
 
 def _pictures(pipe: Any, pairs: Sequence[Pair], **call: Any) -> list[np.ndarray]:
@@ -355,9 +392,10 @@ def score(
             metrics.psnr(drawn.pictures[k], reference.pictures[k]),
             metrics.ssim(drawn.pictures[k], reference.pictures[k]),
             prompted[k],
-            drawn.full,
+            drawn.full[k],
             {name: values[k] for name, values in others.items()},
             feature_errors(drawn, reference, k, len(pairs)),
+            drawn.flops[k] / reference.flops[k] if drawn.flops else None,
         )
         for k, pair in enumerate(pairs)
     ]
@@ -520,7 +558,7 @@ def add_bounds(
         full = schedule.full_steps(len(grid) - 1)
         ends = latents[:, -1] + bound_error(velocities, grid, full).float()
         for batch, end, exact in zip(cut, ends.split(batch_size), latents[:, -1].split(batch_size), strict=True):
-            drawn, reference = (Drawn(decode(pipe, batch, x), full, [], []) for x in (end, exact))
+            drawn, reference = (Drawn(decode(pipe, batch, x), [full] * len(batch), [], [], []) for x in (end, exact))
             log.add(*score((BOUND, str(schedule)), batch, drawn, reference, recognise, scores))
     log.refresh()
 

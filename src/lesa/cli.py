@@ -75,8 +75,9 @@ def _compare(options: argparse.Namespace, reuse: bool) -> None:
             methods = _line_up(options, pipe, predictors, reuse, at)
             found, lacking = scores.load(options.scores)
             facts = dict(batch_size=options.batch_size, recognise=benchmark.recogniser(options.model), scores=found)
+            fine = benchmark.more_steps(options.fine) if options.fine else None
             benchmark.compare(
-                pipe, methods, prompts, seeds, timed=options.timed, lacking=lacking, log=log, at=at, **facts
+                pipe, methods, prompts, seeds, timed=options.timed, lacking=lacking, fine=fine, log=log, at=at, **facts
             )
             if options.bound and at.leads:
                 benchmark.add_bounds(log, pipe, prompts, seeds, options.schedules, **facts)
@@ -117,11 +118,21 @@ def _line_up(options: argparse.Namespace, pipe: Any, predictors: Sequence[Any], 
         methods += [method for method in planned if method not in methods]
         if at.leads:
             at.wait()
+    if options.peers:
+        methods += _peers(options)
     if options.only:
         if unknown := set(options.only) - {method.name for method in methods}:
             raise ValueError(f"the methods are {', '.join(dict.fromkeys(m.name for m in methods))}, got {unknown}.")
         methods = [method for method in methods if method.name in options.only]
     return methods
+
+
+def _peers(options: argparse.Namespace) -> list[Any]:
+    from lesa import peers
+
+    names = list(peers.FAMILIES) if options.peers == ["all"] else options.peers
+    prompt = _prompts(Path(options.model) / "prompts" / "train.txt", 1)[0]
+    return peers.line_up(names, options.steps, prompt)
 
 
 def _planned(options: argparse.Namespace, pipe: Any) -> tuple[Any, Callable[[Any, int], Any]]:
@@ -183,7 +194,7 @@ def _changes(options: argparse.Namespace) -> int:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from lesa import benchmark, records, scores
+    from lesa import benchmark, peers, records, scores
     from lesa.collect import fingerprint
 
     then, entry, setting = records.at_line(options.records, options.line)
@@ -193,8 +204,12 @@ def _reproduce(options: argparse.Namespace) -> int:
     pipe = _pipeline(options)
     if fingerprint(pipe) != setting["weights"]:
         raise ValueError(f"the record is of other weights than those of {options.model}; name its --model.")
-    predictors = _predictors(options.lora or options.model, options.predictors, variants=True)
-    method, (found, _) = benchmark.rebuild(entry, predictors), scores.load(list(then.scores))
+    if "peer" in entry["recipe"]:
+        method = peers.rebuild(entry)
+    else:
+        predictors = _predictors(options.lora or options.model, options.predictors, variants=True)
+        method = benchmark.rebuild(entry, predictors)
+    found, _ = scores.load([name for name in then.scores if name in scores.SCORES])
     now = benchmark.reproduce(pipe, method, then, setting, benchmark.recogniser(options.model), found)
     print(f"{then.method} on {then.schedule}, {then.prompt!r}, seed {then.seed}")
     print(f"PSNR {then.psnr:.4f} dB then, {now.psnr:.4f} dB now; SSIM {then.ssim:.6f} then, {now.ssim:.6f} now")
@@ -692,7 +707,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_comparisons(commands: Any) -> None:
     demo = _command(commands, "demo", _demo, "compare the methods on a few held-out prompts and draw a sheet", EMBEDDED)
-    demo.set_defaults(bound=False, differences=None, predictors=None, only=None)
+    demo.set_defaults(peers=[], fine=None, bound=False, differences=None, predictors=None, only=None)
     bench = _command(
         commands, "bench", _bench, "compare the methods on many pairs, with paired differences and the bound"
     )
@@ -700,6 +715,10 @@ def _add_comparisons(commands: Any) -> None:
     bench.add_argument(
         "--differences", metavar="METHOD", default=DIFFERENCES, help="the one to compare with the rest (LESA)"
     )
+    bench.add_argument(
+        "--peers", nargs="+", default=[], metavar="NAME", help="other projects' caches, and better samplers; or: all"
+    )
+    bench.add_argument("--fine", type=_count, metavar="STEPS", help="measure PSNR against a run of more steps, too")
     bench.add_argument("--only", nargs="+", metavar="METHOD", help="the methods of these names alone")
     bench.add_argument("--no-bound", dest="bound", action="store_false", help="leave out the bound, which records runs")
     sizes = ((demo, 32, 4, "6", "out/demo"), (bench, 200, 10, "10,8,6,5,4", "out/bench"))

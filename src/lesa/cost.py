@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from lesa.tap import tap_of, to_tokens
 from lesa.trajectory import draw_tokens
@@ -39,6 +41,7 @@ class Watch:
         self._passed: list[Tensor] = []
         self.seconds = 0.0
         self.full: list[int] = []
+        self.flops = 0
         self.features: list[Tensor | None] = []
 
     @contextmanager
@@ -60,6 +63,25 @@ class Watch:
             yield
         finally:
             hook.remove()
+
+    @contextmanager
+    def counting_flops(self) -> Iterator[None]:
+        """Set `flops`, those of the transformer, by the call made inside."""
+        transformer, counters = self._pipe.transformer, []
+
+        def begin(*_: Any) -> None:
+            counters.append(Flops())
+            counters[-1].__enter__()
+
+        def end(*_: Any) -> None:
+            counter = counters.pop()
+            counter.__exit__(None, None, None)
+            self.flops += counter.total
+
+        with ExitStack() as undo:
+            undo.callback(transformer.register_forward_pre_hook(begin).remove)
+            undo.callback(transformer.register_forward_hook(end, always_call=True).remove)
+            yield
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -139,6 +161,27 @@ def _mark(module: torch.nn.Module) -> Any:
 
 
 # --- FLOPs and memory
+
+
+class Flops(TorchDispatchMode):
+    """Counts the FLOPs of matrix products, convolutions and attention, by the formulas of torch's `FlopCounterMode`.
+
+    That one also sorts them by module, for which a small model waits longer than for its products, and knows no
+    formula of the attention on CPUs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out, operation = func(*args, **kwargs), func.overloadpacket
+        if operation in flop_registry:
+            self.total += flop_registry[operation](*args, **kwargs, out_val=out)
+        elif operation is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            self.total += sdpa_flop_count(*(states.shape for states in args[:3]))
+        return out
 
 
 def flops(pipe: Any, run: Callable[[], Any]) -> int | None:

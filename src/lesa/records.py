@@ -62,7 +62,8 @@ class Record:
 
     `prompted`: does it still show what the prompt names (None: not asked). `full` are the full steps of the run;
     `scores` what else was asked for, by its name in tables; `feature_error` the relative error of what passed the tap
-    at each step, None where nothing passed, and empty if the run is on another grid than the reference run.
+    at each step, None where nothing passed, and empty if the run is on another grid than the reference run; `share` the
+    transformer's FLOPs in proportion to the reference run's. A run that may skip parts of a step has no full steps.
     """
 
     method: str
@@ -75,6 +76,7 @@ class Record:
     full: tuple[int, ...] = ()
     scores: Mapping[str, float] = field(default_factory=dict)
     feature_error: tuple[float | None, ...] = ()
+    share: float | None = None
 
     @property
     def pair(self) -> Pair:
@@ -163,7 +165,8 @@ class Timing(NamedTuple):
 class Result:
     """One line of a table: a method over all pairs. Seconds and speedup are those of the denoising loop at batch 1.
 
-    `full_steps` is the mean over the runs: a method that decides for itself may take more in one than in another.
+    `full_steps` is the mean over the runs: a method that decides for itself may take more in one than in another, and
+    one that skips parts of steps counts as many as cost the same.
     """
 
     method: str
@@ -230,8 +233,18 @@ class Comparison:
 
     @property
     def full_steps(self) -> dict[Key, float]:
-        """The number of full steps of each method, on average over its runs."""
-        return {key: fmean(len(one.full) for one in records) for key, records in self.records.items()}
+        """The number of full steps of each method, on average over its runs; of one that skips parts, by its FLOPs."""
+        steps = max((len(one.full) for one in self.records.get(REFERENCE, [])), default=0)
+        return {
+            key: fmean(len(one.full) or (one.share or 0.0) * steps for one in records)
+            for key, records in self.records.items()
+        }
+
+    @property
+    def shares(self) -> dict[Key, float]:
+        """The FLOPs of each method in proportion to the reference run's, on average; of those whose were counted."""
+        counted = {key: [one.share for one in records] for key, records in self.records.items()}
+        return {key: fmean(shares) for key, shares in counted.items() if None not in shares}
 
     @property
     def timings(self) -> dict[Key, Timing]:

@@ -20,7 +20,7 @@ def summary(comparison: Comparison, against: str | None = None) -> str:
     """Write down in Markdown all that a comparison says in words: tables, what is lacking, and the machine."""
     parts = [table(comparison.results(), list(lacking(comparison))), cost_table(comparison)]
     if against is not None:
-        parts.append(differences(comparison, against))
+        parts += [differences(comparison, against), at_equal_cost(comparison, against)]
     total = len(comparison.setting.get("pairs", ()))
     begun = [one for one in comparison.results() if one.pairs < total]
     unfinished = [f"{one.method} on {one.schedule} has {one.pairs} of {total} pairs so far" for one in begun]
@@ -125,6 +125,31 @@ def differences(comparison: Comparison, ours: str) -> str:
         if mine.method == ours and other is not mine and round(other.full_steps) == round(mine.full_steps)
     ]
     return markdown(("difference", "schedules", "full steps", "PSNR, dB [95 %]"), rows, text=2)
+
+
+def at_equal_cost(comparison: Comparison, ours: str) -> str:
+    """Set every other method beside the best of the method named `ours` that takes no more FLOPs, pair by pair.
+
+    FLOPs are as a ratio, the reference run's to theirs; a dash where `ours` has none that cheap.
+    """
+    shares, results = comparison.shares, comparison.results()
+    psnr = {(result.method, result.schedule): result.psnr for result in results}
+    mine = [key for key in shares if key[0] == ours]
+    rows = []
+    for other in [key for key in shares if key[0] != ours and key != REFERENCE]:
+        cells = [*other, f"{1 / shares[other]:.2f}", f"{psnr[other]:.2f}"]
+        cheaper = [key for key in mine if shares[key] <= shares[other] * (1 + 1e-9)]
+        if cheaper:
+            best = max(cheaper, key=psnr.__getitem__)
+            gain = comparison.difference(best, other)
+            cells += [best[1], f"{1 / shares[best]:.2f}", f"{gain:+.2f}", _verdict(gain)]
+        rows.append(cells + ["-"] * (8 - len(cells)))
+    head = ("method", "schedule", "FLOP ratio", "PSNR, dB", f"{ours} on", "FLOP ratio", "difference, dB [95 %]", "")
+    return markdown(head, rows, text=2) if mine and rows else ""
+
+
+def _verdict(gain: Interval) -> str:
+    return "above" if gain.low > 0 else "below" if gain.high < 0 else "level"
 
 
 # --- two runs
