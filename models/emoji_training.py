@@ -34,6 +34,7 @@ class Recipe(ABC):
     dropped: float  # share of the captions that are dropped, so that classifier-free guidance works
     vae_batch = 16
     batch = 96
+    muon = True  # it pays where bfloat16 products are fast
     columns = 10  # of the contact sheet
     shift = 2.0  # of the times trained on, as schedulers have it
 
@@ -50,9 +51,8 @@ class Recipe(ABC):
     @abstractmethod
     def build_vae(self) -> Any: ...
 
-    def vae_parameters(self, vae: Any) -> list[dict[str, Any]]:
-        """Group the autoencoder's parameters by their peak learning rate."""
-        return [dict(params=list(vae.parameters()), lr=2e-3)]
+    def vae_optimisers(self, vae: Any) -> list[torch.optim.Optimizer]:
+        return [torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)]
 
     @abstractmethod
     def encode(self, vae: Any, pictures: Tensor) -> Any:
@@ -110,25 +110,53 @@ def cosine(progress: float, warmup: float = 0.01) -> float:
 # --- the autoencoder
 
 
+class KernelMuon(torch.optim.Optimizer):
+    """Muon for the kernels of convolutions, each a matrix of what it gives by what it takes; in float32."""
+
+    def __init__(self, kernels: list[nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(kernels, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for kernel in (p for p in group["params"] if p.grad is not None):
+                mean = self.state[kernel].setdefault("mean", torch.zeros_like(kernel))
+                mean.lerp_(kernel.grad, 1 - group["momentum"])
+                change = orthogonal(kernel.grad.lerp(mean, group["momentum"]).flatten(1))
+                size = 0.2 * max(change.shape) ** 0.5  # the root mean square of AdamW's
+                kernel.sub_(change.view_as(kernel), alpha=group["lr"] * size)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Bring the singular values near 1 by five Newton-Schulz steps of Muon's quintic."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide / (wide.norm() + 1e-7)
+    for _ in range(5):
+        square = wide @ wide.T
+        wide = 3.4445 * wide + (-4.7750 * square + 2.0315 * square @ square) @ wide
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+
+
 def train_vae(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32: bool = False) -> None:
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     drawn = recipe.pictures(folder, prompts(folder, "train"))
     vae = recipe.build_vae()
-    optimiser = torch.optim.AdamW(recipe.vae_parameters(vae), betas=(0.9, 0.98), weight_decay=0.0)
-    peaks = [group["lr"] for group in optimiser.param_groups]
+    learners = recipe.vae_optimisers(vae)
+    peaks = [learner.param_groups[0]["lr"] for learner in learners]
     spent, step, saved = 0.0, 0, time.monotonic()
     if (path := runs / "vae.pt").exists():
         state = torch.load(path, weights_only=True)
         vae.load_state_dict(state["vae"])
-        optimiser.load_state_dict(state["optimiser"])
+        for learner, kept in zip(learners, state["learners"], strict=True):
+            learner.load_state_dict(kept)
         spent, step = state["spent"], state["step"]
     generator, mixed = torch.Generator().manual_seed(step), torch.autocast("cpu", torch.bfloat16, enabled=not float32)
     bar = tqdm(total=round(minutes * 60), initial=round(spent), unit="s", desc="vae", mininterval=5)
     while spent < minutes * 60:
         start = time.monotonic()
-        for group, peak in zip(optimiser.param_groups, peaks, strict=True):
-            group["lr"] = peak * cosine(spent / (minutes * 60), warmup=0.03)
+        for learner, peak in zip(learners, peaks, strict=True):
+            learner.param_groups[0]["lr"] = peak * cosine(spent / (minutes * 60), warmup=0.03)
         batch = drawn[torch.randint(len(drawn), (recipe.vae_batch,), generator=generator)]
         real = to_unit(recipe.cut(batch, spent / (minutes * 60), generator))
         with mixed:
@@ -138,10 +166,11 @@ def train_vae(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32:
         slopes = sum((difference.diff(dim=d)).abs().mean() for d in (-2, -1))
         distortion = difference.abs().mean() + difference.square().mean() + 0.5 * slopes
         loss = distortion + 1.25e-6 * posterior.kl().float().mean()
-        optimiser.zero_grad()
+        vae.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step()
+        for learner in learners:
+            learner.step()
         step += 1
         spent += (elapsed := time.monotonic() - start)
         bar.update(round(spent) - bar.n)
@@ -150,7 +179,8 @@ def train_vae(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32:
             std = posterior.mean.float().std().item()
             bar.set_postfix(loss=f"{loss.item():.4f}", psnr=f"{psnr:.1f}", std=f"{std:.2f}", ms=f"{elapsed * 1e3:.0f}")
         if time.monotonic() - saved > CHECKPOINT_SECONDS or spent >= minutes * 60:
-            save_atomically(dict(vae=vae.state_dict(), optimiser=optimiser.state_dict(), spent=spent, step=step), path)
+            kept = [learner.state_dict() for learner in learners]
+            save_atomically(dict(vae=vae.state_dict(), learners=kept, spent=spent, step=step), path)
             saved = time.monotonic()
 
     with torch.no_grad():
@@ -197,13 +227,16 @@ def trained_state(recipe: Recipe, pipe: Any) -> dict[str, Tensor]:
 
 
 def optimisers(recipe: Recipe, pipe: Any) -> list[torch.optim.Optimizer]:
-    """Muon on the blocks' matrices, AdamW on everything else."""
+    """Muon on the blocks' matrices and AdamW on everything else, or AdamW alone."""
+    adam = dict(lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    if not recipe.muon:
+        return [torch.optim.AdamW([p for m in trained_parts(recipe, pipe).values() for p in m.parameters()], **adam)]
     matrices = [p for name, p in pipe.transformer.named_parameters() if p.ndim == 2 and "transformer_blocks" in name]
     taken = {id(p) for p in matrices}
     others = [p for module in trained_parts(recipe, pipe).values() for p in module.parameters() if id(p) not in taken]
     return [
         torch.optim.Muon(matrices, lr=2e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        torch.optim.AdamW(others, **adam),
     ]
 
 
