@@ -6,8 +6,10 @@ GRIDS := 64-50 64-40 64-28 64-20 96-50 96-40 96-28 96-20
 ON_VALIDATION := --validation-prompts $(MODEL)/prompts/validation.txt
 
 QWEN := models/emoji-qwen
+VIDEO := models/emoji-video
 
-.PHONY: setup demo bench bench-planned bench-peers bench-grids bench-qwen predictors predictor-many predictors-qwen test lint format clean
+.PHONY: setup demo bench bench-planned bench-peers bench-grids bench-qwen bench-video predictors predictor-many \
+	predictors-qwen predictors-video test lint format clean
 
 setup: $(STAMP)
 
@@ -89,6 +91,30 @@ predictors-qwen: setup
 # Every method on emoji-qwen: on the paper's schedules, and on the schedule planned for it.
 bench-qwen: setup
 	$(BIN)/lesa bench $(QWEN) --no-bound --pairs 100 --budgets 10,8 --out out/bench-qwen
+
+# Every method on clips, at the output and at the norm.
+bench-video: setup
+	$(BIN)/lesa bench $(VIDEO) --pairs 24 --timed 4 --no-bound --schedules paper:7,paper:8,paper:10 --budgets 10,8 \
+		--out out/bench-video
+	$(BIN)/python benchmarks/memory.py --model $(VIDEO) --pairs 24 --taps feature norm --predictors \
+		$(foreach n,lesa-paper7 l2p-paper7 lesa-paper10 l2p-paper10,$(VIDEO)/lesa/$(n) $(VIDEO)/lesa/$(n)/at-norm)
+
+# The predictors shipped with emoji-video: at the output, the paper's place, and at the norm.
+predictors-video: setup
+	$(BIN)/lesa collect $(VIDEO) --prompts $(VIDEO)/prompts/train.txt --limit 32 --tap norm --out out/runs-video
+	train="$(BIN)/lesa train $(VIDEO) --data out/runs-video --rounds 2 \
+		--validation-prompts $(VIDEO)/prompts/validation.txt --validation 16"; \
+	for tap in feature norm; do \
+		at=$${tap#feature}; at=$${at:+/at-$$at}; \
+		for n in 7 8 10; do \
+			for method in lesa l2p; do \
+				$$train --schedule paper:$$n --method $$method --tap $$tap --out $(VIDEO)/lesa/$$method-paper$$n$$at || exit 1; \
+			done; \
+		done; \
+		for n in 10 8; do \
+			$$train --budgets $$n --tap $$tap --out $(VIDEO)/lesa/lesa-planned$$n$$at || exit 1; \
+		done; \
+	done
 
 test: setup
 	$(BIN)/python -m pytest

@@ -57,8 +57,12 @@ def cases(predictors: Sequence[lesa.Predictor], schedule: lesa.Schedule, places:
 def feature_bytes(pipe: Any, pair: Pair) -> int:
     """Bytes of the feature, for one picture."""
     seen: list[int] = []
-    module = getattr(pipe.transformer, tap_of(pipe.transformer).module)
-    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].nbytes))
+    name = tap_of(pipe.transformer).module
+    if name is None:
+        hook = pipe.transformer.register_forward_hook(lambda _module, _args, output: seen.append(output[0].nbytes))
+    else:
+        module = getattr(pipe.transformer, name)
+        hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].nbytes))
     draw(pipe, Method("two steps", "2 steps", call={"num_inference_steps": 2}), [pair])
     hook.remove()
     return seen[0]

@@ -34,6 +34,7 @@ class Recipe(ABC):
     dropped: float  # share of the captions that are dropped, so that classifier-free guidance works
     vae_batch = 16
     batch = 96
+    muon = True  # it pays where bfloat16 products are fast
     columns = 10  # of the contact sheet
     shift = 2.0  # of the times trained on, as schedulers have it
 
@@ -50,9 +51,8 @@ class Recipe(ABC):
     @abstractmethod
     def build_vae(self) -> Any: ...
 
-    def vae_parameters(self, vae: Any) -> list[dict[str, Any]]:
-        """Group the autoencoder's parameters by their peak learning rate."""
-        return [dict(params=list(vae.parameters()), lr=2e-3)]
+    def vae_optimisers(self, vae: Any) -> list[torch.optim.Optimizer]:
+        return [torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)]
 
     @abstractmethod
     def encode(self, vae: Any, pictures: Tensor) -> Any:
@@ -110,27 +110,63 @@ def cosine(progress: float, warmup: float = 0.01) -> float:
 # --- the autoencoder
 
 
-def train_vae(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32: bool = False) -> None:
+class KernelMuon(torch.optim.Optimizer):
+    """Muon for the kernels of convolutions, each a matrix of what it gives by what it takes; in float32."""
+
+    def __init__(self, kernels: list[nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(kernels, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for kernel in (p for p in group["params"] if p.grad is not None):
+                mean = self.state[kernel].setdefault("mean", torch.zeros_like(kernel))
+                mean.lerp_(kernel.grad, 1 - group["momentum"])
+                change = orthogonal(kernel.grad.lerp(mean, group["momentum"]).flatten(1))
+                size = 0.2 * max(change.shape) ** 0.5  # the root mean square of AdamW's
+                kernel.sub_(change.view_as(kernel), alpha=group["lr"] * size)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Bring the singular values near 1 by five Newton-Schulz steps of Muon's quintic."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide / (wide.norm() + 1e-7)
+    for _ in range(5):
+        square = wide @ wide.T
+        wide = 3.4445 * wide + (-4.7750 * square + 2.0315 * square @ square) @ wide
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+
+
+def train_vae(
+    recipe: Recipe, folder: Path, runs: Path, minutes: float, float32: bool = False, decoder: bool = False
+) -> None:
+    """Train the autoencoder, or its decoder alone, after that: the latents, and what learns from them, stay."""
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     drawn = recipe.pictures(folder, prompts(folder, "train"))
     vae = recipe.build_vae()
-    optimiser = torch.optim.AdamW(recipe.vae_parameters(vae), betas=(0.9, 0.98), weight_decay=0.0)
-    peaks = [group["lr"] for group in optimiser.param_groups]
+    learners = recipe.vae_optimisers(vae)
+    peaks = [learner.param_groups[0]["lr"] for learner in learners]
     spent, step, saved = 0.0, 0, time.monotonic()
-    if (path := runs / "vae.pt").exists():
+    path = runs / ("decoder.pt" if decoder else "vae.pt")
+    if decoder:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+        vae.load_state_dict(torch.load(runs / "vae.pt", weights_only=True)["vae"])
+    if path.exists():
         state = torch.load(path, weights_only=True)
         vae.load_state_dict(state["vae"])
-        optimiser.load_state_dict(state["optimiser"])
+        for learner, kept in zip(learners, state["learners"], strict=True):
+            learner.load_state_dict(kept)
         spent, step = state["spent"], state["step"]
     generator, mixed = torch.Generator().manual_seed(step), torch.autocast("cpu", torch.bfloat16, enabled=not float32)
     bar = tqdm(total=round(minutes * 60), initial=round(spent), unit="s", desc="vae", mininterval=5)
     while spent < minutes * 60:
         start = time.monotonic()
-        for group, peak in zip(optimiser.param_groups, peaks, strict=True):
-            group["lr"] = peak * cosine(spent / (minutes * 60), warmup=0.03)
+        for learner, peak in zip(learners, peaks, strict=True):
+            learner.param_groups[0]["lr"] = peak * cosine(spent / (minutes * 60), warmup=0.03)
         batch = drawn[torch.randint(len(drawn), (recipe.vae_batch,), generator=generator)]
-        real = to_unit(recipe.cut(batch, spent / (minutes * 60), generator))
+        real = to_unit(recipe.cut(batch, 1.0 if decoder else spent / (minutes * 60), generator))
         with mixed:
             posterior = recipe.encode(vae, real)
             decoded = recipe.decode(vae, posterior.sample())
@@ -138,10 +174,11 @@ def train_vae(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32:
         slopes = sum((difference.diff(dim=d)).abs().mean() for d in (-2, -1))
         distortion = difference.abs().mean() + difference.square().mean() + 0.5 * slopes
         loss = distortion + 1.25e-6 * posterior.kl().float().mean()
-        optimiser.zero_grad()
+        vae.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step()
+        for learner in learners:
+            learner.step()
         step += 1
         spent += (elapsed := time.monotonic() - start)
         bar.update(round(spent) - bar.n)
@@ -150,9 +187,14 @@ def train_vae(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32:
             std = posterior.mean.float().std().item()
             bar.set_postfix(loss=f"{loss.item():.4f}", psnr=f"{psnr:.1f}", std=f"{std:.2f}", ms=f"{elapsed * 1e3:.0f}")
         if time.monotonic() - saved > CHECKPOINT_SECONDS or spent >= minutes * 60:
-            save_atomically(dict(vae=vae.state_dict(), optimiser=optimiser.state_dict(), spent=spent, step=step), path)
+            kept = [learner.state_dict() for learner in learners]
+            save_atomically(dict(vae=vae.state_dict(), learners=kept, spent=spent, step=step), path)
             saved = time.monotonic()
+    save_vae(recipe, vae, drawn, folder)
 
+
+def save_vae(recipe: Recipe, vae: Any, drawn: Tensor, folder: Path) -> None:
+    """Whiten the latents, write the autoencoder in bfloat16 and print how well it restores pictures."""
     with torch.no_grad():
         means = torch.cat([recipe.encode(vae, to_unit(part)).mean for part in drawn[:512].split(64)])
     recipe.whiten(vae, means)
@@ -197,13 +239,16 @@ def trained_state(recipe: Recipe, pipe: Any) -> dict[str, Tensor]:
 
 
 def optimisers(recipe: Recipe, pipe: Any) -> list[torch.optim.Optimizer]:
-    """Muon on the blocks' matrices, AdamW on everything else."""
+    """Muon on the blocks' matrices and AdamW on everything else, or AdamW alone."""
+    adam = dict(lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    if not recipe.muon:
+        return [torch.optim.AdamW([p for m in trained_parts(recipe, pipe).values() for p in m.parameters()], **adam)]
     matrices = [p for name, p in pipe.transformer.named_parameters() if p.ndim == 2 and "transformer_blocks" in name]
     taken = {id(p) for p in matrices}
     others = [p for module in trained_parts(recipe, pipe).values() for p in module.parameters() if id(p) not in taken]
     return [
         torch.optim.Muon(matrices, lr=2e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        torch.optim.AdamW(others, **adam),
     ]
 
 
@@ -321,7 +366,7 @@ def _still(picture: np.ndarray) -> np.ndarray:
 
 def main(recipe: Recipe, description: str | None) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["vae", recipe.name, "export", "evaluate"])
+    parser.add_argument("what", choices=["vae", "decoder", recipe.name, "export", "evaluate"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--minutes", type=float, help="of training in all, resumed ones included")
     parser.add_argument("--runs", type=Path, help="folder of the checkpoints (default: .runs/ and the model's name)")
@@ -329,8 +374,9 @@ def main(recipe: Recipe, description: str | None) -> None:
     parser.add_argument("--count", type=int, default=200, help="held-out prompts to evaluate")
     options = parser.parse_args()
     runs = options.runs or Path(".runs") / options.folder.name
-    if options.what == "vae":
-        train_vae(recipe, options.folder, runs, options.minutes or 12, options.float32)
+    if options.what in ("vae", "decoder"):
+        decoder = options.what == "decoder"
+        train_vae(recipe, options.folder, runs, options.minutes or 12, options.float32, decoder)
     elif options.what == recipe.name:
         train_transformer(recipe, options.folder, runs, options.minutes or 120, options.float32)
     elif options.what == "export":

@@ -2,6 +2,7 @@
 
     python models/emoji_clips.py models/emoji-flux models/emoji-video
     python models/emoji_video.py vae models/emoji-video
+    python models/emoji_video.py decoder models/emoji-video
     python models/emoji_video.py video models/emoji-video
     python models/emoji_video.py export models/emoji-video
     python models/emoji_video.py evaluate models/emoji-video
@@ -21,7 +22,7 @@ from diffusers import (
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoCausalConv3d
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from emoji_flux import build_clip_tokenizer
-from emoji_training import Recipe, all_prompts, main, start_at_identity
+from emoji_training import KernelMuon, Recipe, all_prompts, main, start_at_identity
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
@@ -51,7 +52,8 @@ class Video(Recipe):
     text_encoders = ("text_encoder", "text_encoder_2")
     dropped = 0.05
     vae_batch = 8
-    batch = 48
+    batch = 32
+    muon = False
     columns = 4
     shift = 3.0
 
@@ -81,18 +83,18 @@ class Video(Recipe):
             scaling_factor=1.0,
         )
         for name, module in vae.named_modules():
-            if name.endswith("conv2.conv"):
-                nn.init.zeros_(module.weight)
+            if isinstance(module, HunyuanVideoCausalConv3d):
+                nn.init.zeros_(module.conv.weight[:, :, :-1])
+            if name.endswith("conv2"):
+                nn.init.zeros_(module.conv.weight)
         nn.init.constant_(vae.quant_conv.bias[LATENT_CHANNELS:], -6.0)  # little noise until there is something to hide
         return vae
 
-    def vae_parameters(self, vae):
-        """Let a kernel of many inputs learn slowly: nothing but its size keeps what it gives in bounds."""
-        groups: dict[float, list] = {}
-        for parameter in vae.parameters():
-            rate = min(2e-3, 0.4 / parameter[0].numel()) if parameter.ndim > 1 else 2e-3
-            groups.setdefault(rate, []).append(parameter)
-        return [dict(params=parameters, lr=rate) for rate, parameters in groups.items()]
+    def vae_optimisers(self, vae):
+        kernels = [p for name, p in vae.named_parameters() if name.endswith(".conv.weight")]
+        taken = {id(p) for p in kernels}
+        others = [p for p in vae.parameters() if id(p) not in taken]
+        return [KernelMuon(kernels, lr=5e-3), torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)]
 
     def encode(self, vae, pictures):
         return vae.encode(pictures).latent_dist
@@ -187,12 +189,12 @@ class Video(Recipe):
 
 
 def frame_or_clip(self: HunyuanVideoCausalConv3d, x: Tensor) -> Tensor:
-    """Convolve a clip as ever, and a single frame, which repeats into the past, with the sum of the kernel's slices."""
+    """Convolve a clip as ever, and a single frame with the kernel's newest slice: the others are zeros until then."""
     if x.shape[2] > 1:
         return whole(self, x)
     side = self.conv.kernel_size[1] // 2
     x = F.pad(x.squeeze(2), (side,) * 4, mode=self.pad_mode)
-    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, self.conv.weight.sum(2)))
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, self.conv.weight[:, :, -1]))
     return F.conv2d(x, weight, self.conv.bias, self.conv.stride[1:])[:, :, None]
 
 

@@ -45,8 +45,9 @@ def test_other_prompts_are_refused(prompt):
 
 def test_the_prompts_are_all_clips_in_three_parts(reel):
     parts = [prompts(split) for split in ("train", "validation", "heldout")]
-    everything = sorted(caption(name, scene) for name in reel.names for scene in SCENES)
-    assert sorted(prompt for part in parts for prompt in part) == everything
+    assert sorted(prompt for part in parts for prompt in part) == sorted(
+        caption(name, scene) for name in reel.names for scene in SCENES
+    )
     trained = {parse(prompt)[0] for prompt in parts[0]}
     assert all(parse(prompt)[0] in trained for prompt in parts[1] + parts[2])
 
