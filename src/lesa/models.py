@@ -83,12 +83,10 @@ def grid_of(model: Model, steps: int | None = None) -> Tensor:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     steps = steps or model.steps
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(model.scheduler))
-    facts: Any = scheduler.config
+    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(dict(model.scheduler))
+    facts = scheduler.config
     rise = (facts.max_shift - facts.base_shift) / (facts.max_image_seq_len - facts.base_image_seq_len)
-    shift = facts.base_shift + rise * (
-        model.patches - facts.base_image_seq_len
-    )  # 'mu'; the class takes it or leaves it
+    shift = facts.base_shift + rise * (model.patches - facts.base_image_seq_len)  # 'mu'; the class may leave it
     sigmas = np.linspace(1.0, 1 / steps, steps).tolist()
     scheduler.set_timesteps(sigmas=sigmas, mu=shift if facts.use_dynamic_shifting else None)
     return grids.from_scheduler(scheduler)
@@ -107,7 +105,8 @@ def read(
     """
     import diffusers
 
-    kind = diffusers.DiffusionPipeline.load_config(source).get("transformer", (None, None))[1]
+    parts: Any = diffusers.DiffusionPipeline.load_config(source)
+    kind = parts.get("transformer", (None, None))[1]
     known = dict.fromkeys(model.transformer for model in MODELS)
     if kind not in known:
         raise ValueError(f"a pipeline is described here if it is on {', '.join(known)}, got {kind}; name one of those.")
@@ -133,7 +132,8 @@ def read(
 def _scheduler_config(source: str) -> dict[str, Any]:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    return dict(FlowMatchEulerDiscreteScheduler.load_config(source, subfolder="scheduler"))
+    config: Any = FlowMatchEulerDiscreteScheduler.load_config(source, subfolder="scheduler")
+    return dict(config)
 
 
 def _scale(vae: Mapping[str, Any]) -> tuple[int, int]:

@@ -227,7 +227,7 @@ def dbcache(runs: Runs) -> list[Method]:
     """
 
     def by_mask(policy: str) -> dict[str, Any]:
-        import cache_dit
+        import cache_dit  # pyright: ignore[reportMissingImports]  (an extra)
 
         mask = cache_dit.steps_mask(mask_policy=policy, total_steps=runs.steps)
         return dict(steps_computation_mask=mask, steps_computation_policy="static")
@@ -256,7 +256,7 @@ def _dbcache(runs: Runs, options: Options, calibrator: str) -> Switch:
     @contextmanager
     def switch(pipe: Any) -> Iterator[None]:
         os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
-        import cache_dit
+        import cache_dit  # pyright: ignore[reportMissingImports]  (an extra)
 
         config = cache_dit.DBCacheConfig(
             Fn_compute_blocks=1, max_warmup_steps=DBCACHE_WARMUP, num_inference_steps=runs.steps, **options()
@@ -281,7 +281,7 @@ class HiCache:
     """
 
     def __init__(self, pipe: Any, backend: str, interval: int, steps: int):
-        import hicache_pp
+        import hicache_pp  # pyright: ignore[reportMissingImports]  (an extra)
 
         self._its = hicache_pp
         self._clock = SchedulerClock(pipe)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import quote
 
 import numpy as np
@@ -244,7 +244,7 @@ class Comparison:
     def shares(self) -> dict[Key, float]:
         """The FLOPs of each method in proportion to the reference run's, on average; of those whose were counted."""
         counted = {key: [one.share for one in records] for key, records in self.records.items()}
-        return {key: fmean(shares) for key, shares in counted.items() if None not in shares}
+        return {key: fmean(cast("list[float]", shares)) for key, shares in counted.items() if None not in shares}
 
     @property
     def timings(self) -> dict[Key, Timing]:
