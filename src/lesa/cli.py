@@ -433,6 +433,8 @@ def _pipeline(options: argparse.Namespace) -> Any:
     if options.lora:
         source, _, file = options.lora.partition("::")
         pipe.load_lora_weights(source, **({"weight_name": file} if file else {}))
+    if options.vae_tiling:
+        pipe.vae.enable_tiling()
     try:
         place(pipe, options.device, options.offload)
     except AssertionError as error:  # what torch raises for a device that it was not built for
@@ -684,6 +686,7 @@ def _command(commands: Any, name: str, run: Any, words: str, model: str | None =
     parser.add_argument("--variant", help="of the weights' files, e.g. fp16")
     parser.add_argument("--revision", help="of the hub repository: a branch, tag or commit")
     parser.add_argument("--lora", metavar="MODEL[::FILE]", help="folder or hub name of a LoRA, and its file")
+    parser.add_argument("--vae-tiling", action="store_true", help="decode large pictures and clips in pieces")
     parser.add_argument("--scheduler", type=_call, help="""other settings, e.g. '{"shift": 3.0}'""")
     parser.add_argument("--call", type=_call, default={}, help="""more arguments of its call, e.g. '{"height": 512}'""")
     parser.set_defaults(command=run)
