@@ -83,8 +83,8 @@ def grid_of(model: Model, steps: int | None = None) -> Tensor:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     steps = steps or model.steps
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(model.scheduler))
-    facts: Any = scheduler.config
+    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(dict(model.scheduler))
+    facts = scheduler.config
     rise = (facts.max_shift - facts.base_shift) / (facts.max_image_seq_len - facts.base_image_seq_len)
     shift = facts.base_shift + rise * (
         model.patches - facts.base_image_seq_len
@@ -107,7 +107,8 @@ def read(
     """
     import diffusers
 
-    kind = diffusers.DiffusionPipeline.load_config(source).get("transformer", (None, None))[1]
+    parts: Any = diffusers.DiffusionPipeline.load_config(source)
+    kind = parts.get("transformer", (None, None))[1]
     known = dict.fromkeys(model.transformer for model in MODELS)
     if kind not in known:
         raise ValueError(f"a pipeline is described here if it is on {', '.join(known)}, got {kind}; name one of those.")
@@ -126,14 +127,9 @@ def read(
     )
     guided = 2 if call.get("negative_prompt") is not None and call.get("true_cfg_scale", 4.0) > 1 else 1
     steps = call.get("num_inference_steps", 50)
-    config, scheduler = load_config(source, subfolder="transformer"), _scheduler_config(source)
+    config = load_config(source, subfolder="transformer")
+    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler.load_config(source, subfolder="scheduler")
     return Model(source, kind, config, scheduler, size, steps, streams or guided, scale)
-
-
-def _scheduler_config(source: str) -> dict[str, Any]:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return dict(FlowMatchEulerDiscreteScheduler.load_config(source, subfolder="scheduler"))
 
 
 def _scale(vae: Mapping[str, Any]) -> tuple[int, int]:
