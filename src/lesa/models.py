@@ -86,9 +86,7 @@ def grid_of(model: Model, steps: int | None = None) -> Tensor:
     scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(dict(model.scheduler))
     facts = scheduler.config
     rise = (facts.max_shift - facts.base_shift) / (facts.max_image_seq_len - facts.base_image_seq_len)
-    shift = facts.base_shift + rise * (
-        model.patches - facts.base_image_seq_len
-    )  # 'mu'; the class takes it or leaves it
+    shift = facts.base_shift + rise * (model.patches - facts.base_image_seq_len)  # 'mu'; the class may leave it
     sigmas = np.linspace(1.0, 1 / steps, steps).tolist()
     scheduler.set_timesteps(sigmas=sigmas, mu=shift if facts.use_dynamic_shifting else None)
     return grids.from_scheduler(scheduler)
@@ -127,9 +125,15 @@ def read(
     )
     guided = 2 if call.get("negative_prompt") is not None and call.get("true_cfg_scale", 4.0) > 1 else 1
     steps = call.get("num_inference_steps", 50)
-    config = load_config(source, subfolder="transformer")
-    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler.load_config(source, subfolder="scheduler")
+    config, scheduler = load_config(source, subfolder="transformer"), _scheduler_config(source)
     return Model(source, kind, config, scheduler, size, steps, streams or guided, scale)
+
+
+def _scheduler_config(source: str) -> dict[str, Any]:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    config: Any = FlowMatchEulerDiscreteScheduler.load_config(source, subfolder="scheduler")
+    return dict(config)
 
 
 def _scale(vae: Mapping[str, Any]) -> tuple[int, int]:

@@ -19,8 +19,8 @@ def place(pipe: Any, device: str, offload: str = "none") -> None:
     'sequential' and 'group' bring one layer at a time; the latter is diffusers' newer way. On a skipped step no block
     is brought over, as none runs. What follows the tap is small, and stays on the device: training differentiates it.
 
-    Raises: ValueError if there is no such way, or none for the device; ImportError if it needs accelerate and that is not
-        installed.
+    Raises: ValueError if there is no such way, or none for the device; ImportError if it needs accelerate and that is
+        not installed.
     """
     if offload not in OFFLOADS:
         raise ValueError(
