@@ -192,5 +192,6 @@ def test_a_lora_is_put_on_before_all_else(real, tmp_path):
         assert main([*drawing, *more]) == 0
         return (tmp_path / "x.png").read_bytes()
 
-    plain, changed = picture(), picture("--lora", f"{tmp_path / 'lora'}::x.safetensors")
-    assert plain != changed and changed == picture("--lora", f"{tmp_path / 'lora'}::x.safetensors", "--offload", "none")
+    lora = ["--lora", str(tmp_path / "lora" / "x.safetensors")]
+    plain, changed = picture(), picture(*lora)
+    assert plain != changed and changed == picture(*lora, "--offload", "none")

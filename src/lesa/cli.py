@@ -431,8 +431,9 @@ def _pipeline(options: argparse.Namespace) -> Any:
     if options.scheduler:
         pipe.scheduler = type(pipe.scheduler).from_config({**pipe.scheduler.config, **options.scheduler})
     if options.lora:
-        source, _, file = options.lora.partition("::")
-        pipe.load_lora_weights(source, **({"weight_name": file} if file else {}))
+        lora, named = Path(options.lora), options.lora.endswith(".safetensors")
+        file = {"weight_name": lora.name} if named else {}
+        pipe.load_lora_weights(str(lora.parent) if named else options.lora, **file)
     if options.vae_tiling:
         pipe.vae.enable_tiling()
     try:
@@ -685,7 +686,7 @@ def _command(commands: Any, name: str, run: Any, words: str, model: str | None =
     parser.add_argument("--dtype", help="e.g. bfloat16; default: that of diffusers")
     parser.add_argument("--variant", help="of the weights' files, e.g. fp16")
     parser.add_argument("--revision", help="of the hub repository: a branch, tag or commit")
-    parser.add_argument("--lora", metavar="MODEL[::FILE]", help="folder or hub name of a LoRA, and its file")
+    parser.add_argument("--lora", metavar="LORA", help="folder, hub name or file of a LoRA")
     parser.add_argument("--vae-tiling", action="store_true", help="decode large pictures and clips in pieces")
     parser.add_argument("--scheduler", type=_call, help="""other settings, e.g. '{"shift": 3.0}'""")
     parser.add_argument("--call", type=_call, default={}, help="""more arguments of its call, e.g. '{"height": 512}'""")
