@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel, QwenImageTransformer2DModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+import lesa
 from lesa import collect, models
 from lesa.cli import main
 from lesa.predictor import Predictor
@@ -171,5 +174,24 @@ def test_settings_of_the_scheduler_are_changed(real, tmp_path, capsys):
     plain = (tmp_path / "x.png").read_bytes()
     assert main([*picture, "--scheduler", '{"use_dynamic_shifting": false, "shift": 9.0}']) == 0
     assert (tmp_path / "x.png").read_bytes() != plain
+    assert main([*picture, "--vae-tiling"]) == 0
+    assert (tmp_path / "x.png").read_bytes() == plain  # it fits in one piece
     assert main([*picture, "--variant", "fp8"]) == 2
     assert "fp8" in capsys.readouterr().err
+
+
+def test_a_lora_is_put_on_before_all_else(real, tmp_path):
+    folder, options = real
+    pipe = lesa.load(folder, torch_dtype=torch.bfloat16, variant="bf16")
+    pipe.transformer.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "proj_out"]))
+    layers = get_peft_model_state_dict(pipe.transformer)
+    type(pipe).save_lora_weights(tmp_path / "lora", transformer_lora_layers=layers, weight_name="x.safetensors")
+
+    def picture(*more: str) -> bytes:
+        drawing = ["generate", str(folder), PROMPTS[0], *options, "--full", "--out", str(tmp_path / "x.png")]
+        assert main([*drawing, *more]) == 0
+        return (tmp_path / "x.png").read_bytes()
+
+    lora = ["--lora", str(tmp_path / "lora" / "x.safetensors")]
+    plain, changed = picture(), picture(*lora)
+    assert plain != changed and changed == picture(*lora, "--offload", "none")

@@ -589,6 +589,8 @@ def _pipeline(options: argparse.Namespace) -> Any:
     pipe = load(options.model, lora=options.lora, **{name: value for name, value in loading.items() if value})
     if options.scheduler:
         pipe.scheduler = type(pipe.scheduler).from_config({**pipe.scheduler.config, **options.scheduler})
+    if options.vae_tiling:
+        pipe.vae.enable_tiling()
     try:
         place(pipe, ranks.device(options.device), options.offload)
     except AssertionError as error:  # what torch raises for a device that it was not built for
@@ -880,6 +882,7 @@ def _command(commands: Any, name: str, run: Any, words: str, model: str | None =
     parser.add_argument("--dtype", help="e.g. bfloat16; default: that of diffusers")
     parser.add_argument("--variant", help="of the weights' files, e.g. fp16")
     parser.add_argument("--revision", help="of the hub repository: a branch, tag or commit")
+    parser.add_argument("--vae-tiling", action="store_true", help="decode large pictures and clips in pieces")
     parser.add_argument("--scheduler", type=_call, help="""other settings, e.g. '{"shift": 3.0}'""")
     parser.add_argument("--call", type=_call, default={}, help="""more arguments of its call, e.g. '{"height": 512}'""")
     parser.set_defaults(command=run)
