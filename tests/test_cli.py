@@ -113,6 +113,8 @@ def test_a_run_that_is_there_is_not_measured_again(model, tmp_path, monkeypatch,
     assert results(tmp_path) == written and capsys.readouterr().out.splitlines()[:8] == first.splitlines()[:8]
     assert bench(model, tmp_path, *only, "--pairs", "3") == 2
     assert "records of another pairs" in capsys.readouterr().err
+    with pytest.raises(TypeError):  # what is to be measured anew is
+        bench(model, tmp_path, *only, "--anew")
 
 
 def test_a_report_is_made_of_the_records_alone(model, tmp_path, capsys):

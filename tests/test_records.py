@@ -138,6 +138,16 @@ def test_pictures_are_kept_beside_the_records(tmp_path):
     assert np.array_equal(records.load(tmp_path).pictures[OURS], drawn)
 
 
+def test_what_was_measured_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for shard in (0, 1):
+        write(tmp_path, *LINES, shard=shard)
+    with records.writing(tmp_path, SETTING) as log:
+        log.keep(OURS, 0, np.zeros((8, 8, 3), dtype=np.uint8))
+    records.clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".lock")] == ["notes.txt"]
+
+
 def test_a_line_is_found_with_what_made_it(tmp_path):
     path = write(tmp_path, *LINES)
     record, made, setting = records.at_line(path, 3)

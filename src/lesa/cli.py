@@ -71,6 +71,9 @@ def _compare(options: argparse.Namespace, reuse: bool) -> None:
         _set_schedules(options)
         predictors = _predictors(options.lora or options.model, options.predictors, variants=reuse)
         setting = _setting(options, pipe, benchmark.pair_up(prompts, seeds))
+        if options.anew and at.leads:
+            records.clear(out)
+        at.wait()
         with records.writing(out, setting, at.rank) as log:
             methods = _line_up(options, pipe, predictors, reuse, at)
             found, lacking = scores.load(options.scores)
@@ -139,10 +142,11 @@ def _planned(options: argparse.Namespace, pipe: Any) -> tuple[Any, Callable[[Any
     """Return the grid, and the call that plans a forecaster's schedule; what was planned once is kept in a file."""
     import torch
 
+    from lesa.records import PLANNED
     from lesa.schedule import Schedule
     from lesa.trajectory import write_atomically
 
-    path = Path(options.out) / "planned.json"
+    path = Path(options.out) / PLANNED
     known = json.loads(path.read_text()) if path.exists() else {}
     planner = cache(lambda: _planner(options, pipe))  # it records runs, so it is made once, and only if it is needed
 
@@ -709,7 +713,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_comparisons(commands: Any) -> None:
     demo = _command(commands, "demo", _demo, "compare the methods on a few held-out prompts and draw a sheet", EMBEDDED)
-    demo.set_defaults(peers=[], fine=None, bound=False, differences=None, predictors=None, only=None)
+    demo.set_defaults(peers=[], fine=None, bound=False, differences=None, predictors=None, only=None, anew=True)
     bench = _command(
         commands, "bench", _bench, "compare the methods on many pairs, with paired differences and the bound"
     )
@@ -722,6 +726,7 @@ def _add_comparisons(commands: Any) -> None:
     )
     bench.add_argument("--fine", type=_count, metavar="STEPS", help="measure PSNR against a run of more steps, too")
     bench.add_argument("--only", nargs="+", metavar="METHOD", help="the methods of these names alone")
+    bench.add_argument("--anew", action="store_true", help="remove the records of the folder first")
     bench.add_argument("--no-bound", dest="bound", action="store_false", help="leave out the bound, which records runs")
     sizes = ((demo, 32, 4, "6", "out/demo"), (bench, 200, 10, "10,8,6,5,4", "out/bench"))
     for command, pairs, timed, budgets, out in sizes:

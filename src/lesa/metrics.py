@@ -128,7 +128,8 @@ def _local(x: Tensor) -> Tensor:
     weights = [math.exp(-((k - WINDOW // 2) ** 2) / (2 * SPREAD**2)) for k in range(WINDOW)]
     for axis in (-2, -1):
         places = x.shape[axis] - WINDOW + 1
-        x = torch.stack([w / sum(weights) * x.narrow(axis, k, places) for k, w in enumerate(weights)]).sum(0)
+        shifted = (w / sum(weights) * x.narrow(axis, k, places) for k, w in enumerate(weights))
+        x = sum(shifted, start=torch.zeros((), dtype=x.dtype))
     return x
 
 
