@@ -85,12 +85,21 @@ def peer(name: str, setting: str, switch: Switch, *, alone: bool = False) -> Met
 
 @contextmanager
 def restored(pipe: Any) -> Iterator[None]:
-    """Undo what is set meanwhile on a pipeline, on its class and on the modules of its transformer."""
-    places = [pipe, type(pipe), *pipe.transformer.modules()]
+    """Undo what is set meanwhile on a pipeline, on its class and on the modules of its transformer.
+
+    The order of a module's children is part of it: some caches take the first block that they find for the first.
+    """
+    modules = list(pipe.transformer.modules())
+    places = [pipe, type(pipe), *modules]
     before = [dict(vars(place)) for place in places]
+    children = [dict(module._modules) for module in modules]
     try:
         yield
     finally:
+        for module, known in zip(modules, children, strict=True):
+            if list(module._modules.items()) != list(known.items()):
+                module._modules.clear()
+                module._modules.update(known)
         for place, known in zip(places, before, strict=True):
             for name in [name for name in vars(place) if name not in known]:
                 delattr(place, name)
