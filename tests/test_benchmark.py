@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from lesa import benchmark, cost, plan
+from lesa import benchmark, cost, plan, records
 from lesa.benchmark import BOUND, REFERENCE, Method
 from lesa.collect import record
 from lesa.cost import Watch
 from lesa.emoji import COMPOSITIONS, Atlas, caption
 from lesa.forecasters import Reuse, Taylor
-from lesa.metrics import psnr
+from lesa.metrics import psnr, relative_error
 from lesa.pipelines import with_call
 from lesa.predictor import L2P, LESA, Origin, Predictor
 from lesa.records import Comparison, Log, Pair, Record, Result, Time
@@ -66,8 +67,8 @@ def test_what_equals_the_reference_counts_as_identical(comparison):
 
 def test_every_method_runs_the_same_pairs(comparison):
     expected = list(zip(PROMPTS, SEEDS, strict=True))
-    for records in comparison.records.values():
-        assert [(one.prompt, one.seed) for one in records] == expected
+    for of_method in comparison.records.values():
+        assert [(one.prompt, one.seed) for one in of_method] == expected
 
 
 def test_a_batched_record_is_what_the_pair_gives_alone(pipe, comparison):
@@ -111,21 +112,116 @@ def test_speedups_are_of_the_medians():
 
 
 def test_differences_are_paired():
-    def records(name, values):
+    def of(name, values):
         return [Record(name, "s", "a prompt", seed, value, 1.0) for seed, value in enumerate(values)]
 
-    both = {("a", "s"): records("a", [31.0, 41.0]), ("b", "s"): records("b", [30.0, 40.0])}
+    both = {("a", "s"): of("a", [31.0, 41.0]), ("b", "s"): of("b", [30.0, 40.0])}
     made = Comparison(records=both)
     assert made.difference(("a", "s"), ("b", "s")) == pytest.approx((1.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize(
     ("methods", "prompts", "seeds", "words"),
-    [([], [], [], "each prompt"), ([], PROMPTS, [0], "each prompt"), ([REUSE, REUSE], PROMPTS, SEEDS, "differ")],
+    [
+        ([], [], [], "each prompt"),
+        ([], PROMPTS, [0], "each prompt"),
+        ([], PROMPTS[:1] * 2, [3, 3], "drawn once"),
+        ([REUSE, REUSE], PROMPTS, SEEDS, "differ"),
+    ],
 )
 def test_comparisons_that_cannot_be_are_refused(pipe, methods, prompts, seeds, words):
     with pytest.raises(ValueError, match=words):
         benchmark.compare(pipe, methods, prompts, seeds)
+
+
+def test_a_comparison_goes_on_where_it_was_killed(pipe, comparison, tmp_path, monkeypatch):
+    methods, setting = [FEWER, REUSE], {"pairs": [list(pair) for pair in zip(PROMPTS, SEEDS, strict=True)]}
+    options = dict(batch_size=2, timed=0, shown=3)
+    drawn: list[str] = []
+    observe = benchmark.observe
+
+    def killed(pipe, method, pairs):
+        if len(drawn) == 4:
+            raise KeyboardInterrupt
+        drawn.append(method.name)
+        return observe(pipe, method, pairs)
+
+    monkeypatch.setattr(benchmark, "observe", killed)
+    with pytest.raises(KeyboardInterrupt), records.writing(tmp_path, setting) as log:
+        benchmark.compare(pipe, methods, PROMPTS, SEEDS, log=log, **options)
+    assert drawn == ["all full", "fewer steps", "reuse", "all full"]
+    drawn.append("killed")
+    with records.writing(tmp_path, setting) as log:
+        made = benchmark.compare(pipe, methods, PROMPTS, SEEDS, log=log, **options)
+    assert drawn[5:] == ["all full", "fewer steps", "reuse"]  # the second batch, and of it the lost reference
+    for method in methods:
+        ours = [record.psnr for record in made.records[method.key]]
+        assert ours == [record.psnr for record in comparison.records[method.key]]
+        assert len(made.pictures[method.key]) == 3
+    assert len(made.starts) == 2
+
+
+def test_a_method_is_not_measured_under_the_name_of_another(pipe, comparison):
+    log = Log()
+    log.comparison = copy.deepcopy(comparison)
+    other = benchmark.forecast("reuse", Taylor(1), EVERY_OTHER)
+    with pytest.raises(ValueError, match=r"reuse on every:2 was measured as .*Reuse\(\).*, got .*Taylor"):
+        benchmark.compare(pipe, [other], PROMPTS, SEEDS, log=log)
+
+
+def test_only_what_may_fail_does_not_stop_the_others(pipe):
+    def fails(_pipe):
+        raise ImportError("no such\npeer")
+
+    peer = Method("a peer", "its own", switch=fails, optional=True)
+    made = benchmark.compare(pipe, [peer, REUSE], PROMPTS[:1], SEEDS[:1], timed=0)
+    assert made.failures == {peer.key: "ImportError: no such peer"}
+    assert REUSE.key in made.records and peer.key not in made.records
+    with pytest.raises(ImportError, match="no such"):
+        benchmark.compare(pipe, [Method("ours", "s", switch=fails)], PROMPTS[:1], SEEDS[:1], timed=0)
+
+
+def test_errors_of_the_feature_are_those_of_recorded_runs(pipe, comparison):
+    [exact] = record(pipe, PROMPTS[:1], SEEDS[:1], torch.arange)
+    with benchmark.forecast("", Reuse(), EVERY_OTHER).switch(pipe):
+        [reused] = record(pipe, PROMPTS[:1], SEEDS[:1], torch.arange)
+    pairs = zip(reused.features["cond"], exact.features["cond"], strict=True)
+    expected = [relative_error(*pair) for pair in pairs]
+    assert expected[0] == 0 < min(expected[1:])
+    assert comparison.records[REUSE.key][0].feature_error == pytest.approx(expected, rel=1e-3)
+    assert comparison.records[REFERENCE.key][0].feature_error == (0.0,) * STEPS
+    assert comparison.records[FEWER.key][0].feature_error == ()  # another grid
+
+
+def test_cost_is_measured_of_each_method(comparison):
+    costs = {key[0]: cost for key, cost in comparison.costs.items()}
+    assert costs["reuse"].full == (0, 2, 4, 6) and costs["all full"].full == tuple(range(STEPS))
+    full = costs["all full"].flops
+    assert full == costs["nothing skipped"].flops == pytest.approx(2 * costs["fewer steps"].flops)
+    assert full / 2 < costs["reuse"].flops < 0.6 * full  # a skipped step still embeds and projects
+    assert costs["reuse"].bytes_held == 2 * 16 * 24 * 4 and costs["all full"].bytes_held is None
+    assert costs["reuse"].cuda_peak is None
+    assert list(costs["reuse"].plans["cond"]["rows"]) == ["1", "3", "5", "7"] and not costs["fewer steps"].plans
+
+
+def test_a_method_is_made_again_of_what_records_say(pipe, comparison):
+    for method in (REFERENCE, FEWER, REUSE):
+        made = benchmark.rebuild(comparison.entry(method.key))
+        assert (made.key, made.call, made.entry()) == (method.key, method.call, method.entry())
+    predictor = trained(L2P, "every:2", {})
+    ours = benchmark.forecast("L2P", predictor, EVERY_OTHER)
+    assert benchmark.rebuild(ours.entry(), [trained(L2P, "every:3", {}), predictor]).entry() == ours.entry()
+    with pytest.raises(LookupError, match="which is not at hand"):
+        benchmark.rebuild(ours.entry(), [trained(L2P, "every:3", {})])
+
+
+def test_a_record_can_be_reproduced(pipe, comparison):
+    setting = {"pairs": list(zip(PROMPTS, SEEDS, strict=True)), "batch_size": 2}
+    then = comparison.records[REUSE.key][1]
+    again = benchmark.reproduce(pipe, benchmark.rebuild(comparison.entry(REUSE.key)), then, setting)
+    assert again == replace(then, prompted=None)
+    with pytest.raises(ValueError, match="one of the run's pairs"):
+        benchmark.reproduce(pipe, REUSE, replace(then, seed=77), setting)
 
 
 def trained(kind, schedule: str, training: dict, **options) -> Predictor:

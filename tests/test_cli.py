@@ -3,13 +3,14 @@
 import json
 import runpy
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lesa import cli, tap
+from lesa import benchmark, cli, records, tap
 from lesa.cli import main
 
 STEPS = 10
@@ -58,8 +59,13 @@ def train(model: Path, runs: Path, out: Path, *more: str) -> int:
     return main(["train", str(model), *map(str, arguments), *settings, *more])
 
 
-def rows(folder: Path) -> dict[str, dict]:
-    return {row["method"]: row for row in json.loads((folder / "results.json").read_text())["rows"]}
+def results(folder: Path) -> list[records.Result]:
+    return records.load(folder).results()
+
+
+def bench(model: Path, out: Path, *more: str) -> int:
+    options = ["--pairs", "2", "--timed", "0", "--budgets", "", "--schedules", "paper:4", "--out", str(out)]
+    return main(["bench", str(model), *options, *more])
 
 
 def test_demo_compares_on_held_out_prompts(model, tmp_path, capsys):
@@ -68,25 +74,84 @@ def test_demo_compares_on_held_out_prompts(model, tmp_path, capsys):
     options += ["--budgets", ""]
     assert main(["demo", "--model", str(model), *options]) == 0
     printed = capsys.readouterr()
-    written = json.loads((out / "results.json").read_text())
     names = ["fewer steps", "Taylor-1 (our tap)", "Taylor-2 (our tap)"]
-    assert [row["method"] for row in written["rows"]] == ["all full", *names, *names]
-    assert [row["full_steps"] for row in written["rows"]] == [10, 5, 5, 5, 3, 3, 3]
-    assert all(row["seconds"] > 0 for row in written["rows"])
-    assert written["prompts"] == PROMPTS["heldout"][:2]
+    assert [result.method for result in results(out)] == ["all full", *names, *names]
+    assert [result.full_steps for result in results(out)] == [10, 5, 5, 5, 3, 3, 3]
+    assert all(result.seconds > 0 for result in results(out))
+    assert records.load(out).setting["pairs"] == [[prompt, k] for k, prompt in enumerate(PROMPTS["heldout"][:2])]
+    plots = {"psnr-over-ratio.png", "psnr-over-speedup.png", "error-per-step.png", "rows.png"}
+    assert plots <= {path.name for path in out.iterdir()}
     assert printed.out.count("| Taylor-1 (our tap) |") == 2 and "no predictor" in printed.err
     assert Image.open(out / "pictures.png").width > 7 * 128
 
 
 def test_bench_sets_a_trained_predictor_beside_the_others(model, predictor, tmp_path, capsys):
-    options = ["--pairs", "2", "--timed", "0", "--schedules", "paper:4", "--out", str(tmp_path)]
     named = ["--predictors", str(predictor), str(predictor / "ground-truth")]
-    assert main(["bench", str(model), *options, *named]) == 0
+    assert bench(model, tmp_path, *named) == 0
     printed = capsys.readouterr().out
-    assert {"reuse", "LESA", "LESA (phase 1)", "bound (output tap)"} < set(rows(tmp_path))
-    assert rows(tmp_path)["LESA"]["full_steps"] == 5 and rows(tmp_path)["LESA"]["seconds"] is None
+    found = {result.method: result for result in results(tmp_path)}
+    assert {"reuse", "LESA", "LESA (phase 1)", "bound (output tap)"} < set(found)
+    assert found["LESA"].full_steps == 5 and found["LESA"].seconds is None
     for other in ("LESA (phase 1)", "reuse", "fewer steps", "Taylor-1 (our tap)", "bound (output tap)"):
         assert f"LESA - {other}" in printed
+    file = tmp_path / "records.jsonl"
+    before = file.read_text()
+    trained = next(k for k, line in enumerate(before.splitlines(), start=1) if '"method": "LESA"' in line)
+    reproduce = ["reproduce", str(file), str(trained), "--predictors"]
+    assert main([*reproduce, str(predictor)]) == 0
+    assert main([*reproduce, str(predictor / "ground-truth")]) == 2
+    assert "is not at hand" in capsys.readouterr().err
+    assert file.read_text() == before
+
+
+def test_a_run_that_is_there_is_not_measured_again(model, tmp_path, monkeypatch, capsys):
+    only = ["--no-bound", "--only", "reuse"]
+    assert bench(model, tmp_path, *only) == 0
+    first, written = capsys.readouterr().out, results(tmp_path)
+    monkeypatch.setattr(benchmark, "observe", None)
+    assert bench(model, tmp_path, *only) == 0
+    assert results(tmp_path) == written and capsys.readouterr().out.splitlines()[:8] == first.splitlines()[:8]
+    assert bench(model, tmp_path, *only, "--pairs", "3") == 2
+    assert "records of another pairs" in capsys.readouterr().err
+    with pytest.raises(TypeError):  # what is to be measured anew is
+        bench(model, tmp_path, *only, "--anew")
+
+
+def test_a_report_is_made_of_the_records_alone(model, tmp_path, capsys):
+    assert bench(model, tmp_path, "--no-bound", "--timed", "1", "--only", "reuse", "fewer steps") == 0
+    made = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".md", ".png")}
+    for name in made:
+        (tmp_path / name).unlink()
+    assert main(["report", str(tmp_path)]) == 0
+    again = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".md", ".png")}
+    assert again.keys() == made.keys() and again["report.md"] == made["report.md"]
+    assert np.array_equal(*(np.asarray(Image.open(BytesIO(of["pictures.png"]))) for of in (made, again)))
+    assert "| skipped step, ms |" in made["report.md"].decode()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path), "--differences", "reuse"]) == 0
+    assert "| reuse - fewer steps |" in capsys.readouterr().out
+    assert main(["report", str(tmp_path), "--differences", "oracle"]) == 2
+    assert "got 'oracle'" in capsys.readouterr().err
+
+
+def test_two_runs_are_compared(model, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert bench(model, first, "--no-bound", "--only", "reuse") == 0
+    assert main(["compare", str(first), str(first)]) == 0
+    assert capsys.readouterr().out.count("no |") == 2
+    second.mkdir()
+    lines = (first / "records.jsonl").read_text().splitlines()
+    better = [json.loads(line) for line in lines]
+    for line in better:
+        if line.get("method") == "reuse":
+            line["psnr"] += 0.5
+    (second / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in better))
+    assert main(["compare", str(first), str(second)]) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| reuse")]
+    assert "+0.500 [+0.500, +0.500]" in line and "yes" in line
+    assert main(["compare", str(first), str(second), "--tolerance", "0.6"]) == 0
+    assert main(["compare", str(first), str(second), "--score", "beauty"]) == 2
+    assert "got 'beauty'" in capsys.readouterr().err
 
 
 def test_free_rows_are_trained_per_step(model, runs, tmp_path, capsys):

@@ -32,8 +32,8 @@ RUNS = dict(prompts=TWICE, seeds=[3, 20] * 3, batch_size=4, model="tiny", **CALL
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a store; the lock beside them is empty."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
+    """Every file of a store; the locks beside them are empty."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".lock")}
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lesa.metrics import IDENTICAL, Interval, interval, paired_interval, psnr, relative_error, ssim
+from lesa.metrics import IDENTICAL, SCALES, Interval, interval, ms_ssim, paired_interval, psnr, relative_error, ssim
 
 RANDOM = np.random.default_rng(0)
 PICTURE = RANDOM.integers(0, 256, (32, 24, 3), dtype=np.uint8)
@@ -47,7 +47,36 @@ def test_ssim_orders_pictures_by_their_noise():
     assert 1.0 > ssim(noisy(10), PICTURE) > ssim(noisy(40), PICTURE)
 
 
-@pytest.mark.parametrize("measure", [psnr, ssim])
+def noise(spread: float, side: int = 64) -> np.ndarray:
+    picture = np.random.default_rng(3).integers(0, 256, (side, side, 3))
+    return (picture + np.random.default_rng(4).normal(0, spread, picture.shape)).clip(0, 255).astype(np.uint8)
+
+
+def test_on_one_scale_ms_ssim_is_ssim():
+    pair = noise(20, side=21), noise(0, side=21)
+    assert ms_ssim(*pair) == pytest.approx(ssim(*pair), abs=1e-6)
+    pair = noise(20, side=22), noise(0, side=22)
+    assert ms_ssim(*pair) != pytest.approx(ssim(*pair), abs=1e-4)
+
+
+@pytest.mark.parametrize(("side", "scales"), [(16, 1), (32, 2), (64, 3), (128, 4), (176, 5), (180, 5)])
+def test_ms_ssim_of_flat_pictures_is_the_luminance_term_of_the_last_scale_that_fits(side, scales):
+    c1 = (0.01 * 255) ** 2
+    luminance = (2 * 100 * 120 + c1) / (100**2 + 120**2 + c1)
+    pictures = [np.full((side, side + 8, 3), level, dtype=np.uint8) for level in (100, 120)]
+    used = SCALES[:scales]
+    assert ms_ssim(*pictures) == pytest.approx(luminance ** (used[-1] / sum(used)), abs=1e-6)
+
+
+def test_ms_ssim_orders_pictures_by_their_noise_and_needs_room_for_its_window():
+    assert ms_ssim(noise(0), noise(0)) == pytest.approx(1.0)
+    assert 1.0 > ms_ssim(noise(10), noise(0)) > ms_ssim(noise(40), noise(0)) > 0.0
+    assert ms_ssim(255 - noise(0), noise(0)) == 0.0  # what is opposite counts as nothing alike
+    with pytest.raises(ValueError, match="at least 11 pixels a side, got 10"):
+        ms_ssim(noise(0, side=10), noise(0, side=10))
+
+
+@pytest.mark.parametrize("measure", [psnr, ssim, ms_ssim])
 @pytest.mark.parametrize("other", [PICTURE / 255, PICTURE[:-1], PICTURE[..., 0]])
 def test_pictures_that_are_no_8_bit_pair_are_refused(measure, other):
     with pytest.raises(ValueError, match="uint8 of one shape"):
@@ -67,6 +96,14 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_law():
     assert mean == pytest.approx(values.mean())
     assert low == pytest.approx(mean - 1.96 * error, abs=0.1 * error)
     assert high == pytest.approx(mean + 1.96 * error, abs=0.1 * error)
+
+
+def test_surer_intervals_are_wider():
+    values = np.random.default_rng(1).normal(5.0, 2.0, 400)
+    usual, surer = interval(values), interval(values, level=0.999)
+    assert surer.low < usual.low and surer.high > usual.high and surer.mean == usual.mean
+    error = values.std() / math.sqrt(len(values))
+    assert surer.high - surer.low == pytest.approx(2 * 3.29 * error, rel=0.15)
 
 
 def test_intervals_repeat():

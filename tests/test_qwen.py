@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lesa import records
 from lesa.cli import main
 from lesa.collect import record
 from lesa.forecasters import Reuse, Taylor
@@ -166,7 +167,6 @@ def test_a_guided_predictor_from_runs_to_pictures(model, tmp_path, capsys):
     assert config["streams"] == ["cond", "uncond"] and config["options"]["bounds"] == [0.9, 0.4]
     assert config["tap"] == [["transformer_blocks"], "proj_out"]
     assert lesa("bench", model, "--predictors", out, "--budgets", 4, "--pairs", 1, "--timed", 1, "--out", tmp_path) == 0
-    rows = [r for r in json.loads((tmp_path / "results.json").read_text())["rows"] if r["method"] == "LESA"]
-    assert [r["full_steps"] for r in rows] == [4]
+    assert [r.full_steps for r in records.load(tmp_path).results() if r.method == "LESA"] == [4]
     assert lesa(*train, "--tap", "norm", "--out", tmp_path / "other") == 2
     assert "was collected at the tap 'proj_out', got 'norm_out'" in capsys.readouterr().err

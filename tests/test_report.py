@@ -1,11 +1,17 @@
 """Tables, sheets and files from measurements made by hand."""
 
+import copy
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from lesa import plots, report
-from lesa.records import REFERENCE, Comparison, Pair, Record, Time
+from lesa.forecasters import PlannedRow
+from lesa.plan import Plan
+from lesa.records import REFERENCE, Comparison, Cost, Failure, Pair, Record, Start, Time
 from lesa.training import Curve
 
 PAIRS = [Pair("small red apple on blue, left", 0), Pair("large fish on grey, right", 1)]
@@ -92,6 +98,86 @@ def test_small_pictures_keep_their_pixels(comparison):
     checkers[::2, ::2] = (90, 0, 90)
     comparison.pictures = {REFERENCE: [checkers]}
     assert len(places(np.asarray(report.sheet(comparison)), (90, 0, 90))) == report.SIDE**2 / 4
+
+
+def test_scores_that_could_not_be_had_have_a_column_that_says_so(comparison):
+    comparison.add(Start({"cpu": "a", "cores": 2, "date": "2026-11-25T", "threads": 1}, (), {"LPIPS": "no weights"}))
+    comparison.records[LESA] = [replace(record, scores={"MS-SSIM": 0.75}) for record in comparison.records[LESA]]
+    text = report.summary(comparison)
+    lines = cells(text.partition("\n\n")[0])
+    assert lines["method"][-3:] == ["MS-SSIM", "LPIPS", "as prompted"]
+    assert lines["LESA"][-3:] == ["0.750", "n/a", "100.0%"] and lines["all full"][-3:] == ["-", "n/a", "100.0%"]
+    assert "- LPIPS could not be had: no weights" in text and "measured on 2026-11-25 on a, 2 cores" in text
+
+
+def test_a_method_that_failed_is_listed_with_its_error(comparison):
+    comparison.add(Failure("a peer", "its own", "ImportError: no such package"))
+    assert "- a peer on its own failed: ImportError: no such package" in report.summary(comparison)
+
+
+def test_costs_are_laid_out(comparison):
+    comparison.add(Cost(*REFERENCE, tuple(range(50)), 20_000_000_000, None, 3_000_000, None))
+    comparison.add(Cost(*LESA, tuple(range(10)), 4_000_000_000, 442_368, 0, 7_000_000))
+    comparison.add(Time(*LESA, *PAIRS[1], 1.25, 2.0, 0.0015))
+    lines = cells(report.cost_table(comparison))
+    assert lines["all full"] == ["every:1", "20.00", "1.00", "-", "-", "3.00", "-"]
+    assert lines["LESA"] == ["paper:7", "4.00", "5.00", "1.500", "0.44", "0.00", "7.00"]
+
+
+def test_runs_differ_where_the_whole_interval_is_beyond_the_tolerance(comparison):
+    after = copy.deepcopy(comparison)
+    shift = {LESA: (0.5, 0.5), TAYLOR: (0.5, -0.5), FEWER: (0.02, 0.02)}
+    for key, shifts in shift.items():
+        pairs = zip(after.records[key], shifts, strict=True)
+        after.records[key] = [replace(record, psnr=record.psnr + more) for record, more in pairs]
+    found = {change.key: change for change in report.changes(comparison, after)}
+    assert {key for key, change in found.items() if change.beyond(0.01)} == {LESA, FEWER}
+    assert {key for key, change in found.items() if change.beyond(0.1)} == {LESA}
+    assert found[LESA].difference.mean == pytest.approx(0.5) and found[LESA].pairs == 2
+    after.records = {("another", "s"): after.records[LESA]}
+    with pytest.raises(ValueError, match="methods and pairs that both have"):
+        report.changes(comparison, after)
+
+
+# --- plots
+
+
+MADE = {1: PlannedRow((0,), (1.0,), 0.0), 3: PlannedRow((2,), (0.5,), 0.0)}
+PLAN = Plan((1.0, 0.8, 0.5, 0.2, 0.0), full=(0, 2), start=0, memory=1, remembers_forecasts=False, rows=MADE)
+
+
+def colours(path) -> set[tuple[int, ...]]:
+    drawn = np.asarray(Image.open(path).convert("RGB"))
+    assert drawn.shape[0] > 200
+    return {tuple(colour) for colour in drawn.reshape(-1, 3).tolist()}
+
+
+def test_every_plot_that_the_records_are_enough_for_is_drawn(comparison, tmp_path):
+    pytest.importorskip("matplotlib")
+    few = ["psnr-over-ratio.png", "psnr-over-speedup.png"]
+    assert [path.name for path in plots.draw_all(comparison, tmp_path)] == few
+    records = comparison.records[LESA]
+    comparison.records[LESA] = [replace(record, feature_error=(0.0, 0.5, None, 0.1)) for record in records]
+    comparison.add(Cost(*LESA, (0, 2), plans={"cond": json.loads(PLAN.to_json())}))
+    drawn = {path.name: colours(path) for path in plots.draw_all(comparison, tmp_path)}
+    first, second, third = (31, 119, 180), (255, 127, 14), (44, 160, 44)
+    assert drawn["psnr-over-ratio.png"] >= {first, second, third}  # three methods
+    assert first in drawn["psnr-over-speedup.png"] and second not in drawn["psnr-over-speedup.png"]  # one is timed
+    assert first in drawn["error-per-step.png"]
+    assert len(drawn["rows.png"]) > 50
+
+
+def test_rows_are_drawn_where_they_are():
+    matrix = plots.coefficients(PLAN)
+    assert matrix[1, 0] == 1.0 and matrix[3, 2] == 0.5 and np.isnan(matrix).sum() == 14
+
+
+def test_errors_are_averaged_over_records(comparison):
+    one, other = comparison.records[LESA]
+    given = [replace(one, feature_error=(0.0, 0.2, None)), replace(other, feature_error=(0.0, 0.4, 0.1))]
+    errors = plots.mean_error(given)
+    assert np.isnan(errors[[0, 2]]).all() and errors[1] == pytest.approx(0.3)
+    assert len(plots.mean_error([one, other])) == 0
 
 
 def test_the_training_curve_is_a_picture(tmp_path):

@@ -272,7 +272,8 @@ def _draw_all(
         drawn = known.get(method.key) or observe(pipe, method, batch)
         for number, picture in enumerate(drawn.pictures[: max(0, shown - first)], start=first):
             log.keep(method.key, number, picture)
-        return score(method.key, batch, drawn, reference, recognise, scores)
+        scored = score(method.key, batch, drawn, reference, recognise, scores)
+        return [one for one in scored if not log.comparison.holds(method.key, [one.pair])]  # a kill may tear a batch
 
     for method in lacking:
         _attempt(log, method, measure)

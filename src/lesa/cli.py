@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,6 +59,9 @@ def _compare(options: argparse.Namespace, reuse: bool) -> None:
         out, pipe = _folder(options.out), _pipeline(options)
         predictors = _predictors(options.model, options.predictors, variants=reuse)
         setting = _setting(options, pipe, benchmark.pair_up(prompts, seeds))
+        if options.anew and at.leads:
+            records.clear(out)
+        at.wait()
         with records.writing(out, setting, at.rank) as log:
             methods = _line_up(options, pipe, predictors, reuse, at)
             found, lacking = scores.load(options.scores)
@@ -126,16 +130,13 @@ def _planned(options: argparse.Namespace, pipe: Any) -> tuple[Any, Callable[[Any
     """Return the grid, and the call that plans a forecaster's schedule; what was planned once is kept in a file."""
     import torch
 
+    from lesa.records import PLANNED
     from lesa.schedule import Schedule
     from lesa.trajectory import write_atomically
 
-    path = Path(options.out) / "planned.json"
+    path = Path(options.out) / PLANNED
     known = json.loads(path.read_text()) if path.exists() else {}
-    planners: list[Any] = []
-
-    def planner() -> Any:
-        planners.extend([] if planners else [_planner(options, pipe)])
-        return planners[0]
+    planner = cache(lambda: _planner(options, pipe))  # it records runs, so it is made once, and only if it is needed
 
     def plan(forecaster: Any, budget: int) -> Any:
         name = f"{forecaster!r} {budget}"
@@ -291,25 +292,29 @@ def _rows(options: argparse.Namespace) -> None:
 
 
 def _collect(options: argparse.Namespace) -> None:
+    from lesa import ranks
     from lesa.collect import collect
     from lesa.tap import tap_of
 
     prompts = _prompts(options.prompts, options.limit)
     pairs = [(prompt, seed) for k, prompt in enumerate(prompts) for seed in options.seeds or [TRAINING_SEED + k]]
-    pipe = _pipeline(options)
-    store = collect(
-        pipe,
-        [prompt for prompt, _ in pairs],
-        [seed for _, seed in pairs],
-        options.out,
-        model=options.model,
-        tokens=options.tokens,
-        batch_size=options.batch_size,
-        tap=tap_of(pipe.transformer, options.tap),
-        num_inference_steps=options.steps,
-        **options.call,
-    )
-    print(f"{len(store)} runs in {options.out}, digest {store.digest()}")
+    with ranks.together() as at:
+        pipe = _pipeline(options)
+        store = collect(
+            pipe,
+            [prompt for prompt, _ in pairs],
+            [seed for _, seed in pairs],
+            options.out,
+            model=options.model,
+            tokens=options.tokens,
+            batch_size=options.batch_size,
+            tap=tap_of(pipe.transformer, options.tap),
+            at=at,
+            num_inference_steps=options.steps,
+            **options.call,
+        )
+        if at.leads:
+            print(f"{len(store)} runs in {options.out}, digest {store.digest()}")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -586,7 +591,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_comparisons(commands: Any) -> None:
     demo = _command(commands, "demo", _demo, "compare the methods on a few held-out prompts and draw a sheet", EMBEDDED)
-    demo.set_defaults(peers=[], fine=None, bound=False, differences=None, predictors=None, only=None)
+    demo.set_defaults(peers=[], fine=None, bound=False, differences=None, predictors=None, only=None, anew=True)
     bench = _command(
         commands, "bench", _bench, "compare the methods on many pairs, with paired differences and the bound"
     )
@@ -599,6 +604,7 @@ def _add_comparisons(commands: Any) -> None:
     )
     bench.add_argument("--fine", type=_count, metavar="STEPS", help="measure PSNR against a run of more steps, too")
     bench.add_argument("--only", nargs="+", metavar="METHOD", help="the methods of these names alone")
+    bench.add_argument("--anew", action="store_true", help="remove the records of the folder first")
     bench.add_argument("--no-bound", dest="bound", action="store_false", help="leave out the bound, which records runs")
     sizes = ((demo, 32, 4, "6", "out/demo"), (bench, 200, 10, "10,8,6,5,4", "out/bench"))
     for command, pairs, timed, budgets, out in sizes:

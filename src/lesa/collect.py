@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from lesa import grid as grids
 from lesa.pipelines import for_each
+from lesa.ranks import ALONE, Ranks
 from lesa.tap import Tap, hear_streams, tap_of
 from lesa.trajectory import COLLECTION, Collection, Store, Trajectory, draw_tokens
 
@@ -192,6 +193,7 @@ def collect(
     tokens: int | None = None,
     batch_size: int = 1,
     tap: Tap | None = None,
+    at: Ranks = ALONE,
     **call: Any,
 ) -> Store:
     """Record each prompt with the seed beside it, every step full, into a store on disk.
@@ -199,7 +201,8 @@ def collect(
     Called again after it was stopped, at whatever moment, it goes on and ends with the same bytes as if it had not been
     stopped: its batches are fixed by number, and a batch that is partly there is run again as a whole. `model` is the
     name that the store remembers; `tokens` how many tokens are kept (see `draw_tokens`); `tap` where the features are
-    taken, by default at the class's usual tap; the rest goes to the pipeline.
+    taken, by default at the class's usual tap; the rest goes to the pipeline. Several processes (`at`) share the
+    batches, and end with the same bytes as one; the store holds everything once all of them are done.
 
     Raises: ValueError if prompts and seeds do not pair up or a pair is repeated, if the folder holds another
     collection, or if the pipeline is accelerated; RuntimeError if another process collects into the folder; OSError if
@@ -207,17 +210,19 @@ def collect(
     """
     tap = tap or tap_of(pipe.transformer)
     folder, wanted = Path(folder), _describe(pipe, prompts, seeds, model, tokens, batch_size, tap, call)
-    with _alone_in(folder):
+    with _alone_in(folder, at.rank):
         store = Store.open(folder) if (folder / COLLECTION).exists() else None
         if store is not None:
             _check_same(store, wanted)
         pairs = list(enumerate(seeds))
-        with _quiet(pipe), tqdm(total=len(pairs), desc="collect", unit="run") as bar:
-            for start in range(0, len(pairs), batch_size):
-                batch = pairs[start : start + batch_size]
+        batches = at.share([pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)])
+        runs = sum(map(len, batches))
+        with _quiet(pipe), tqdm(total=runs, desc="collect", unit="run", disable=not at.leads) as bar:
+            for batch in batches:
                 if store is None or not all(store.path(*pair).exists() for pair in batch):
                     store = _add(pipe, store, batch, folder, tap, wanted)
                 bar.update(len(batch))
+    at.wait()
     return Store.open(folder)
 
 
@@ -237,9 +242,11 @@ def _add(
     if len(first.full) < first.steps:
         raise ValueError("a collection records reference runs, got an accelerated pipeline; call lesa.disable first.")
     found: dict[str, Any] = {"grid": tuple(first.grid.tolist()), "tokens": tuple(first.tokens.tolist())}
-    if store is None:
-        store = Store.create(folder, Collection(**wanted, **found))
-    _check_same(store, found)
+    with FileLock(folder / ".lock-begin"):  # several processes may come to it at once
+        if store is None and not (folder / COLLECTION).exists():
+            store = Store.create(folder, Collection(**wanted, **found))
+    store = store or Store.open(folder)
+    _check_same(store, {**wanted, **found})
     for pair, trajectory in zip(batch, trajectories, strict=True):
         if not store.path(*pair).exists():
             trajectory.save(store.path(*pair))
@@ -311,11 +318,11 @@ def _shown(there: Any, here: Any) -> str:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Make a folder, and keep other processes from collecting into it; explain a full disk."""
+def _alone_in(folder: Path, rank: int) -> Iterator[None]:
+    """Make a folder, and keep other processes of this rank from collecting into it; explain a full disk."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / (f".lock-{rank}" if rank else ".lock"), timeout=0):
             yield
     except Timeout as error:
         raise RuntimeError(f"another process is collecting into {folder}; wait for it, or end it.") from error

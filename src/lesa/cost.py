@@ -39,7 +39,6 @@ class Watch:
         self._began: float | None = None
         self._ran = False
         self._passed: list[Tensor] = []
-        self._step = 0
         self.seconds = 0.0
         self.full: list[int] = []
         self.flops = 0
@@ -91,10 +90,15 @@ class Watch:
         Of a step in which nothing passed the class's usual tap it is None. A forecast is seen as the feature it is.
         """
         transformer = self._pipe.transformer
-        with ExitStack() as undo:
-            module = getattr(transformer, tap_of(transformer).module or "", transformer)
-            undo.callback(module.register_forward_pre_hook(self._pass, with_kwargs=True).remove)
+        module = tap_of(transformer).module
+        if module is None:
+            hook = transformer.register_forward_hook(lambda _module, _args, output: self._keep(output[0]))
+        else:
+            hook = getattr(transformer, module).register_forward_pre_hook(self._pass, with_kwargs=True)
+        try:
             yield
+        finally:
+            hook.remove()
 
     @property
     def full_steps(self) -> int:
@@ -131,7 +135,9 @@ class Watch:
         self._ran = True
 
     def _pass(self, _module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        feature = args[0] if args else next(iter(kwargs.values()))
+        self._keep(args[0] if args else next(iter(kwargs.values())))
+
+    def _keep(self, feature: Tensor) -> None:
         self._passed.append(feature.detach()[:, draw_tokens(feature.shape[1])].float().cpu())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -88,19 +89,22 @@ def ms_ssim(picture: np.ndarray, reference: np.ndarray) -> float:
 
 def _similarities(pair: Tensor) -> tuple[Tensor, Tensor]:
     """Return SSIM's two factors at each place where its window fits: of luminance, and of contrast and structure."""
-    at = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
-    line = torch.exp(-(at**2) / (2 * SPREAD**2))
-    window = torch.outer(line, line).div(line.sum() ** 2).expand(3, 1, WINDOW, WINDOW)
-
-    def local(x: Tensor) -> Tensor:
-        return functional.conv2d(x, window, groups=3)
-
-    (mean, other), (square, other_square) = local(pair), local(pair**2)
-    product = local((pair[0] * pair[1])[None])[0]
+    (mean, other), (square, other_square) = _local(pair), _local(pair**2)
+    product = _local(pair[0] * pair[1])
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     luminance = (2 * mean * other + c1) / (mean**2 + other**2 + c1)
     variance = square - mean**2 + other_square - other**2
     return luminance, (2 * (product - mean * other) + c2) / (variance + c2)
+
+
+def _local(x: Tensor) -> Tensor:
+    """Average (..., H, W) under the window, at each place where it fits."""
+    weights = [math.exp(-((k - WINDOW // 2) ** 2) / (2 * SPREAD**2)) for k in range(WINDOW)]
+    for axis in (-2, -1):
+        places = x.shape[axis] - WINDOW + 1
+        shifted = (w / sum(weights) * x.narrow(axis, k, places) for k, w in enumerate(weights))
+        x = sum(shifted, start=torch.zeros((), dtype=x.dtype))
+    return x
 
 
 def relative_error(forecast: Tensor, feature: Tensor) -> float:

@@ -51,13 +51,16 @@ def here() -> Ranks:
 
 @contextmanager
 def together() -> Iterator[Ranks]:
-    """Let the processes that were started together wait for each other, by gloo; files alone pass between them."""
-    ranks = here()
-    if ranks.count == 1:
-        yield ranks
-        return
+    """Let the processes that were started together wait for each other, by gloo; files alone pass between them.
+
+    Where their group is there already it is used, and stays.
+    """
     import torch.distributed
 
+    ranks = here()
+    if ranks.count == 1 or torch.distributed.is_initialized():
+        yield ranks
+        return
     torch.distributed.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield ranks

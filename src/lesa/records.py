@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import reprlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from lesa.metrics import Interval
 from lesa.trajectory import write_atomically
 
 FORMAT = "lesa-records-1"
-FILES, PICTURES = "records*.jsonl", "pictures"
+FILES, PICTURES, PLANNED = "records*.jsonl", "pictures", "planned.json"
 REFERENCE = ("all full", "every:1")
 """The run that all others are measured against."""
 Key = tuple[str, str]
@@ -386,6 +387,13 @@ def writing(folder: str | Path, setting: Mapping[str, Any], shard: int = 0) -> I
             yield log
     except Timeout as error:
         raise RuntimeError(f"another process measures into {log.path}; wait for it, or end it.") from error
+
+
+def clear(folder: str | Path) -> None:
+    """Remove what was measured into a folder, and nothing else of it."""
+    for path in [*Path(folder).glob(FILES), Path(folder) / PLANNED]:
+        path.unlink(missing_ok=True)
+    shutil.rmtree(Path(folder) / PICTURES, ignore_errors=True)
 
 
 def load(folder: str | Path) -> Comparison:

@@ -21,10 +21,13 @@ def summary(comparison: Comparison, against: str | None = None) -> str:
     parts = [table(comparison.results(), list(lacking(comparison))), cost_table(comparison)]
     if against is not None:
         parts += [differences(comparison, against), at_equal_cost(comparison, against)]
+    total = len(comparison.setting.get("pairs", ()))
+    begun = [one for one in comparison.results() if one.pairs < total]
+    unfinished = [f"{one.method} on {one.schedule} has {one.pairs} of {total} pairs so far" for one in begun]
     reasons = [f"{name} could not be had: {why}" for name, why in lacking(comparison).items()]
     failures = [f"{', '.join(names)} failed: {why}" for why, names in _failed(comparison).items()]
     machines = {_machine(start.machine): None for start in comparison.starts}
-    notes = "\n".join(f"- {note}" for note in [*reasons, *failures, *machines])
+    notes = "\n".join(f"- {note}" for note in [*unfinished, *reasons, *failures, *machines])
     return "\n\n".join(part for part in [*parts, notes] if part) + "\n"
 
 

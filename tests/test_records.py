@@ -1,0 +1,184 @@
+"""Lines that are written come back; a folder survives kills, and refuses what does not belong to it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from lesa import records
+from lesa.records import REFERENCE, Comparison, Cost, Failure, Pair, Record, Start, Time
+
+PAIRS = [Pair("a red apple", 0), Pair("ein grüner Apfel", 1), Pair("a blue fish", 2)]
+SETTING = {"model": "tiny", "weights": "abc", "call": {"height": 32}, "batch_size": 2, "pairs": PAIRS}
+OURS, THEIRS = ("LESA", "at:0,3"), ("reuse", "every:2")
+
+
+def entry(key: records.Key) -> dict:
+    return {"name": key[0], "schedule": key[1], "call": {}, "recipe": {}}
+
+
+def picture(key: records.Key, pair: Pair, psnr: float = 30.0) -> Record:
+    return Record(*key, *pair, psnr, 0.9, None, (0, 2), {"MS-SSIM": 0.8}, (0.0, None, 0.25))
+
+
+START = Start({"cpu": "fast"}, (entry(REFERENCE), entry(OURS), entry(THEIRS)), {"LPIPS": "no weights"})
+LINES = [
+    START,
+    picture(OURS, PAIRS[1]),
+    Time(*OURS, *PAIRS[0], 1.5, 2.5, 0.001),
+    Cost(*OURS, (0, 2), 12, 34, 0, None, {"cond": {"rows": {"1": [0.5]}}}),
+    Failure(*THEIRS, "ImportError: no such peer"),
+]
+
+
+def write(folder: Path, *lines: records.Line, shard: int = 0) -> Path:
+    with records.writing(folder, SETTING, shard) as log:
+        log.add(*lines)
+        assert log.path is not None
+        return log.path
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: type(line).__name__)
+def test_a_line_is_read_as_it_was_written(line):
+    assert records.from_text(records.to_text(line)) == line
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"kind": "dream"}', '{"kind": "picture", "method": "LESA"}'])
+def test_other_lines_are_refused(text):
+    with pytest.raises(ValueError, match="no record"):
+        records.from_text(text)
+
+
+def test_what_was_written_is_loaded(tmp_path):
+    write(tmp_path, *LINES)
+    loaded = records.load(tmp_path)
+    assert loaded.setting["pairs"] == [list(pair) for pair in PAIRS] and loaded.setting["weights"] == "abc"
+    assert loaded.starts == [START]
+    assert loaded.records == {OURS: [LINES[1]]} and loaded.times == {OURS: [LINES[2]]}
+    assert loaded.costs == {OURS: LINES[3]} and loaded.failures == {THEIRS: "ImportError: no such peer"}
+
+
+def test_methods_come_in_the_order_of_the_line_up_and_records_in_that_of_the_pairs(tmp_path):
+    write(tmp_path, START, *(picture(key, pair) for key in (THEIRS, OURS) for pair in PAIRS[::-1]))
+    loaded = records.load(tmp_path)
+    assert list(loaded.records) == [OURS, THEIRS]
+    assert [record.pair for record in loaded.records[OURS]] == PAIRS
+
+
+def test_a_torn_last_line_is_passed_over_and_then_removed(tmp_path):
+    path = write(tmp_path, START, picture(OURS, PAIRS[0]))
+    whole, torn = path.read_bytes(), records.to_text(picture(OURS, PAIRS[1])).encode()
+    for cut in (1, len(torn) // 2, len(torn)):
+        path.write_bytes(whole + torn[:cut])
+        assert records.load(tmp_path).records == {OURS: [picture(OURS, PAIRS[0])]}
+        with records.writing(tmp_path, SETTING) as log:
+            assert path.read_bytes() == whole
+            assert log.comparison.holds(OURS, PAIRS[:1]) and not log.comparison.holds(OURS, PAIRS[:2])
+
+
+def test_a_torn_first_line_is_begun_anew(tmp_path):
+    path = write(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:20])
+    with pytest.raises(FileNotFoundError, match="run lesa bench"):
+        records.load(tmp_path)
+    assert write(tmp_path).read_bytes() == whole
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = write(tmp_path, *LINES)
+    lines = path.read_text().splitlines()
+    lines[2] = lines[2][:40]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=r"records.jsonl, line 3: it is no record"):
+        records.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model", "weights", "call", "batch_size", "pairs"])
+def test_another_setting_is_refused_with_what_differs(tmp_path, name):
+    before = write(tmp_path, *LINES).read_bytes()
+    other = {**SETTING, name: "another"}
+    with pytest.raises(ValueError, match=f"another {name}: .* there, 'another' here"), records.writing(tmp_path, other):
+        pass
+    with pytest.raises(ValueError, match=f"another {name}"), records.writing(tmp_path, other, shard=1):
+        pass
+    assert [path.read_bytes() for path in tmp_path.glob("records*")] == [before]
+
+
+def test_a_file_that_is_none_of_ours_is_left_alone(tmp_path):
+    (tmp_path / "records.jsonl").write_text('{"song": "other"}\n')
+    with pytest.raises(ValueError, match="does not begin as records do"), records.writing(tmp_path, SETTING):
+        pass
+    assert (tmp_path / "records.jsonl").read_text() == '{"song": "other"}\n'
+
+
+def test_two_processes_do_not_write_one_file(tmp_path):
+    with FileLock(tmp_path / ".lock-0"):
+        with pytest.raises(RuntimeError, match="another process measures"), records.writing(tmp_path, SETTING):
+            pass
+        write(tmp_path, START, shard=1)
+
+
+def test_files_of_several_processes_are_one_run(tmp_path):
+    write(tmp_path, START, picture(OURS, PAIRS[1], 31.0), shard=1)
+    write(tmp_path, START, picture(OURS, PAIRS[0]), picture(OURS, PAIRS[1], 99.0))
+    loaded = records.load(tmp_path)
+    assert [record.pair for record in loaded.records[OURS]] == PAIRS[:2]  # what was measured twice counts once
+    assert len(list(tmp_path.glob("records*.jsonl"))) == 2
+
+
+def test_pictures_are_kept_beside_the_records(tmp_path):
+    drawn = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    with records.writing(tmp_path, SETTING) as log:
+        for number in (1, 0):
+            log.keep(OURS, number, drawn[number])
+        log.add(START, *(picture(OURS, pair) for pair in PAIRS))
+    assert np.array_equal(records.load(tmp_path).pictures[OURS], drawn)
+
+
+def test_what_was_measured_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for shard in (0, 1):
+        write(tmp_path, *LINES, shard=shard)
+    with records.writing(tmp_path, SETTING) as log:
+        log.keep(OURS, 0, np.zeros((8, 8, 3), dtype=np.uint8))
+    records.clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".lock")] == ["notes.txt"]
+
+
+def test_a_line_is_found_with_what_made_it(tmp_path):
+    path = write(tmp_path, *LINES)
+    record, made, setting = records.at_line(path, 3)
+    assert record == LINES[1] and made == entry(OURS) and setting["model"] == "tiny"
+    for number in (1, 2, 4, 99):
+        with pytest.raises(ValueError, match=rf"line {number} of .* holds no picture's record"):
+            records.at_line(path, number)
+
+
+def test_differences_are_over_the_pairs_that_both_have():
+    made = Comparison()
+    for key, psnrs in ((OURS, [31.0, 41.0, 99.0]), (THEIRS, [30.0, 40.0])):
+        for pair, psnr in zip(PAIRS, psnrs, strict=False):
+            made.add(picture(key, pair, psnr))
+    assert made.difference(OURS, THEIRS) == pytest.approx((1.0, 1.0, 1.0))
+    with pytest.raises(LookupError, match="PSNR, SSIM, MS-SSIM, got 'beauty'"):
+        records.paired(made.records[OURS], made.records[THEIRS], "beauty")
+
+
+def test_results_are_means_over_the_records():
+    made = Comparison()
+    made.add(Record(*REFERENCE, *PAIRS[0], 60.0, 1.0, full=(0, 1, 2, 3)))
+    made.add(Record(*OURS, *PAIRS[0], 30.0, 0.8, True, (0,), {"MS-SSIM": 0.5, "CLIP": 20.0}))
+    made.add(Record(*OURS, *PAIRS[1], 32.0, 0.6, False, (0, 2, 3), {"MS-SSIM": 0.7}))
+    result = made.results()[1]
+    assert (result.psnr, result.full_steps, result.step_ratio, result.pairs) == (31.0, 2.0, 2.0, 2)
+    assert (result.ssim, result.prompted) == pytest.approx((0.7, 0.5))
+    assert result.scores == pytest.approx({"MS-SSIM": 0.6})  # a score that some lack has no mean
+
+
+def test_settings_are_plain_json(tmp_path):
+    path = write(tmp_path)
+    first = json.loads(path.read_text().splitlines()[0])
+    assert first["kind"] == "run" and first["format"] == records.FORMAT and first["call"] == {"height": 32}

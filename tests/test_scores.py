@@ -1,0 +1,59 @@
+"""Scores that other packages compute: what they are given, and what is said where they cannot be had."""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lesa import scores
+from lesa.metrics import ms_ssim
+
+PROMPTS = ["a red apple", "a blue fish"]
+PICTURES = [np.full((64, 64, 3), level, dtype=np.uint8) for level in (0, 255)]
+REFERENCES = [np.full((64, 64, 3), 51, dtype=np.uint8)] * 2
+
+
+def test_our_own_are_always_there():
+    found, lacking = scores.load(["MS-SSIM"])
+    assert found["MS-SSIM"](PROMPTS, PICTURES, REFERENCES) == [ms_ssim(one, REFERENCES[0]) for one in PICTURES]
+    assert not lacking
+
+
+def test_what_cannot_be_had_is_named_with_the_reason(monkeypatch):
+    def without_weights():
+        raise OSError("no way to\nthe weights")
+
+    monkeypatch.setitem(scores.SCORES, "LPIPS", without_weights)
+    monkeypatch.setitem(sys.modules, "ImageReward", None)
+    found, lacking = scores.load(["ImageReward", "LPIPS", "MS-SSIM"])
+    assert list(found) == ["MS-SSIM"] and lacking["LPIPS"] == "OSError: no way to the weights"
+    assert lacking["ImageReward"].startswith("ModuleNotFoundError")
+    with pytest.raises(ValueError, match="the scores are MS-SSIM, LPIPS, CLIP, ImageReward, got beauty"):
+        scores.load(["beauty"])
+
+
+def test_lpips_is_given_pictures_from_0_to_1(monkeypatch):
+    def distance(picture, reference, net_type, normalize):
+        assert picture.shape == reference.shape == (1, 3, 64, 64) and net_type == "alex" and normalize
+        assert picture.min() >= 0 and picture.max() <= 1
+        return (picture - reference).abs().mean()
+
+    package = SimpleNamespace(learned_perceptual_image_patch_similarity=distance)
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", package)
+    found, _ = scores.load(["LPIPS"])
+    assert found["LPIPS"](PROMPTS, PICTURES, REFERENCES) == pytest.approx([0.2, 0.8])
+
+
+def test_clip_and_image_reward_are_given_each_picture_with_its_prompt(monkeypatch):
+    def clip(name):
+        assert name.startswith("openai/clip")
+        return lambda picture, prompt: float(picture.float().mean()) + len(prompt)
+
+    reward = SimpleNamespace(score=lambda prompt, image: image.getpixel((0, 0))[0] - len(prompt))
+    monkeypatch.setitem(sys.modules, "torchmetrics.multimodal", SimpleNamespace(CLIPScore=clip))
+    monkeypatch.setitem(sys.modules, "ImageReward", SimpleNamespace(load=lambda _name: reward))
+    found, lacking = scores.load(["CLIP", "ImageReward"])
+    assert not lacking
+    assert found["CLIP"](PROMPTS, PICTURES, REFERENCES) == [11.0, 255.0 + 11]
+    assert found["ImageReward"](PROMPTS, PICTURES, REFERENCES) == [-11.0, 255.0 - 11]
