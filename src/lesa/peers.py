@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import lru_cache, partial
+from importlib import import_module
 from io import StringIO
 from typing import Any, NamedTuple
 
@@ -236,13 +237,13 @@ def dbcache(runs: Runs) -> list[Method]:
     """
 
     def by_mask(policy: str) -> dict[str, Any]:
-        import cache_dit
-
-        mask = cache_dit.steps_mask(mask_policy=policy, total_steps=runs.steps)
+        mask = import_module("cache_dit").steps_mask(mask_policy=policy, total_steps=runs.steps)
         return dict(steps_computation_mask=mask, steps_computation_policy="static")
 
-    thresholds = [(f"threshold {t}", partial(dict, residual_diff_threshold=t)) for t in DBCACHE_THRESHOLDS]
-    masks = [(f"mask {policy}", partial(by_mask, policy)) for policy in MASKS]
+    thresholds: list[tuple[str, Options]] = [
+        (f"threshold {t}", partial(dict, residual_diff_threshold=t)) for t in DBCACHE_THRESHOLDS
+    ]
+    masks: list[tuple[str, Options]] = [(f"mask {policy}", partial(by_mask, policy)) for policy in MASKS]
     calibrators: dict[str, tuple[str, list[tuple[str, Options]]]] = {
         "": ("", thresholds + masks),
         " + TaylorSeer": ("TaylorSeerCalibratorConfig", thresholds + masks),
@@ -265,8 +266,7 @@ def _dbcache(runs: Runs, options: Options, calibrator: str) -> Switch:
     @contextmanager
     def switch(pipe: Any) -> Iterator[None]:
         os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
-        import cache_dit
-
+        cache_dit = import_module("cache_dit")
         config = cache_dit.DBCacheConfig(
             Fn_compute_blocks=1, max_warmup_steps=DBCACHE_WARMUP, num_inference_steps=runs.steps, **options()
         )
@@ -290,9 +290,7 @@ class HiCache:
     """
 
     def __init__(self, pipe: Any, backend: str, interval: int, steps: int):
-        import hicache_pp
-
-        self._its = hicache_pp
+        self._its = hicache_pp = import_module("hicache_pp")
         self._clock = SchedulerClock(pipe)
         self._run: object = None
         options = dict(first_enhance=HICACHE_WARMUP, history=HICACHE_HISTORY, backend=backend)
