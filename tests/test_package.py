@@ -73,7 +73,6 @@ def normalised(name: str) -> str:
 CORE = distributions(PROJECT["dependencies"])
 WITH_CORE = CORE | {name for core in CORE for name in distributions(requires(core) or [])}
 WITH_BENCH = WITH_CORE | distributions(PROJECT["optional-dependencies"]["bench"])
-PEERS = distributions(PROJECT["optional-dependencies"]["peers"])
 OWNERS = packages_distributions()
 
 
@@ -148,8 +147,7 @@ def test_every_way_to_pickle_is_seen(source):
 def test_modules_import_only_what_is_installed_with_them(path):
     tree = ast.parse(path.read_text())
     assert not missing(third_party(tree.body), WITH_CORE), "import an extra's module inside the function that needs it"
-    anywhere = {module for module in third_party(list(ast.walk(tree))) if normalised(module) not in PEERS}
-    assert not missing(anywhere, WITH_BENCH)
+    assert not missing(third_party(list(ast.walk(tree))), WITH_BENCH)
 
 
 def test_a_module_of_an_extra_or_of_nobody_is_seen():

@@ -44,7 +44,10 @@ def one_of_each() -> list[Any]:
 
 
 def state(pipe: Any) -> list[dict[str, Any]]:
-    return [dict(vars(place)) for place in (type(pipe), *pipe.transformer.modules())]
+    modules = list(pipe.transformer.modules())
+    return [dict(vars(place)) for place in (type(pipe), *modules)] + [
+        dict(module.named_children()) for module in modules
+    ]
 
 
 @pytest.mark.parametrize("method", one_of_each())
@@ -55,7 +58,8 @@ def test_a_peer_changes_runs_and_leaves_no_trace(pipe, reference, method):
     assert drawn.flops[0] < reference.flops[0]
     assert pipe.scheduler is scheduler
     for now, then in zip(state(pipe), before, strict=True):
-        assert now.keys() == then.keys() and all(now[name] is then[name] for name in now)
+        assert list(now) == list(then)
+        assert not [name for name in now if now[name] is not then[name]]
     again = benchmark.observe(pipe, REFERENCE, PAIRS)
     assert np.array_equal(again.pictures, reference.pictures)
     if not method.alone:  # then what it does to a pair does not depend on the others
@@ -150,4 +154,4 @@ def test_a_sampler_has_the_grid_of_the_pipelines_own(pipe, family):
         theirs = pipe.scheduler.sigmas
         assert not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
     pipe(PROMPT, **method.call)
-    torch.testing.assert_close(theirs, pipe.scheduler.sigmas, atol=1e-3, rtol=0)
+    torch.testing.assert_close(theirs, pipe.scheduler.sigmas, atol=2e-3, rtol=0)

@@ -68,6 +68,27 @@ def test_differences_are_to_methods_of_as_many_full_steps(comparison):
     assert len(lines) == 3  # the head, the rule, and that one
 
 
+def test_others_are_set_beside_the_best_of_ours_that_costs_no_more(comparison):
+    shares = {REFERENCE: 1.0, TAYLOR: 0.25, LESA: 0.2, FEWER: 0.16}
+    dearer, better = ("LESA", "paper:5"), ("DBCache", "threshold 0.1")
+    comparison.records[dearer] = [replace(one, schedule="paper:5", psnr=50.0) for one in comparison.records[LESA]]
+    comparison.records[better] = [replace(one, method="DBCache", psnr=45.0) for one in comparison.records[LESA]]
+    for key, share in {**shares, dearer: 0.26, better: 0.2}.items():
+        comparison.records[key] = [replace(one, share=share) for one in comparison.records[key]]
+    lines = cells(report.at_equal_cost(comparison, "LESA"))
+    assert lines["Taylor-1 (our tap)"][1:] == ["4.00", "35.00", "paper:7", "5.00", "+1.50 [+1.50, +1.50]", "above"]
+    assert lines["DBCache"][1:] == ["5.00", "45.00", "paper:7", "5.00", "-8.50 [-13.50, -3.50]", "below"]
+    assert lines["fewer steps"][1:] == ["6.25", "22.00", "-", "-", "-", "-"]
+    assert "all full" not in lines and "LESA" not in lines
+
+
+def test_methods_that_failed_alike_are_listed_together(comparison):
+    comparison.add(Failure("DBCache", "threshold 0.1", "ImportError: no cache_dit"))
+    comparison.add(Failure("DBCache", "threshold 0.2", "ImportError: no cache_dit"))
+    listed = "- DBCache on threshold 0.1, DBCache on threshold 0.2 failed: ImportError: no cache_dit"
+    assert listed in report.summary(comparison)
+
+
 def test_the_sheet_shows_every_picture_in_its_place(comparison):
     sheet = np.asarray(report.sheet(comparison))
     spans = {key: places(sheet, colour) for key, colour in COLOURS.items()}

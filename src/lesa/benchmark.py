@@ -215,8 +215,8 @@ def compare(
     Pictures are drawn `batch_size` at a time. The first `timed` pairs are run once more at batch 1 for the times, and
     the pictures of the first `shown` are kept. `recognise` tells which pictures show what their prompts name; `scores`
     are those to be measured, by their names in tables, and `lacking` those that cannot be; PSNR is measured against
-    `fine`, a run of more steps, too. What a `log` holds is not
-    measured again. Several processes (`at`) share the batches; the first of them measures time and cost, alone.
+    `fine`, a run of more steps, too. What a `log` holds is not measured again. Several processes (`at`) share the
+    batches; the first of them measures time and cost, alone.
 
     Raises: ValueError if there are no prompts, not one seed for each, a pair twice, two methods of one name and
         schedule, or a method that the log knows by another recipe.

@@ -189,13 +189,10 @@ def flops(pipe: Any, run: Callable[[], Any]) -> int | None:
 
     A forecast is a weighted sum, and counts as none. None if the transformer was not called.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
-    with counter:
+    watch = Watch(pipe)
+    with watch.counting_flops():
         run()
-    counts = counter.get_flop_counts().get(type(pipe.transformer).__name__)
-    return None if counts is None else sum(counts.values())
+    return watch.flops or None
 
 
 class Memory:

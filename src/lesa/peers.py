@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import lru_cache, partial
+from importlib import import_module
 from io import StringIO
 from typing import Any, NamedTuple
 
@@ -85,12 +86,21 @@ def peer(name: str, setting: str, switch: Switch, *, alone: bool = False) -> Met
 
 @contextmanager
 def restored(pipe: Any) -> Iterator[None]:
-    """Undo what is set meanwhile on a pipeline, on its class and on the modules of its transformer."""
-    places = [pipe, type(pipe), *pipe.transformer.modules()]
+    """Undo what is set meanwhile on a pipeline, on its class and on the modules of its transformer.
+
+    The order of a module's children is part of it: some caches take the first block that they find for the first.
+    """
+    modules = list(pipe.transformer.modules())
+    places = [pipe, type(pipe), *modules]
     before = [dict(vars(place)) for place in places]
+    children = [dict(module._modules) for module in modules]
     try:
         yield
     finally:
+        for module, known in zip(modules, children, strict=True):
+            if list(module._modules.items()) != list(known.items()):
+                module._modules.clear()
+                module._modules.update(known)
         for place, known in zip(places, before, strict=True):
             for name in [name for name in vars(place) if name not in known]:
                 delattr(place, name)
@@ -227,13 +237,13 @@ def dbcache(runs: Runs) -> list[Method]:
     """
 
     def by_mask(policy: str) -> dict[str, Any]:
-        import cache_dit  # pyright: ignore[reportMissingImports]  (an extra)
-
-        mask = cache_dit.steps_mask(mask_policy=policy, total_steps=runs.steps)
+        mask = import_module("cache_dit").steps_mask(mask_policy=policy, total_steps=runs.steps)
         return dict(steps_computation_mask=mask, steps_computation_policy="static")
 
-    thresholds = [(f"threshold {t}", partial(dict, residual_diff_threshold=t)) for t in DBCACHE_THRESHOLDS]
-    masks = [(f"mask {policy}", partial(by_mask, policy)) for policy in MASKS]
+    thresholds: list[tuple[str, Options]] = [
+        (f"threshold {t}", partial(dict, residual_diff_threshold=t)) for t in DBCACHE_THRESHOLDS
+    ]
+    masks: list[tuple[str, Options]] = [(f"mask {policy}", partial(by_mask, policy)) for policy in MASKS]
     calibrators: dict[str, tuple[str, list[tuple[str, Options]]]] = {
         "": ("", thresholds + masks),
         " + TaylorSeer": ("TaylorSeerCalibratorConfig", thresholds + masks),
@@ -256,8 +266,7 @@ def _dbcache(runs: Runs, options: Options, calibrator: str) -> Switch:
     @contextmanager
     def switch(pipe: Any) -> Iterator[None]:
         os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
-        import cache_dit  # pyright: ignore[reportMissingImports]  (an extra)
-
+        cache_dit = import_module("cache_dit")
         config = cache_dit.DBCacheConfig(
             Fn_compute_blocks=1, max_warmup_steps=DBCACHE_WARMUP, num_inference_steps=runs.steps, **options()
         )
@@ -281,9 +290,7 @@ class HiCache:
     """
 
     def __init__(self, pipe: Any, backend: str, interval: int, steps: int):
-        import hicache_pp  # pyright: ignore[reportMissingImports]  (an extra)
-
-        self._its = hicache_pp
+        self._its = hicache_pp = import_module("hicache_pp")
         self._clock = SchedulerClock(pipe)
         self._run: object = None
         options = dict(first_enhance=HICACHE_WARMUP, history=HICACHE_HISTORY, backend=backend)

@@ -25,7 +25,7 @@ def summary(comparison: Comparison, against: str | None = None) -> str:
     begun = [one for one in comparison.results() if one.pairs < total]
     unfinished = [f"{one.method} on {one.schedule} has {one.pairs} of {total} pairs so far" for one in begun]
     reasons = [f"{name} could not be had: {why}" for name, why in lacking(comparison).items()]
-    failures = [f"{name} on {schedule} failed: {why}" for (name, schedule), why in comparison.failures.items()]
+    failures = [f"{', '.join(names)} failed: {why}" for why, names in _failed(comparison).items()]
     machines = {_machine(start.machine): None for start in comparison.starts}
     notes = "\n".join(f"- {note}" for note in [*unfinished, *reasons, *failures, *machines])
     return "\n\n".join(part for part in [*parts, notes] if part) + "\n"
@@ -34,6 +34,14 @@ def summary(comparison: Comparison, against: str | None = None) -> str:
 def lacking(comparison: Comparison) -> dict[str, str]:
     """Return the scores that were asked for and could not be had, each with the reason."""
     return {name: why for start in comparison.starts for name, why in start.lacking.items()}
+
+
+def _failed(comparison: Comparison) -> dict[str, list[str]]:
+    """Return the errors of methods that failed, each with the methods that it stopped."""
+    failed: dict[str, list[str]] = {}
+    for key, why in comparison.failures.items():
+        failed.setdefault(why, []).append(" on ".join(key))
+    return failed
 
 
 def _machine(facts: Mapping[str, Any]) -> str:
