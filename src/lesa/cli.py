@@ -58,9 +58,9 @@ def _compare(options: argparse.Namespace, reuse: bool) -> None:
     methods = benchmark.line_up(options.steps, options.schedules, predictors, reuse=reuse)
     if options.budgets:
         planner = _planner(options, pipe)
-        plan = _finder(planner)
-        named = dict(reuse=reuse, only=options.only)
-        planned = benchmark.line_up_planned(options.budgets, planner.grid, plan, predictors, **named)
+        planned = benchmark.line_up_planned(
+            options.budgets, planner.grid, _finder(planner), predictors, reuse=reuse, only=options.only
+        )
         methods += [method for method in planned if method not in methods]
     if options.only:
         if unknown := set(options.only) - {method.name for method in methods}:

@@ -418,8 +418,9 @@ class _Fit:
         def stack(runs: Sequence[Trajectory]) -> Runs:
             if id(runs) not in stacked:
                 whole = Runs.stack(runs, streams, tap=predictor.origin.tap)
-                folds = isinstance(head, Projection) and config.loss != "features"
-                stacked[id(runs)] = whole.folded(head) if folds else whole
+                if isinstance(head, Projection) and config.loss != "features":
+                    whole = whole.folded(head)
+                stacked[id(runs)] = whole
             return stacked[id(runs)]
 
         self.tasks: list[_Task] = []
