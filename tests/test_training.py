@@ -713,7 +713,7 @@ def test_a_projection_is_trained_on_folded_features_and_gives_the_same_loss(bias
     losses = []
     for whole in (head, projection_of(projection)):
         problem = Problem(free, whole, "latents")
-        assert problem.folds == (whole is head)
+        assert problem.projection is (head if whole is head else None)
         reference, runs = (problem.fold(Runs.stack(world.runs(seeds), BOTH[:1])) for seeds in (range(3), range(3, 6)))
         assert runs.features.shape[-1] == (OUT if whole is head else CHANNELS)
         runs = runs.at(problem.full) if closed_loop else runs

@@ -129,9 +129,9 @@ class Runs(NamedTuple):
         """Keep the features of these steps only."""
         return self._replace(features=self.features[:, :, list(steps)])
 
-    def folded(self, head: Head) -> Runs:
-        """Fold the features, if the head is a projection: a loss of outputs needs no more of them."""
-        return self._replace(features=head.fold(self.features)) if isinstance(head, Projection) else self
+    def folded(self, projection: Projection) -> Runs:
+        """Fold the features: a loss of the outputs that the projection makes of them needs no more."""
+        return self._replace(features=projection.fold(self.features))
 
     def finite(self) -> bool:
         return all(bool(t.isfinite().all()) for t in self)
@@ -159,8 +159,8 @@ RecordRuns = Callable[[Predictor, Lesson], tuple[Sequence[Trajectory], Sequence[
 class Problem:
     """What a predictor's rows are fitted to: the head, the guidance, the loss, and the shape of a schedule on a grid.
 
-    Grid and schedule are the predictor's own if not given. If it `folds`, which it does where the head is a projection
-    and the loss one of outputs, it takes folded runs.
+    Grid and schedule are the predictor's own if not given. Where the head is a `projection` and the loss one of
+    outputs, it takes folded runs.
 
     Raises: ValueError if the schedule skips no step.
     """
@@ -186,10 +186,10 @@ class Problem:
         self.guidance = Guidance(predictor.origin.streams) if guidance is None else guidance
         self.streams, self.head, self.loss_name = predictor.origin.streams, head, loss
         self.responses = torch.zeros(self.steps)
-        self.folds = isinstance(head, Projection) and loss != "features"
+        self.projection = head if isinstance(head, Projection) and loss != "features" else None
 
     def fold(self, runs: Runs) -> Runs:
-        return runs.folded(self.head) if self.folds else runs
+        return runs.folded(self.projection) if self.projection else runs
 
     def loss(self, rows: Rows, runs: Runs, reference: Runs, closed_loop: bool) -> Tensor:
         """Return the mean over prompts of how far the forecasts on `runs` lead away from the reference runs.
@@ -230,13 +230,11 @@ class Problem:
         """Return the skipped steps' forecasts (P, streams, skipped, n, C) of all features, or those of full steps."""
         matrix, offsets = self.matrix(rows, closed_loop)
         matrix = matrix[:, :, list(self.full)] if closed_loop else matrix
-        ones = self.head.of_ones().float() if self.folds and isinstance(self.head, Projection) else 1.0
+        ones = self.projection.of_ones().float() if self.projection else 1.0
         return torch.einsum("isk,piknc->pisnc", matrix, features.float()) + offsets[:, :, None, None] * ones
 
     def _outputs(self, forecasts: Tensor, conditioning: Tensor) -> Tensor:
-        if self.folds and isinstance(self.head, Projection):
-            return self.head.of_folded(forecasts)
-        return self.head(forecasts, conditioning)
+        return self.projection.of_folded(forecasts) if self.projection else self.head(forecasts, conditioning)
 
     def matrix(self, rows: Rows, closed_loop: bool) -> tuple[Tensor, Tensor]:
         """Stack rows into matrices (streams, skipped, S) over the steps' features and offsets (streams, skipped).
@@ -420,7 +418,9 @@ class _Fit:
         def stack(runs: Sequence[Trajectory]) -> Runs:
             if id(runs) not in stacked:
                 whole = Runs.stack(runs, streams, tap=predictor.origin.tap)
-                stacked[id(runs)] = whole if config.loss == "features" else whole.folded(head)
+                if isinstance(head, Projection) and config.loss != "features":
+                    whole = whole.folded(head)
+                stacked[id(runs)] = whole
             return stacked[id(runs)]
 
         self.tasks: list[_Task] = []
