@@ -5,7 +5,7 @@ MODEL := models/emoji-flux
 GRIDS := 64-50 64-40 64-28 64-20 96-50 96-40 96-28 96-20
 ON_VALIDATION := --validation-prompts $(MODEL)/prompts/validation.txt
 
-.PHONY: setup demo bench bench-planned bench-grids predictors predictor-many predictors-few test lint format clean
+.PHONY: setup demo bench bench-planned bench-grids predictors predictor-many test lint format clean
 
 setup: $(STAMP)
 
@@ -64,17 +64,6 @@ predictors: setup
 	$(BIN)/lesa train $(MODEL) --data out/runs --budgets 6 --forecaster lagrange:3 --rounds 3 --tap output \
 		$(ON_VALIDATION) --validation 24 \
 		--out $(MODEL)/lesa/lesa-planned6/at-output
-
-# The predictors for half of the steps of the few-step models.
-predictors-few: setup
-	for model in "models/emoji-schnell" "models/emoji-qwen --lora models/emoji-qwen/lightning"; do \
-		home=$${model##* } runs=out/few/$$(basename $${model##* }); \
-		$(BIN)/lesa collect $$model --prompts $(MODEL)/prompts/train.txt --limit 48 --out $$runs || exit 1; \
-		train="$(BIN)/lesa train $$model --data $$runs $(ON_VALIDATION) --validation 16 --rounds 2"; \
-		$$train --memories 1,2,2 --out $$home/lesa/lesa-2x || exit 1; \
-		$$train --memories 1,2,2 --tap output --out $$home/lesa/lesa-2x/at-output || exit 1; \
-		$$train --method l2p --out $$home/lesa/l2p-2x || exit 1; \
-	done
 
 test: setup
 	$(BIN)/python -m pytest
