@@ -37,11 +37,10 @@ from lesa import metrics
 from lesa.emoji import Atlas
 
 MODELS = Path(__file__).parent
-SCHEDULER_FOLDER = "scheduler"
 WINDOWS_SHARE = 0.4  # of the training's time, before the runs are unrolled
 SPLITS = ("train", "validation")
 FIRST_SEED = {"train": 3_000_000, "validation": 4_000_000}
-VALIDATION_RUNS = 32
+VALIDATION_RUNS = 16
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,8 @@ class Student:
         else:
             from peft import LoraConfig
 
-            layers = r"transformer_blocks\.\d+\.(attn\.(to|add)_\w+(\.0)?|(img|txt)_mlp\.net\.(0\.proj|2))"
+            attention, mlp = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)", r"(img|txt)_mlp\.net\.(0\.proj|2)"
+            layers = rf"transformer_blocks\.\d+\.({attention}|{mlp})"
             torch.manual_seed(0)
             pipe.transformer.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=layers))
         return pipe
@@ -86,18 +86,16 @@ class Student:
         """Write the student as such models come: all of the pipeline, or the LoRA alone; and how it is called."""
         pipe.transformer.to(torch.bfloat16)
         if self.rank is None:
-            pipe.vae.to(torch.bfloat16)
-            pipe.scheduler = self.scheduler
-            pipe.save_pretrained(self.folder)
-            shutil.copytree(self.teacher / "prompts", self.folder / "prompts", dirs_exist_ok=True)
-            for name in ("emoji.json", "emoji.png"):
-                shutil.copy(self.teacher / name, self.folder / name)
+            others = shutil.ignore_patterns("transformer", "lesa", "README.md", "sheet.png")
+            shutil.copytree(self.teacher, self.folder, ignore=others, dirs_exist_ok=True)
+            pipe.transformer.register_to_config(_name_or_path=self.teacher.name)
+            pipe.transformer.save_pretrained(self.folder / "transformer")
         else:
             from peft.utils import get_peft_model_state_dict
 
             layers = get_peft_model_state_dict(pipe.transformer)
             type(pipe).save_lora_weights(self.folder, transformer_lora_layers=layers)
-            self.scheduler.save_pretrained(self.folder / SCHEDULER_FOLDER)
+        self.scheduler.save_pretrained(self.folder / "scheduler")
         (self.folder / "call.json").write_text(json.dumps(self.call) + "\n")
 
 
@@ -118,7 +116,7 @@ STUDENTS = {
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_shift=math.log(3), max_shift=math.log(3)
         ),
-        fast=dict(forecaster=lesa.Lagrange(1), schedule=lesa.Schedule.at([*range(0, 46, 2), 46, 47, 48, 49])),
+        fast=dict(forecaster=lesa.Lagrange(1), schedule=lesa.Schedule.at([*range(0, 40, 4), *range(40, 50)])),
         rank=32,
     ),
 }
@@ -300,7 +298,8 @@ def evaluate(student: Student, count: int) -> None:
     """Draw held-out prompts; print how many show the prompted emoji, and how near the teacher's pictures they are."""
     captions, atlas = prompts(student.teacher, "heldout")[:count], Atlas(student.teacher)
     pipe = lesa.load(student.teacher)
-    taught = draw(pipe, captions)
+    with lesa.accelerate(pipe, **student.fast):
+        taught = draw(pipe, captions)
     pipe.scheduler = student.scheduler
     few = {name: value for name, value in student.call.items() if name not in ("negative_prompt", "true_cfg_scale")}
     drawn = {"teacher": taught, f"teacher, {student.steps} steps": draw(pipe, captions, **few)}

@@ -163,8 +163,9 @@ class Predictor(
     def schedule_for(self, grid: Sequence[float] | Tensor, budget: int | None = None, start: int = 0) -> Schedule:
         """Return the schedule of a run on this grid that begins at `start`; with a `budget`, one of so many full steps.
 
-        Raises: ValueError if there is none such.
+        Raises: ValueError if there is none such, or the predictor is not for this grid.
         """
+        self.check_grid(validate(grid))
         if budget not in (None, len(self.full)):
             raise ValueError(
                 f"this predictor was trained for {len(self.full)} full steps, got a budget of {budget}; take another."
