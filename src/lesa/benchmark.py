@@ -324,17 +324,16 @@ def score(
     """Measure pictures against those of the reference run."""
     prompted = recognise([pair.prompt for pair in pairs], pictures) if recognise else [None] * len(pairs)
     return [
-        Record(*key, *pair, *_quality(picture, reference), shows, _motion(picture, reference))
+        Record(
+            *key,
+            *pair,
+            psnr=metrics.psnr(picture, reference),
+            ssim=metrics.ssim(picture, reference),
+            prompted=shows,
+            motion=metrics.motion_psnr(picture, reference) if picture.ndim == 4 else None,
+        )
         for pair, picture, reference, shows in zip(pairs, pictures, references, prompted, strict=True)
     ]
-
-
-def _quality(picture: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    return metrics.psnr(picture, reference), metrics.ssim(picture, reference)
-
-
-def _motion(picture: np.ndarray, reference: np.ndarray) -> float | None:
-    return metrics.motion_psnr(picture, reference) if picture.ndim == 4 else None
 
 
 # --- time
