@@ -137,10 +137,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
 
 
-def train_vae(
-    recipe: Recipe, folder: Path, runs: Path, minutes: float, float32: bool = False, decoder: bool = False
-) -> None:
-    """Train the autoencoder, or its decoder alone, after that: the latents, and what learns from them, stay."""
+def train_vae(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32: bool = False) -> None:
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     drawn = recipe.pictures(folder, prompts(folder, "train"))
@@ -148,12 +145,7 @@ def train_vae(
     learners = recipe.vae_optimisers(vae)
     peaks = [learner.param_groups[0]["lr"] for learner in learners]
     spent, step, saved = 0.0, 0, time.monotonic()
-    path = runs / ("decoder.pt" if decoder else "vae.pt")
-    if decoder:
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-        vae.load_state_dict(torch.load(runs / "vae.pt", weights_only=True)["vae"])
-    if path.exists():
+    if (path := runs / "vae.pt").exists():
         state = torch.load(path, weights_only=True)
         vae.load_state_dict(state["vae"])
         for learner, kept in zip(learners, state["learners"], strict=True):
@@ -166,7 +158,7 @@ def train_vae(
         for learner, peak in zip(learners, peaks, strict=True):
             learner.param_groups[0]["lr"] = peak * cosine(spent / (minutes * 60), warmup=0.03)
         batch = drawn[torch.randint(len(drawn), (recipe.vae_batch,), generator=generator)]
-        real = to_unit(recipe.cut(batch, 1.0 if decoder else spent / (minutes * 60), generator))
+        real = to_unit(recipe.cut(batch, spent / (minutes * 60), generator))
         with mixed:
             posterior = recipe.encode(vae, real)
             decoded = recipe.decode(vae, posterior.sample())
@@ -366,7 +358,7 @@ def _still(picture: np.ndarray) -> np.ndarray:
 
 def main(recipe: Recipe, description: str | None) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["vae", "decoder", recipe.name, "export", "evaluate"])
+    parser.add_argument("what", choices=["vae", recipe.name, "export", "evaluate"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--minutes", type=float, help="of training in all, resumed ones included")
     parser.add_argument("--runs", type=Path, help="folder of the checkpoints (default: .runs/ and the model's name)")
@@ -374,9 +366,8 @@ def main(recipe: Recipe, description: str | None) -> None:
     parser.add_argument("--count", type=int, default=200, help="held-out prompts to evaluate")
     options = parser.parse_args()
     runs = options.runs or Path(".runs") / options.folder.name
-    if options.what in ("vae", "decoder"):
-        decoder = options.what == "decoder"
-        train_vae(recipe, options.folder, runs, options.minutes or 12, options.float32, decoder)
+    if options.what == "vae":
+        train_vae(recipe, options.folder, runs, options.minutes or 12, options.float32)
     elif options.what == recipe.name:
         train_transformer(recipe, options.folder, runs, options.minutes or 120, options.float32)
     elif options.what == "export":

@@ -2,7 +2,6 @@
 
     python models/emoji_clips.py models/emoji-flux models/emoji-video
     python models/emoji_video.py vae models/emoji-video
-    python models/emoji_video.py decoder models/emoji-video
     python models/emoji_video.py video models/emoji-video
     python models/emoji_video.py export models/emoji-video
     python models/emoji_video.py evaluate models/emoji-video
