@@ -185,7 +185,7 @@ def test_each_input_keeps_its_own_knots(tmp_path):
     predictor = convert(read(write(tmp_path / "x.pt", named)), BY_NAME["FLUX.1-dev"], HERE, grid, Schedule.paper(4))
     torch.testing.assert_close(predictor.state_dict()["experts.cond.1.kan.0.knots"], knots.float(), atol=0, rtol=0)
     (alpha,) = kan(named, "timestep.1", (grid[3] - grid).numpy())
-    assert float(predictor.alphas("cond")[3]) == pytest.approx(alpha, abs=1e-5)
+    assert predictor.alphas("cond")[3].item() == pytest.approx(alpha, abs=1e-5)
 
 
 def test_weights_of_a_history_in_the_order_of_time_are_taken_so(tmp_path):
@@ -287,6 +287,8 @@ def changed(**more: Any) -> Named:
         (changed(timestep__0__layers__0__grid=torch.zeros(9, 11)), "degree 2"),
         (changed(timestep__0__layers__2__base_weight=torch.zeros(2, 16)), "2 numbers"),
         (changed(**{"timestep.1.layers.3.grid": torch.zeros(1, 12)}), "'experts.cond.1.kan.3.knots' beside them"),
+        ({**weights(9), **weights(9, ("_cond",))}, "one stream, without a name"),
+        (weights(9, ("_uncond",)), "one stream, without a name"),
         (weights(12), "a grid of 11 or 12 steps, got one of 8"),
         (weights(8, memories=(4, 8)), "3 stages"),
     ],

@@ -97,7 +97,10 @@ def read(path: str | Path) -> Weights:
     found = entries.get("model") if isinstance(entries, Mapping) else None
     if not isinstance(found, Mapping) or not found:
         raise ValueError(f"{path} has its weights under 'model', got {_kind(entries)}; name a whole checkpoint.")
-    return Weights(dict(_renamed(name, tensor) for name, tensor in found.items()), hashlib.sha256(data).hexdigest())
+    weights = Weights(dict(_renamed(name, tensor) for name, tensor in found.items()), hashlib.sha256(data).hexdigest())
+    if len(weights.tensors) != len(found) or "cond" not in weights.streams:
+        raise ValueError(f"{path} has one stream, without a name, or both cond and uncond, got others beside or alone.")
+    return weights
 
 
 def _renamed(name: Any, tensor: Any) -> tuple[str, Tensor]:
@@ -142,11 +145,7 @@ def convert(
         raise ValueError(f"an order is one of {', '.join(ORDERS)}, got {order!r}; name one of these.")
     times = validate(grid)
     shape = _kan_shape(weights)
-    tensors = dict(weights.tensors)
-    for name in [name for name in tensors if ".kan.0." in name]:
-        tensors[name] = _of_all_times(name, tensors[name], len(times), shape.inputs)
-    for name in [name for name in tensors if name.endswith(".weight")]:
-        tensors[name] = tensors[name].flip(0) if order == "newest" else tensors[name]
+    tensors = {k: _fitted(k, tensor, order, len(times), shape.inputs) for k, tensor in weights.tensors.items()}
     first = f"experts.{weights.streams[0]}"
     memories = [len(_get(tensors, f"{first}.{stage}.weight")) for stage in range(weights.stages)]
     origin = Origin(
@@ -189,6 +188,13 @@ def _kan_shape(weights: Weights) -> _Shape:
     line = knots[0][0]
     span = float(line[CUBIC]), float(line[-CUBIC - 1])
     return _Shape(bases[0].shape[1], tuple(len(base) for base in bases[:-1]), splines[0].shape[-1] - CUBIC, span)
+
+
+def _fitted(name: str, tensor: Tensor, order: str, times: int, inputs: int) -> Tensor:
+    """Return a tensor as ours are: past features oldest first, KANs of all times."""
+    if name.endswith(".weight"):
+        return tensor.flip(0) if order == "newest" else tensor
+    return _of_all_times(name, tensor, times, inputs) if ".kan.0." in name else tensor
 
 
 def _of_all_times(name: str, tensor: Tensor, times: int, inputs: int) -> Tensor:
