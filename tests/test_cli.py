@@ -104,6 +104,19 @@ def test_bench_sets_a_trained_predictor_beside_the_others(model, predictor, tmp_
     assert file.read_text() == before
 
 
+def test_bench_sets_peers_beside_the_others(model, tmp_path, capsys):
+    options = ["--no-bound", "--fine", "14", "--differences", "reuse", "--only", "reuse", "PAB (diffusers)"]
+    assert bench(model, tmp_path, "--peers", "pab", *options) == 0
+    printed, file = capsys.readouterr().out, tmp_path / "records.jsonl"
+    assert "PSNR to 14 steps" in printed and "reuse on" in printed
+    found = {result.method: result for result in results(tmp_path)}
+    assert 1 < found["PAB (diffusers)"].step_ratio < 2 and found["more steps"].full_steps == 14
+    line = next(k for k, text in enumerate(file.read_text().splitlines(), start=1) if '"method": "PAB' in text)
+    assert main(["reproduce", str(file), str(line)]) == 0
+    assert bench(model, tmp_path, "--peers", "nobody") == 2
+    assert "the peers are" in capsys.readouterr().err
+
+
 def test_a_run_that_is_there_is_not_measured_again(model, tmp_path, monkeypatch, capsys):
     only = ["--no-bound", "--only", "reuse"]
     assert bench(model, tmp_path, *only) == 0
