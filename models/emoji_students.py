@@ -278,10 +278,12 @@ def distance_of(average: dict[str, Tensor], live: dict[str, nn.Parameter], lesso
     return result
 
 
-def export(student: Student, runs: Path) -> None:
-    """Write the averaged weights of the newest checkpoint."""
+@torch.no_grad()
+def export(student: Student, runs: Path, share: float = 1.0) -> None:
+    """Write the averaged weights of the newest checkpoint, a share of the way there from the teacher's."""
     pipe = student.pipeline()
-    put(trained_weights(pipe), torch.load(runs / "student.pt", weights_only=True)["average"])
+    live, average = trained_weights(pipe), torch.load(runs / "student.pt", weights_only=True)["average"]
+    put(live, {name: torch.lerp(t, average[name], share) for name, t in live.items()})
     student.save(pipe)
 
 
@@ -332,6 +334,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30, help="of training in all, resumed ones included (30)")
     parser.add_argument("--batch", type=int, default=32, help="of windows, or of a whole run's steps (32)")
     parser.add_argument("--rate", type=float, default=3e-4, help="the highest learning rate (3e-4)")
+    parser.add_argument("--share", type=float, default=1.0, help="of the way from teacher to student, to export (1)")
     parser.add_argument("--runs", type=Path, help="folder of the checkpoints (default: .runs/NAME)")
     options = parser.parse_args()
     student, runs = STUDENTS[options.student], options.runs or Path(".runs") / options.student
@@ -340,7 +343,7 @@ def main() -> None:
     elif options.what == "train":
         train(student, runs, options.minutes, options.batch, options.rate)
     elif options.what == "export":
-        export(student, runs)
+        export(student, runs, options.share)
     else:
         evaluate(student, options.count or 200)
 
