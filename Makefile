@@ -18,8 +18,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# FLUX, then a Qwen-Image with guidance, then a HunyuanVideo.
 demo: setup
 	$(BIN)/lesa demo
+	for model in $(QWEN) $(VIDEO); do \
+		$(BIN)/lesa demo --model $$model --pairs 8 --timed 2 --schedules paper:7 --budgets "" --out out/demo/$${model#*/} || exit 1; \
+	done
 
 # The predictors for the paper's schedules, and every method on them.
 bench: setup

@@ -149,11 +149,11 @@ def test_a_pipelines_folder_is_counted_from_its_configurations(tmp_path, capsys)
     assert count(model).full > 0
 
 
-def test_the_real_models_table_is_the_readmes(counted, monkeypatch, capsys):
+def test_the_real_models_table_is_that_of_the_documents(counted, monkeypatch, capsys):
     monkeypatch.setattr(flops, "count", lambda model, place: counted[model.name, place])
     assert main(["flops"]) == 0
     printed = capsys.readouterr().out.strip()
-    assert printed in (ROOT / "README.md").read_text()
+    assert printed in (ROOT / "docs" / "flops.md").read_text()
 
 
 def test_other_classes_are_refused(tmp_path, capsys):
