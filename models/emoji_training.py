@@ -331,11 +331,22 @@ def evaluate(recipe: Recipe, folder: Path, count: int = 200, batch: int = 50) ->
         images = pictures_of(pipe(prompt=chosen, generator=seeds, output_type="np"))
         drawn += [(image * 255).round().astype(np.uint8) for image in images]
     targets = list(recipe.pictures(folder, captions).movedim(1, -1).numpy())
-    share = float(np.mean(is_prompted(captions, drawn)))
-    errors = [np.mean((a.astype(float) - b) ** 2) for a, b in zip(drawn, targets, strict=True)]
-    median = float(np.median([10 * math.log10(255**2 / max(e, 1e-9)) for e in errors]))
-    print(f"{count} held-out prompts: {share:.3f} show what is prompted, median PSNR to its drawing {median:.1f} dB")
+    for name, pictures in (("drawn", drawn), ("the autoencoder alone", restored(recipe, pipe.vae, targets))):
+        share = float(np.mean(is_prompted(captions, pictures)))
+        errors = [np.mean((a.astype(float) - b) ** 2) for a, b in zip(pictures, targets, strict=True)]
+        median = float(np.median([10 * math.log10(255**2 / max(e, 1e-9)) for e in errors]))
+        print(f"{count} held-out prompts, {name}: {share:.3f} show what is prompted, median PSNR {median:.1f} dB")
     contact_sheet(drawn[:40], targets[:40], recipe.columns).save(folder / "sheet.png", optimize=True)
+
+
+@torch.no_grad()
+def restored(recipe: Recipe, vae: Any, pictures: list[np.ndarray]) -> list[np.ndarray]:
+    """Encode and decode pictures: the best that a transformer could draw."""
+    shown = []
+    for part in torch.from_numpy(np.stack(pictures)).movedim(-1, 1).split(16):
+        decoded = recipe.decode(vae, recipe.encode(vae, to_unit(part)).mean).clamp(-1, 1)
+        shown += list(((decoded + 1) * 127.5).round().byte().movedim(1, -1).numpy())
+    return shown
 
 
 def contact_sheet(drawn: list[np.ndarray], targets: list[np.ndarray], columns: int) -> Image.Image:
