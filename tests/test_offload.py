@@ -72,14 +72,6 @@ def test_layer_by_layer_all_but_the_head_is_elsewhere(tiny_flux):
     assert fingerprint(changed) != fingerprint(pipe)
 
 
-def test_a_model_goes_back_when_its_call_ends(tiny_flux, monkeypatch):
-    pipe, moved = copy.deepcopy(tiny_flux), []
-    place(pipe, "cpu", "model")
-    monkeypatch.setattr(accelerate.hooks.UserCpuOffloadHook, "offload", lambda hook: moved.append(hook.model))
-    pipe("small red apple", output_type="latent", **CALL)
-    assert pipe.transformer in moved
-
-
 def test_other_ways_are_refused(tiny_flux):
     with pytest.raises(ValueError, match=r"none, model, sequential, group, got 'disk'"):
         place(tiny_flux, "cpu", "disk")

@@ -304,9 +304,22 @@ def test_at_the_output_a_toy_may_be_offloaded_later(toy, first):
         del toy.forward  # the tap's, idle now
 
 
-def test_a_forward_that_was_replaced_since_is_an_error(toy):
+def test_a_forward_that_was_replaced_is_found_again_on_a_full_step(toy):
     before = toy.forward
-    detach = attach(toy, OUTPUT, Ear(full=True))
+    detach = attach(toy, OUTPUT, ear := Ear(full=True))
+    for step in range(2):
+        toy.forward = before  # as diffusers' offloading does at the end of each call of a pipeline
+        assert toy(torch.tensor(4.0)) == 140.0 and len(ear.heard) == 2 * step + 1
+        toy(torch.tensor(4.0))
+        assert len(ear.heard) == 2 * step + 2
+    detach()
+    assert toy.forward is before
+    del toy.forward
+
+
+def test_a_forward_that_was_replaced_before_a_skipped_step_is_an_error(toy):
+    before = toy.forward
+    detach = attach(toy, OUTPUT, Ear(full=False))
     toy.forward = before
     with pytest.raises(RuntimeError, match=r"no feature passed its 'output'.* accelerate again if its forward was"):
         toy(torch.tensor(4.0))

@@ -32,25 +32,11 @@ def place(pipe: Any, device: str, offload: str = "none") -> None:
         pipe.to(device)
     elif offload == "model":
         pipe.enable_model_cpu_offload(device=device)
-        pipe.maybe_free_model_hooks = lambda: _free(pipe)
     elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
         _keep_head(pipe.transformer, device)
     else:
         pipe.enable_group_offload(device, offload_type="leaf_level")
-
-
-def _free(pipe: Any) -> None:
-    """Bring all components back to the CPU, which pipelines do at the end of a call.
-
-    diffusers takes all its hooks off and puts them on anew there, and whatever was put over a transformer's forward
-    meanwhile, such as a tap at its output, goes with them.
-    """
-    for component in pipe.components.values():
-        if hasattr(component, "_reset_stateful_cache"):
-            component._reset_stateful_cache()
-    for hook in pipe._all_hooks:
-        hook.offload()
 
 
 def _keep_head(transformer: nn.Module, device: str) -> None:

@@ -198,36 +198,36 @@ def attach(transformer: nn.Module, tap: Tap, listener: Listener) -> Callable[[],
     """
     _check(transformer, tap)
     here = _Passage()
-    at_module = _AtModule(transformer, tap.module, listener, here) if tap.module else None
+    at = _AtModule(transformer, tap.module, listener, here) if tap.module else _AtOutput(transformer, listener, here)
 
     def before(*_: Any) -> None:
-        if at_module:
-            at_module.follow()
+        if isinstance(at, _AtModule):
+            at.follow()
         here.blocks_run = listener.begin()
         here.awaited = True
 
-    def after(_module: nn.Module, _args: tuple, output: Any) -> None:
-        passed_by, failed = here.awaited, output is None
+    def after(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        passed_by, failed, blocks_ran = here.awaited, output is None, here.blocks_run
         here.reset()
-        if passed_by and not failed:
-            raise RuntimeError(
-                f"a {type(transformer).__name__} ran but no feature passed its {tap.module or 'output'!r}; correct the "
-                "tap, or accelerate again if its forward was replaced since, or, if the transformer was compiled as a "
-                f"whole, {COMPILE_BLOCKS}"
-            )
+        if failed or not passed_by:
+            return None
+        if blocks_ran and isinstance(at, _AtOutput):
+            return at.find_again(args, kwargs, output)
+        raise RuntimeError(
+            f"a {type(transformer).__name__} ran but no feature passed its {tap.module or 'output'!r}; correct the "
+            "tap, or accelerate again if its forward was replaced since, or, if the transformer was compiled as a "
+            f"whole, {COMPILE_BLOCKS}"
+        )
 
     with ExitStack() as undo:
         undo.callback(transformer.register_forward_pre_hook(before).remove)
-        undo.callback(transformer.register_forward_hook(after, always_call=True).remove)
+        undo.callback(transformer.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
         for name in tap.blocks:
             blocks = getattr(transformer, name)
             undo.callback(setattr, blocks, "__class__", type(blocks))
             blocks.__class__ = _gated(type(blocks), here)
-        if at_module:
-            at_module.follow()
-            undo.callback(lambda: at_module.close())
-        else:
-            undo.callback(_at_output(transformer, listener, here))
+        at.follow()
+        undo.callback(lambda: at.close())
         return undo.pop_all().close
 
 
@@ -256,41 +256,60 @@ class _AtModule:
         return args, {**kwargs, name: self._listener.exchange(feature)}
 
 
-def _at_output(transformer: nn.Module, listener: Listener, here: _Passage) -> Callable[[], None]:
-    """Exchange what a transformer returns, and let its forward run on full steps only.
+class _AtOutput:
+    """Exchanges what a transformer returns, and lets its forward run on full steps only.
 
-    A forward put over this one later (offloading does so) stays when this one is undone, and then finds it idle.
+    A forward put over this one later (offloading does so) stays when this one is undone, and then finds it idle. One
+    that took its place (diffusers puts its offloading on anew after each call of a pipeline) is seen on the next full
+    step, as a run begins with one, and this one is put over it.
     """
-    inner, shadowed = transformer.forward, transformer.__dict__.get("forward")
-    returned: dict[tuple, tuple[Tensor, Callable[[Tensor], Any]]] = {}  # by kind of call: what a full step gave
 
-    @functools.wraps(inner)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not here.awaited:  # called by someone else than the transformer's __call__
-            return inner(*args, **kwargs)
+    def __init__(self, transformer: nn.Module, listener: Listener, here: _Passage):
+        self._transformer, self._listener, self._here = transformer, listener, here
+        self._returned: dict[tuple, tuple[Tensor, Callable[[Tensor], Any]]] = {}  # by kind of call: of a full step
+        self.close: Callable[[], None] = lambda: None
+
+    def follow(self) -> None:
+        """Put this forward over the transformer's."""
+        own = self._transformer.__dict__
+        inner, shadowed = self._transformer.forward, own.get("forward")
+
+        @functools.wraps(inner)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            here = self._here
+            if not here.awaited:  # called by someone else than the transformer's __call__
+                return inner(*args, **kwargs)
+            output = inner(*args, **kwargs) if here.blocks_run else None
+            here.reset()
+            return self._exchange(args, kwargs, output)
+
+        def close() -> None:
+            if own.get("forward") is forward:
+                del own["forward"]
+                if shadowed is not None:
+                    own["forward"] = shadowed
+
+        own["forward"], self.close = forward, close
+
+    def find_again(self, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Exchange the output of a full step that another forward gave, and follow that one."""
+        self.follow()
+        return self._exchange(args, kwargs, output)
+
+    def _exchange(self, args: tuple, kwargs: dict, output: Any | None) -> Any:
+        """Pass on the output of a full step, or make one of the feature forecast."""
         kind = _kind_of_call(*args, **kwargs)
-        if here.blocks_run:
-            feature, wrap = _unwrap(inner(*args, **kwargs))
-            returned[kind] = feature.detach().new_empty(()).expand(feature.shape), wrap  # holds one number
-        elif kind in returned:
-            feature, wrap = returned[kind]
+        if output is not None:
+            feature, wrap = _unwrap(output)
+            self._returned[kind] = feature.detach().new_empty(()).expand(feature.shape), wrap  # holds one number
+        elif kind in self._returned:
+            feature, wrap = self._returned[kind]
         else:
             raise RuntimeError(
                 "the calls of a run keep the shape, dtype and device of their input and their return_dict, got "
                 f"{', '.join(map(str, kind))} on a skipped step and none such on a full one; start the run anew."
             )
-        here.reset()
-        return wrap(listener.exchange(feature))
-
-    def undo() -> None:
-        if transformer.__dict__.get("forward") is not forward:
-            return
-        del transformer.__dict__["forward"]
-        if shadowed is not None:
-            transformer.__dict__["forward"] = shadowed
-
-    transformer.__dict__["forward"] = forward
-    return undo
+        return wrap(self._listener.exchange(feature))
 
 
 def _kind_of_call(*args: Any, **kwargs: Any) -> tuple:
