@@ -645,7 +645,7 @@ def _falling(bounds: Sequence[float]) -> tuple[float, ...]:
 
 def shipped_for(pipe: Any, schedule: Schedule | None = None, budget: int | None = None) -> Predictor:
     """Load the predictor that lies beside a pipeline's own files: of several, the one for many grids, and then the LESA
-    with the most full steps.
+    with the most full steps, of equals the one whose schedule was planned.
 
     With a `schedule`, only those that were trained for it count; with a `budget`, those for so many full steps.
 
@@ -663,7 +663,12 @@ def shipped_for(pipe: Any, schedule: Schedule | None = None, budget: int | None 
     if not loaded:
         names, wanted = ", ".join(folder.name for folder in found), repr(schedule or f"{budget} full steps")
         raise LookupError(f"no predictor shipped for {source} was trained for {wanted}, only {names}; train one.")
-    return max(loaded, key=lambda p: (isinstance(p, ContinuousLESA), isinstance(p, LESA), len(p.full)))
+    return max(loaded, key=_preference)
+
+
+def _preference(predictor: Predictor) -> tuple[bool, bool, int, bool]:
+    many, lesa = isinstance(predictor, ContinuousLESA), isinstance(predictor, LESA)
+    return many, lesa, len(predictor.full), predictor.schedule.rule == "at"
 
 
 def _read(source: str, config: bytes, weights: bytes) -> Predictor:
