@@ -62,6 +62,12 @@ def test_guidance_makes_two_streams(pipe):
     assert not np.array_equal(guided[0], plain[0])
 
 
+def test_without_a_choice_the_planned_predictor_is_taken(pipe):
+    assert lesa.predictor.shipped_for(pipe).full == lesa.Predictor.from_pretrained(MODEL / "lesa/lesa-planned10").full
+    assert lesa.predictor.shipped_for(pipe, budget=8).schedule.rule == "at"
+    assert lesa.predictor.shipped_for(pipe, lesa.Schedule.paper(7)).schedule == lesa.Schedule.paper(7)
+
+
 def test_diffusers_loads_it_without_lesa():
     pipe = HunyuanVideoPipeline.from_pretrained(MODEL)
     pipe.set_progress_bar_config(disable=True)
