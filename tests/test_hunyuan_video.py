@@ -10,6 +10,7 @@ from PIL import Image
 from tiny import build_hunyuan_pipeline, build_hunyuan_transformer
 from torch import Tensor
 
+from lesa import records
 from lesa.benchmark import REFERENCE, Pair, decode, label
 from lesa.benchmark import draw as draw_pairs
 from lesa.cli import main
@@ -205,10 +206,13 @@ def test_predictors_at_both_taps_from_runs_to_clips(model, tmp_path):
     assert Predictor.from_pretrained(tmp_path / "feature").origin.tap == TAPS[KIND]
     shown = ["--predictors", tmp_path / "feature", tmp_path / "norm", "--schedules", EVERY, "--pairs", 1, "--timed", 1]
     assert lesa("bench", model, *shown, "--budgets", 4, "--out", tmp_path) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    named = {row["method"]: row for row in results["rows"]}
+    comparison = records.load(tmp_path)
+    named = {result.method: result for result in comparison.results()}
     assert {"LESA", "LESA (norm tap)", "all full"} <= set(named)
-    assert named["all full"]["motion"] == 60 and 0 < named["LESA"]["motion"] < 60
+    assert named["all full"].scores["motion"] == 60 and 0 < named["LESA"].scores["motion"] < 60
+    assert all(one.shape == (5, 32, 48, 3) for kept in comparison.pictures.values() for one in kept)
+    errors = {record.method: record.feature_error for kept in comparison.records.values() for record in kept}
+    assert set(errors["all full"]) == {0.0} and max(errors["LESA"]) > 0
     with Image.open(tmp_path / "clips.gif") as clips:
         assert clips.n_frames == 5
 
