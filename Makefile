@@ -98,7 +98,7 @@ bench-qwen: setup
 
 # Every method on clips, at the output and at the norm.
 bench-video: setup
-	$(BIN)/lesa bench $(VIDEO) --pairs 24 --timed 0 --no-bound --batch-size 24 --budgets 10,8 \
+	$(BIN)/lesa bench $(VIDEO) --pairs 24 --timed 0 --batch-size 24 --budgets 10,8 \
 		--out out/bench-video
 	$(BIN)/python benchmarks/memory.py --model $(VIDEO) --pairs 24 --batch-size 24 --histories model --taps feature norm \
 		--predictors $(foreach n,lesa-paper7 l2p-paper7 lesa-paper7/at-norm lesa-paper10 l2p-paper10 lesa-paper10/at-norm,\

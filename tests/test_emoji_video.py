@@ -12,6 +12,7 @@ import lesa
 from lesa.clips import FRAMES, PIXELS, Reel
 from lesa.grid import from_scheduler
 from lesa.pipelines import pictures_of
+from lesa.predictor import shipped_for
 
 MODEL = Path(__file__).parent.parent / "models" / "emoji-video"
 HELD_OUT = (MODEL / "prompts" / "heldout.txt").read_text().splitlines()
@@ -63,9 +64,9 @@ def test_guidance_makes_two_streams(pipe):
 
 
 def test_without_a_choice_the_planned_predictor_is_taken(pipe):
-    assert lesa.predictor.shipped_for(pipe).full == lesa.Predictor.from_pretrained(MODEL / "lesa/lesa-planned10").full
-    assert lesa.predictor.shipped_for(pipe, budget=8).schedule.rule == "at"
-    assert lesa.predictor.shipped_for(pipe, lesa.Schedule.paper(7)).schedule == lesa.Schedule.paper(7)
+    assert shipped_for(pipe).full == lesa.Predictor.from_pretrained(MODEL / "lesa/lesa-planned10").full
+    assert shipped_for(pipe, budget=8).schedule.rule == "at"
+    assert shipped_for(pipe, lesa.Schedule.paper(7)).schedule == lesa.Schedule.paper(7)
 
 
 def test_diffusers_loads_it_without_lesa():
