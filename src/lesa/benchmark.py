@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -226,8 +227,8 @@ def compare(
     _begin(log, methods, lacking or {})
     with tqdm(total=len(pairs) * len(methods), desc="pictures", unit="picture", disable=not at.leads) as bar:
         for number, batch in at.share(list(enumerate(batches(pairs, batch_size)))):
-            _draw_all(pipe, methods, batch, log, recognise, scores or {}, fine, shown, number * batch_size)
-            bar.update(len(batch) * len(methods) * at.count)
+            done = partial(bar.update, len(batch) * at.count)
+            _draw_all(pipe, methods, batch, log, recognise, scores or {}, fine, shown, number * batch_size, done)
     at.wait()
     log.refresh()
     if at.leads and timed:
@@ -264,9 +265,15 @@ def _draw_all(
     fine: Method | None,
     shown: int,
     first: int,
+    done: Callable[[], Any],
 ) -> None:
-    """Draw one batch, whose first pair has the number `first`, by each method that lacks a record of it."""
+    """Draw one batch, whose first pair has the number `first`, by each method that lacks a record of it.
+
+    `done` is told of each method that has one.
+    """
     lacking = [method for method in methods if not log.comparison.holds(method.key, batch)]
+    for _ in range(len(methods) - len(lacking)):
+        done()
     if not lacking:
         return
     reference = observe(pipe, REFERENCE, batch)
@@ -284,6 +291,7 @@ def _draw_all(
 
     for method in lacking:
         _attempt(log, method, measure)
+        done()
 
 
 def _psnrs(pictures: Sequence[np.ndarray], references: Sequence[np.ndarray]) -> list[float]:
