@@ -4,11 +4,12 @@
 
 The same four as in the paper's ablation (arXiv 2602.20497, interval 5), trained on the runs that `lesa collect` wrote.
 Each network turns the differences t_s - grid into alpha; an MLP has as many parameters as the KAN that it stands for,
-and all start as near as they come to the straight line through the newest two full steps. They are trained themselves, as in the paper, on
-the loss on the latents, at each of the learning rates, and the one that ends nearest to the validation runs is taken.
-The last row is the recipe of this package, which fits the alphas and lets the KANs take them up. Drift is how far runs
-of the validation prompts end from their reference runs; PSNR is against the same model's held-out pictures with every
-step full, and the difference is to one MLP, pair by pair; both with bootstrap 95 % intervals.
+and all start as near as they come to the straight line through the newest two full steps. They are trained themselves,
+as in the paper, on the loss on the latents, at each of the learning rates, and the one that ends nearest to the
+validation runs is taken. The last row is the recipe of this package, which fits the alphas and lets the KANs take them
+up. Drift is how far runs of the validation prompts end from their reference runs; PSNR is against the same model's
+held-out pictures with every step full, and the difference is to one MLP, pair by pair; both with bootstrap 95 %
+intervals.
 """
 
 import argparse
