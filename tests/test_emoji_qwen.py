@@ -103,7 +103,7 @@ def test_the_rows_of_one_stream_are_not_for_the_other(pipe):
 
 def test_every_shipped_predictor_loads_and_fits(pipe):
     folders = [file.parent for file in MODEL.glob("lesa/*/config.json")]
-    assert len(folders) == 4
+    assert len(folders) == 6
     for folder in folders:
         predictor = lesa.Predictor.from_pretrained(folder)
         with lesa.accelerate(pipe, predictor) as run:

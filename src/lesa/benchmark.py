@@ -558,10 +558,12 @@ def add_bounds(
     lacking = [one for one in schedules if not log.comparison.holds((BOUND, str(one)), pairs)]
     if not lacking:
         return
-    cut, runs = batches(pairs, batch_size), []
+    cut, kept_latents = batches(pairs, batch_size), []
     for batch in tqdm(cut, desc="runs for the bound", unit="batch"):
-        runs += record(pipe, [pair.prompt for pair in batch], [pair.seed for pair in batch], torch.arange)
-    grid, latents = runs[0].grid, torch.stack([run.latents.float() for run in runs])
+        runs = record(pipe, [pair.prompt for pair in batch], [pair.seed for pair in batch], torch.arange)
+        kept_latents += [run.latents.float() for run in runs]  # without the features, which are far larger
+        grid = runs[0].grid
+    latents = torch.stack(kept_latents)
     velocities = latents.diff(dim=1) / grid.diff().float()[:, None, None]
     for schedule in lacking:
         full = schedule.full_steps(len(grid) - 1)

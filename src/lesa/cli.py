@@ -98,6 +98,7 @@ def _setting(options: argparse.Namespace, pipe: Any, pairs: Sequence[Any]) -> di
     return {
         "model": str(options.model),
         "lora": options.lora,
+        "scheduler": options.scheduler,
         "pipeline": type(pipe).__name__,
         "weights": fingerprint(pipe),
         "call": {**call, **options.call, "num_inference_steps": options.steps},
@@ -205,6 +206,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     options.model, options.steps = options.model or setting["model"], None
     options.call, options.dtype = {**setting["call"], **options.call}, options.dtype or setting["dtype"]
     options.device, options.lora = options.device or setting["device"], options.lora or setting.get("lora")
+    options.scheduler = options.scheduler or setting.get("scheduler")
     pipe = _pipeline(options)
     if fingerprint(pipe) != setting["weights"]:
         raise ValueError(f"the record is of other weights than those of {options.model}; name its --model.")
@@ -419,6 +421,8 @@ def _digest(predictor: Any, lesson: Any) -> str:
 
 def _check_training(options: argparse.Namespace) -> None:
     if options.paper:
+        if options.memories:
+            raise ValueError("--paper takes the paper's 4, 8 and 8 past features; pass it without --memories.")
         options.method, options.history, options.loss = "lesa", "all", "features"
     for name in ("stages", "memories"):
         if getattr(options, name) and options.method != "lesa":
@@ -746,7 +750,7 @@ def _add_comparisons(commands: Any) -> None:
             help=f"besides PSNR and SSIM, some of MS-SSIM,LPIPS,CLIP,ImageReward ({SCORES})",
         )
         command.add_argument(
-            "--out", default=out, metavar="FOLDER", help=f"for the records, the report and its plots; resumable ({out})"
+            "--out", default=out, metavar="FOLDER", help=f"for the records, the report and its plots ({out})"
         )
 
     report = commands.add_parser("report", help="make tables and plots of a run's records")
@@ -813,7 +817,7 @@ def _add_training(commands: Any) -> None:
     train.add_argument(
         "--paper",
         action="store_true",
-        help="the paper's predictor, loss and learning rate, whatever the three above say",
+        help="the paper's predictor, loss and learning rate, whatever --method, --history and --loss say",
     )
     train.add_argument(
         "--stages",
