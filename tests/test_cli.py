@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 
 from lesa import benchmark, cli, records, tap
 from lesa.cli import main
+from lesa.predictor import Predictor
 
 STEPS = 10
 CALL = dict(height=32, width=32, num_inference_steps=STEPS, max_sequence_length=16)
@@ -101,7 +103,9 @@ def test_bench_sets_a_trained_predictor_beside_the_others(model, predictor, tmp_
     reproduce = ["reproduce", str(file), str(trained), "--predictors"]
     assert main([*reproduce, str(predictor)]) == 0
     assert main([*reproduce, str(predictor / "ground-truth")]) == 2
-    assert "is not at hand" in capsys.readouterr().err
+    assert main([*reproduce, str(predictor), "--steps", "5"]) == 2
+    errors = capsys.readouterr().err
+    assert "is not at hand" in errors and "leave --steps out" in errors
     assert file.read_text() == before
 
 
@@ -116,6 +120,16 @@ def test_bench_sets_peers_beside_the_others(model, tmp_path, capsys):
     assert main(["reproduce", str(file), str(line)]) == 0
     assert bench(model, tmp_path, "--peers", "nobody") == 2
     assert "the peers are" in capsys.readouterr().err
+
+
+def test_a_model_without_prompts_is_planned_for_on_recorded_runs(model, runs, tmp_path, capsys):
+    bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("prompts"))
+    options = ["--prompts", str(model / "prompts" / "heldout.txt"), "--schedules", "", "--budgets", "4", "--no-bound"]
+    options += ["--only", "reuse"]
+    assert bench(bare, tmp_path / "out", *options) == 2
+    assert "name its folder as --data" in capsys.readouterr().err
+    assert bench(bare, tmp_path / "out", *options, "--data", str(runs)) == 0
+    assert [result.full_steps for result in results(tmp_path / "out")] == [10, 4]
 
 
 def test_a_run_that_is_there_is_not_measured_again(model, tmp_path, monkeypatch, capsys):
@@ -184,12 +198,19 @@ def test_the_runs_recorded_once_train_a_predictor_of_the_output_too(model, runs,
     assert "holds a training with other tap" in capsys.readouterr().err
 
 
-def test_training_leaves_a_curve_and_goes_on_where_it_stopped(model, runs, predictor, capsys):
-    assert (predictor / "training.png").exists()
-    before = (predictor / "model.safetensors").read_bytes()
-    assert train(model, runs, predictor) == 0
-    assert (predictor / "model.safetensors").read_bytes() == before
+def test_training_leaves_a_curve_and_what_it_took_and_goes_on_where_it_stopped(model, runs, tmp_path, capsys):
+    out = tmp_path / "lesa"
+    assert train(model, runs, out) == 0
+    assert (out / "training.png").exists()
+    before, trained = (out / "model.safetensors").read_bytes(), Predictor.from_pretrained(out)
+    stored = sum(path.stat().st_size for path in runs.glob("*.safetensors"))
+    assert trained.origin.training["bytes"] == stored > 0 and trained.origin.training["seconds"] > 0
+    assert benchmark.forecast("LESA", trained, trained.schedule).recipe["bytes"] == stored
+    capsys.readouterr()
+    assert train(model, runs, out) == 0
+    assert (out / "model.safetensors").read_bytes() == before
     assert "update/s" not in capsys.readouterr().err  # nothing was fitted again
+    assert "seconds" not in Predictor.from_pretrained(out).origin.training  # nobody knows how long the rounds took
 
 
 def test_the_recipe_of_the_paper_is_one_option_away(model, runs, tmp_path):

@@ -70,16 +70,17 @@ def test_differences_are_to_methods_of_as_many_full_steps(comparison):
 
 def test_others_are_set_beside_the_best_of_ours_that_costs_no_more(comparison):
     shares = {REFERENCE: 1.0, TAYLOR: 0.25, LESA: 0.2, FEWER: 0.16}
-    dearer, better = ("LESA", "paper:5"), ("DBCache", "threshold 0.1")
+    dearer, worse, better = ("LESA", "paper:5"), ("LESA (phase 1)", "paper:7"), ("DBCache", "threshold 0.1")
     comparison.records[dearer] = [replace(one, schedule="paper:5", psnr=50.0) for one in comparison.records[LESA]]
+    comparison.records[worse] = [replace(one, method=worse[0], psnr=30.0) for one in comparison.records[LESA]]
     comparison.records[better] = [replace(one, method="DBCache", psnr=45.0) for one in comparison.records[LESA]]
-    for key, share in {**shares, dearer: 0.26, better: 0.2}.items():
+    for key, share in {**shares, dearer: 0.26, worse: 0.2, better: 0.2}.items():
         comparison.records[key] = [replace(one, share=share) for one in comparison.records[key]]
     lines = cells(report.at_equal_cost(comparison, "LESA"))
-    assert lines["Taylor-1 (our tap)"][1:] == ["4.00", "35.00", "paper:7", "5.00", "+1.50 [+1.50, +1.50]", "above"]
-    assert lines["DBCache"][1:] == ["5.00", "45.00", "paper:7", "5.00", "-8.50 [-13.50, -3.50]", "below"]
-    assert lines["fewer steps"][1:] == ["6.25", "22.00", "-", "-", "-", "-"]
-    assert "all full" not in lines and "LESA" not in lines
+    assert lines["Taylor-1 (our tap)"][1:] == ["4.00", "35.00", *LESA, "5.00", "+1.50 [+1.50, +1.50]", "above"]
+    assert lines["DBCache"][1:] == ["5.00", "45.00", *LESA, "5.00", "-8.50 [-13.50, -3.50]", "below"]
+    assert lines["fewer steps"][1:] == ["6.25", "22.00", "-", "-", "-", "-", "-"]
+    assert "all full" not in lines and "LESA" not in lines and worse[0] not in lines
 
 
 def test_methods_that_failed_alike_are_listed_together(comparison):
@@ -140,9 +141,12 @@ def test_costs_are_laid_out(comparison):
     comparison.add(Cost(*REFERENCE, tuple(range(50)), 20_000_000_000, None, 3_000_000, None))
     comparison.add(Cost(*LESA, tuple(range(10)), 4_000_000_000, 442_368, 0, 7_000_000))
     comparison.add(Time(*LESA, *PAIRS[1], 1.25, 2.0, 0.0015))
+    entries = [{"name": key[0], "schedule": key[1], "recipe": {}} for key in (REFERENCE, LESA)]
+    entries[1]["recipe"] = {"predictor": "its digest", "seconds": 61.7, "bytes": 21_040_000}
+    comparison.add(Start({}, tuple(entries)))
     lines = cells(report.cost_table(comparison))
-    assert lines["all full"] == ["every:1", "20.00", "1.00", "-", "-", "3.00", "-"]
-    assert lines["LESA"] == ["paper:7", "4.00", "5.00", "1.500", "0.44", "0.00", "7.00"]
+    assert lines["all full"] == ["every:1", "20.00", "1.00", "-", "-", "3.00", "-", "-", "-"]
+    assert lines["LESA"] == ["paper:7", "4.00", "5.00", "1.500", "0.44", "0.00", "7.00", "62", "21.0"]
 
 
 def test_runs_differ_where_the_whole_interval_is_beyond_the_tolerance(comparison):

@@ -258,11 +258,12 @@ def test_the_closed_loop_is_the_unrolled_plan(make):
 
 
 @pytest.mark.parametrize("guidance", [None, Guidance(BOTH, 3.0), Guidance(BOTH, 3.0, rescaled=True)], ids=str)
-def test_the_loss_is_the_drift_of_the_run(guidance):
+@pytest.mark.parametrize("floor", [-120.0, 0.0])
+def test_the_loss_is_the_drift_of_the_run(guidance, floor):
     """Where full steps do not react, the unrolled loss is that of the real run, whatever its streams make of it."""
     world = World(bending, guidance=guidance)
     predictor = LESA(origin(streams=world.streams), remembers_forecasts=True, **SMALL)
-    problem = Problem(predictor, head, "latents", guidance)
+    problem = Problem(predictor, head, "latents", guidance, floor=floor)
     reference, run = world.runs(range(3)), world.runs(range(3), predictor)
     rows = {stream: predictor.stream_rows(stream, problem.grid, problem.pasts) for stream in world.streams}
     felt, truth = Runs.stack(run, world.streams), Runs.stack(reference, world.streams)
@@ -270,7 +271,8 @@ def test_the_loss_is_the_drift_of_the_run(guidance):
     wanted = []
     for mine, theirs in zip(run, reference, strict=True):
         errors = (mine.latents - theirs.latents)[1:].square().mean(dim=(1, 2))
-        wanted += [errors[-1].log(), errors.mean().log()]
+        least = 10 ** (floor / 10) * theirs.latents[-1].square().mean()
+        wanted += [(errors[-1] + least).log(), (errors.mean() + least).log()]
     assert got.item() == pytest.approx(torch.stack(wanted).mean().item(), abs=1e-4)
     l1 = Problem(predictor, head, "features", guidance)
     got = l1.loss(rows, felt.at(problem.full), truth, closed_loop=True)
@@ -596,6 +598,7 @@ def test_the_loss_changes_no_data():
         (dict(check_every=0), "at least 1, got 16 and 0"),
         (dict(learning_rate=0.0), "a learning rate is positive, got 0.0"),
         (dict(learning_rate=math.nan), "a learning rate is positive, got nan"),
+        (dict(floor=-math.inf), "a floor is a number of dB, got -inf"),
     ],
 )
 def test_a_config_out_of_range_is_an_error(changes, message):

@@ -27,7 +27,7 @@ from lesa.forecasters import Forecaster, Lagrange, Reuse, Taylor
 from lesa.pipelines import for_each, pictures_of
 from lesa.predictor import LESA, ContinuousLESA, Predictor
 from lesa.ranks import Ranks
-from lesa.records import Comparison, Cost, Failure, Key, Line, Log, Pair, Record, Start, Time
+from lesa.records import TRAINING, Comparison, Cost, Failure, Key, Line, Log, Pair, Record, Start, Time
 from lesa.runtime import Run, accelerate
 from lesa.schedule import Schedule
 from lesa.scores import Score
@@ -85,12 +85,12 @@ def fewer_steps(steps: int) -> Method:
 
 def forecast(name: str, forecaster: Forecaster, schedule: Schedule) -> Method:
     """The pipeline accelerated by a forecaster on a schedule."""
-    trained = isinstance(forecaster, Predictor)
+    recipe: dict[str, Any] = {"forecaster": repr(forecaster)}
+    if isinstance(forecaster, Predictor):
+        took = {name: forecaster.origin.training[name] for name in TRAINING if name in forecaster.origin.training}
+        recipe = {"predictor": forecaster.digest(), **took}
     return Method(
-        name,
-        str(schedule),
-        switch=lambda pipe: accelerate(pipe, forecaster, schedule=schedule),
-        recipe={"predictor": forecaster.digest()} if trained else {"forecaster": repr(forecaster)},
+        name, str(schedule), switch=lambda pipe: accelerate(pipe, forecaster, schedule=schedule), recipe=recipe
     )
 
 

@@ -149,7 +149,7 @@ def _planned(options: argparse.Namespace, pipe: Any) -> tuple[Any, Callable[[Any
 
     path = Path(options.out) / PLANNED
     known = json.loads(path.read_text()) if path.exists() else {}
-    planner = cache(lambda: _planner(options, pipe))  # it records runs, so it is made once, and only if it is needed
+    planner = cache(lambda: _planner(options, pipe, _opened(options.data)))  # it records runs: once, if it is needed
 
     def plan(forecaster: Any, budget: int) -> Any:
         name = f"{forecaster!r} {budget}"
@@ -202,8 +202,10 @@ def _reproduce(options: argparse.Namespace) -> int:
     from lesa import benchmark, peers, records, scores
     from lesa.collect import fingerprint
 
+    if options.steps:
+        raise ValueError("a record says how many steps its run has; leave --steps out.")
     then, entry, setting = records.at_line(options.records, options.line)
-    options.model, options.steps = options.model or setting["model"], None
+    options.model = options.model or setting["model"]
     options.call, options.dtype = {**setting["call"], **options.call}, options.dtype or setting["dtype"]
     options.device, options.lora = options.device or setting["device"], options.lora or setting.get("lora")
     options.scheduler = options.scheduler or setting.get("scheduler")
@@ -256,10 +258,8 @@ def _generate(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from time import monotonic
 
-    from lesa.trajectory import Store
-
     pipe, began = _pipeline(options), monotonic()
-    planner = _planner(options, pipe, Store.open(options.data) if options.data else None)
+    planner = _planner(options, pipe, _opened(options.data))
     forecaster, planned = _forecaster(options), []
     for budget in options.budgets:
         schedule = _finder(planner, options.refine)(forecaster, budget)
@@ -298,9 +298,21 @@ def _planner(options: argparse.Namespace, pipe: Any, store: Any = None) -> Any:
         tap = _recorded(store, tap) if hasattr(options, "tap") else tap._replace(module=store.collection.tap)
         first = [store.load(k) for k in range(min(PLANNED_ON, len(store)))]
         return Planner.of(pipe, first, tap, **store.collection.call)
-    prompts = _prompts(Path(options.model) / "prompts" / "train.txt", PLANNED_ON)
+    file = Path(options.model) / "prompts" / "train.txt"
+    if not file.exists():
+        raise FileNotFoundError(
+            f"planning needs recorded runs, and {options.model} comes without prompts to record some (no {file}); run "
+            "lesa collect and name its folder as --data, or leave out what is planned for (bench --budgets '')."
+        )
+    prompts = _prompts(file, PLANNED_ON)
     seeds = range(TRAINING_SEED, TRAINING_SEED + len(prompts))
     return Planner.of(pipe, record(pipe, prompts, seeds, draw_tokens), tap)
+
+
+def _opened(folder: str | None) -> Any:
+    from lesa.trajectory import Store
+
+    return Store.open(folder) if folder else None
 
 
 def _finder(planner: Any, refine: bool | None = None) -> Callable[[Any, int], Any]:
@@ -355,12 +367,15 @@ def _collect(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from time import monotonic
+
     from lesa import plots, tap, training
     from lesa.collect import fingerprint, record_kept
     from lesa.runtime import accelerate
     from lesa.trajectory import Store, Trajectory
 
     _check_training(options)
+    began = monotonic()
     stores, pipe = [Store.open(folder) for folder in options.data], _pipeline(options)
     for store, folder in zip(stores, options.data, strict=True):
         if fingerprint(pipe) != store.collection.weights:
@@ -370,6 +385,7 @@ def _train(options: argparse.Namespace) -> None:
     out, prompts = _folder(options.out), _prompts(options.validation_prompts, options.validation)
     seeds = range(VALIDATION_SEED, VALIDATION_SEED + len(prompts))
     where, kept = tap.tap_of(pipe.transformer, options.tap), out / "rounds" / "recorded"
+    resumed = kept.parent.exists()
     pipe.transformer.requires_grad_(False)  # the head is differentiated, and nothing of it is trained
 
     def runs(like: Trajectory, prompts: Sequence[str], seeds: Sequence[int], name: str) -> list[Trajectory]:
@@ -390,21 +406,29 @@ def _train(options: argparse.Namespace) -> None:
         for schedule in _schedules_to_learn(options, pipe, store):
             lessons.append(training.Lesson(reference, validation, schedule))
     predictor = _untrained(options, pipe, stores, lessons)
+
+    def took() -> dict[str, Any]:
+        return {} if resumed else {"seconds": round(monotonic() - began, 1)}  # nobody knows how long the rest took
+
+    def save(predictor: Any, folder: Path, **more: Any) -> None:
+        more["bytes"] = sum(path.stat().st_size for store in stores for path in store.paths)
+        predictor.origin = replace(predictor.origin, training={**predictor.origin.training, **more})
+        predictor.save_pretrained(folder)
+
     if options.loss == "steps":
         training.least_squares(predictor, lessons[0].reference)
-        predictor.save_pretrained(out)
+        save(predictor, out, **took())
         shutil.rmtree(kept)
         return print(out)
     recipe = training.Config.paper() if options.paper else training.Config(loss=options.loss)
-    config = replace(recipe, rounds=options.rounds, updates=tuple(options.updates), seed=options.seed)
+    chosen = dict(rounds=options.rounds, updates=tuple(options.updates), seed=options.seed, floor=options.floor)
+    config = replace(recipe, **chosen)
     head = tap.head(pipe.transformer, where)
     if options.stages:
         predictor = _staged(predictor, options.stages, lessons[0], head)
     result = training.train(predictor, lessons, head, record_runs, config, out / "rounds")
-    result.predictor.save_pretrained(out)
-    earlier = result.ground_truth
-    earlier.origin = replace(earlier.origin, training={**earlier.origin.training, "phase": "ground-truth"})
-    earlier.save_pretrained(out / "ground-truth")
+    save(result.predictor, out, **took())
+    save(result.ground_truth, out / "ground-truth", phase="ground-truth")
     plots.training_curve(result.curve, out / "training.png")
     shutil.rmtree(kept)
     print("\n".join(f"round {k}: drift {score:.2f} dB" for k, score in enumerate(result.scores)))
@@ -475,7 +499,8 @@ def _calibrate(options: argparse.Namespace) -> None:
     at = "feature" if options.tap == "output" else options.tap
     few = argparse.Namespace(**{**vars(options), "out": runs, "seeds": None, "tokens": None, "tap": at})
     _collect(few)
-    chosen = dict(method="l2p", history="full", loss="latents", paper=False, rounds=1, updates=(100, 100), seed=0)
+    chosen = dict(method="l2p", history="full", loss="latents", paper=False)
+    chosen |= dict(rounds=1, updates=(100, 100), floor=-120.0, seed=0)
     data = dict(data=[runs], budgets=[options.budget], predictor=None, stages=None, memories=None)
     chosen |= dict(validation_prompts=options.prompts, validation=options.limit)
     _train(argparse.Namespace(**{**vars(few), **chosen, **data, "out": options.out, "tap": options.tap}))
@@ -488,7 +513,8 @@ def _untrained(options: argparse.Namespace, pipe: Any, stores: Sequence[Any], le
     from lesa.predictor import L2P, LESA, ContinuousLESA, Origin, configuration
     from lesa.tap import tap_of
 
-    settings = {name: getattr(options, name) for name in ("loss", "rounds", "updates", "seed", "history", "paper")}
+    names = ("loss", "rounds", "updates", "floor", "seed", "history", "paper")
+    settings = {name: getattr(options, name) for name in names}
     origin = Origin(
         model=stores[0].collection.model,
         transformer=type(pipe.transformer).__name__,
@@ -741,6 +767,9 @@ def _add_comparisons(commands: Any) -> None:
         command.add_argument("--timed", type=int, default=timed, help=f"how many of them are timed ({timed})")
         command.add_argument("--schedules", type=_schedules, help="paper:7,paper:10; of few steps, those at 2x")
         command.add_argument("--budgets", type=_counts, help=f"full steps to plan for ({budgets}; of few steps, none)")
+        command.add_argument(
+            "--data", metavar="FOLDER", help="to plan on, of lesa collect; default: runs of its prompts"
+        )
         command.set_defaults(usual_budgets=budgets)
         command.add_argument("--batch-size", type=_count, default=16)
         command.add_argument(
@@ -827,6 +856,13 @@ def _add_training(commands: Any) -> None:
     )
     train.add_argument("--rounds", type=int, default=4, help="of the closed-loop phase (4)")
     train.add_argument("--updates", type=int, nargs=2, default=(200, 200), help="in each phase or round (200 200)")
+    train.add_argument(
+        "--floor",
+        type=float,
+        default=-120.0,
+        metavar="DB",
+        help="drifts far below this are not worth lowering: of several lessons, those above it count for more (-120)",
+    )
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--batch-size", type=_count, default=16)
     train.add_argument("--out", required=True, metavar="FOLDER")

@@ -34,6 +34,8 @@ FORMAT = "lesa-records-1"
 FILES, PICTURES, FRAMES, PLANNED = "records*.jsonl", "pictures", "frames", "planned.json"
 REFERENCE = ("all full", "every:1")
 """The run that all others are measured against."""
+TRAINING = ("seconds", "bytes")
+"""What a trained method's recipe says its training took: seconds of `lesa train`, and bytes of the runs it read."""
 Key = tuple[str, str]
 """What tells a method from others: its name and its schedule."""
 

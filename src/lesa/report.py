@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lesa.metrics import IDENTICAL, Interval
-from lesa.records import REFERENCE, Comparison, Key, Record, Result, paired
+from lesa.records import REFERENCE, TRAINING, Comparison, Key, Record, Result, paired
 
 NOT_HAD = "n/a"
 
@@ -89,9 +89,11 @@ def cost_table(comparison: Comparison) -> str:
     """Lay out what a run takes at batch 1, of each method whose cost was measured.
 
     FLOPs are the transformer's, counted, and their ratio is to the reference run's; 'held' is by the history,
-    'resident' the growth of the process, 'CUDA' the peak of the GPU.
+    'resident' the growth of the process, 'CUDA' the peak of the GPU. 'Trained' is how long, and on how large
+    recorded runs, the method's predictor was.
     """
-    head = ("method", "schedule", "GFLOPs", "FLOP ratio", "skipped step, ms", "held, MB", "resident, MB", "CUDA, MB")
+    cost = ("GFLOPs", "FLOP ratio", "skipped step, ms", "held, MB", "resident, MB", "CUDA, MB")
+    head = ("method", "schedule", *cost, "trained, s", "on, MB")
     rows = [_cost_cells(comparison, key) for key in comparison.records if key in comparison.costs]
     return markdown(head, rows, text=2) if rows else ""
 
@@ -102,12 +104,15 @@ def _cost_cells(comparison: Comparison, key: Key) -> list[str]:
     ratio = reference.flops / cost.flops if reference and reference.flops and cost.flops else None
     skipped = None if timing is None or timing.skipped is None else timing.skipped * 1e3
     megabytes = [count and count / 1e6 for count in (cost.bytes_held, cost.resident_growth, cost.cuda_peak)]
+    seconds, size = (comparison.entry(key)["recipe"].get(name) for name in TRAINING)
     return [
         *key,
         _or_dash(cost.flops and cost.flops / 1e9, "{:.2f}"),
         _or_dash(ratio, "{:.2f}"),
         _or_dash(skipped, "{:.3f}"),
         *(_or_dash(count, "{:.2f}") for count in megabytes),
+        _or_dash(seconds, "{:.0f}"),
+        _or_dash(size and size / 1e6, "{:.1f}"),
     ]
 
 
@@ -136,24 +141,25 @@ def differences(comparison: Comparison, ours: str) -> str:
 
 
 def at_equal_cost(comparison: Comparison, ours: str) -> str:
-    """Set every other method beside the best of the method named `ours` that takes no more FLOPs, pair by pair.
+    """Set every other method beside the best of ours that takes no more FLOPs, pair by pair.
 
-    FLOPs are as a ratio, the reference run's to theirs; a dash where `ours` has none that cheap.
+    Ours are the methods whose names begin with `ours`. FLOPs are as a ratio, the reference run's to theirs; a dash
+    where none of ours is that cheap.
     """
     shares, results = comparison.shares, comparison.results()
     psnr = {(result.method, result.schedule): result.psnr for result in results}
-    mine = [key for key in shares if key[0] == ours]
+    mine = [key for key in shares if key[0].startswith(ours)]
     rows = []
-    for other in [key for key in shares if key[0] != ours and key != REFERENCE]:
+    for other in [key for key in shares if key not in mine and key != REFERENCE]:
         cells = [*other, f"{1 / shares[other]:.2f}", f"{psnr[other]:.2f}"]
         cheaper = [key for key in mine if shares[key] <= shares[other] * (1 + 1e-9)]
         if cheaper:
             best = max(cheaper, key=psnr.__getitem__)
             gain = comparison.difference(best, other)
-            cells += [best[1], f"{1 / shares[best]:.2f}", f"{gain:+.2f}", _verdict(gain)]
-        rows.append(cells + ["-"] * (8 - len(cells)))
-    head = ("method", "schedule", "FLOP ratio", "PSNR, dB", f"{ours} on", "FLOP ratio", "difference, dB [95 %]", "")
-    return markdown(head, rows, text=2) if mine and rows else ""
+            cells += [*best, f"{1 / shares[best]:.2f}", f"{gain:+.2f}", _verdict(gain)]
+        rows.append(cells + ["-"] * (9 - len(cells)))
+    best = (f"{ours} at no more FLOPs", "its schedule", "its ratio", f"{ours} above it, dB [95 %]", "")
+    return markdown(("method", "schedule", "FLOP ratio", "PSNR, dB", *best), rows, text=2) if mine and rows else ""
 
 
 def _verdict(gain: Interval) -> str:

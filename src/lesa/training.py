@@ -46,7 +46,9 @@ class Config:
     the mean PSNR that rises) or 'features' (the paper's L1 between forecast and recorded feature). `updates` is a
     number of optimiser steps for each of: the ground-truth phase, and every one of the `rounds` of the closed-loop
     phase. `batch` is in runs. `free_alphas` fits LESA's alphas themselves and lets the KAN take them up after; without,
-    the KAN is trained, as in the paper. Every `check_every` updates the validation runs are looked at.
+    the KAN is trained, as in the paper. Drifts far below `floor`, in dB of the last latents, are not worth lowering:
+    where lessons differ in how far their runs drift, those that show in pictures then count for more than those that
+    do not. Every `check_every` updates for each lesson the validation runs are looked at.
 
     Raises: ValueError if one of these is out of range.
     """
@@ -57,6 +59,7 @@ class Config:
     batch: int = 16
     learning_rate: float = 0.02
     free_alphas: bool = True
+    floor: float = -120.0
     check_every: int = 20
     seed: int = 0
 
@@ -73,6 +76,8 @@ class Config:
             )
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"a learning rate is positive, got {self.learning_rate}; the default is 0.02.")
+        if not math.isfinite(self.floor):
+            raise ValueError(f"a floor is a number of dB, got {self.floor}; the default is -120.")
 
     @classmethod
     def paper(cls) -> Config:
@@ -159,8 +164,8 @@ RecordRuns = Callable[[Predictor, Lesson], tuple[Sequence[Trajectory], Sequence[
 class Problem:
     """What a predictor's rows are fitted to: the head, the guidance, the loss, and the shape of a schedule on a grid.
 
-    Grid and schedule are the predictor's own if not given. Where the head is a `projection` and the loss one of
-    outputs, it takes folded runs.
+    Grid and schedule are the predictor's own if not given, and `floor` is that of `Config`. Where the head is a
+    `projection` and the loss one of outputs, it takes folded runs.
 
     Raises: ValueError if the schedule skips no step.
     """
@@ -173,6 +178,7 @@ class Problem:
         guidance: Guidance | None = None,
         grid: Tensor | None = None,
         schedule: Schedule | None = None,
+        floor: float = Config.floor,
     ):
         self.grid = predictor.grid if grid is None else grid
         schedule = schedule or predictor.schedule_for(self.grid)
@@ -185,6 +191,7 @@ class Problem:
         self.durations = self.grid.diff().float()[:, None, None]  # x_{s+1} = x_s + (t_{s+1} - t_s) v
         self.guidance = Guidance(predictor.origin.streams) if guidance is None else guidance
         self.streams, self.head, self.loss_name = predictor.origin.streams, head, loss
+        self.floor = 10 ** (floor / 10)
         self.responses = torch.zeros(self.steps)
         self.projection = head if isinstance(head, Projection) and loss != "features" else None
 
@@ -206,7 +213,8 @@ class Problem:
         if not closed_loop:
             return moves.square().mean(dim=(1, 2, 3)).add(TINY).log().mean()
         drifts = self.drift(rows, moves, runs, reference).square().mean(dim=(2, 3))
-        return 0.5 * (drifts[:, -1].add(TINY).log() + drifts.mean(1).add(TINY).log()).mean()
+        floor = self.floor * reference.latents[:, -1].float().square().mean(dim=(1, 2))
+        return 0.5 * ((drifts[:, -1] + floor).log() + (drifts.mean(1) + floor).log()).mean()
 
     def drift(self, rows: Rows, moves: Tensor, runs: Runs, reference: Runs) -> Tensor:
         """Return how far the latents are from the reference run's after every step, (P, S, n, C_out).
@@ -427,7 +435,7 @@ class _Fit:
         for lesson in lessons:
             truth = stack(lesson.reference), stack(lesson.validation)
             guidance, grid = Guidance.of(lesson.reference, streams), lesson.reference[0].grid
-            problem = Problem(predictor, head, config.loss, guidance, grid, lesson.schedule)
+            problem = Problem(predictor, head, config.loss, guidance, grid, lesson.schedule, config.floor)
             self.tasks.append(_Task(predictor, lesson, truth, problem))
         if config.free_alphas and isinstance(predictor, LESA):  # better known before the training than after
             rough = torch.rand(self.tasks[0].problem.steps, generator=torch.Generator().manual_seed(0))
@@ -442,10 +450,11 @@ class _Fit:
         updates = config.updates[int(closed_loop)]
         best, best_loss = unknowns.values(), math.inf
         phase = "closed-loop" if closed_loop else "ground-truth"
+        check_every = config.check_every * len(self.tasks)
         bar = tqdm(range(updates + 1), desc=f"{phase} {round_ or ''}".strip(), unit="update")
         for update in bar:
             optimiser.param_groups[0]["lr"] = _falling(config.learning_rate, update, updates)
-            if update % config.check_every == 0 or update == updates:
+            if update % check_every == 0 or update == updates:
                 checked = self._check(unknowns, closed_loop)
                 curve.add(phase, round_, update, checked)
                 bar.set_postfix(validation=f"{checked:.4f}")
