@@ -192,6 +192,14 @@ def test_every_plot_that_the_records_are_enough_for_is_drawn(comparison, tmp_pat
     assert len(drawn["rows.png"]) > 50
 
 
+def test_a_method_has_a_curve_for_each_kind_of_schedule(comparison):
+    lesa, fewer = (next(one for one in comparison.results() if one.method == key[0]) for key in (LESA, FEWER))
+    cache = [replace(fewer, method="DBCache", schedule=s) for s in ("threshold 0.1", "mask fast", "threshold 0.25, 3")]
+    curves = plots.curves([lesa, fewer, replace(lesa, schedule="at:0,3"), replace(fewer, schedule="6 steps"), *cache])
+    lengths = {"LESA, the paper's schedules": 1, "LESA, planned": 1, "fewer steps": 2}
+    assert {name: len(line) for name, line in curves.items()} == lengths | {"DBCache, threshold": 2, "DBCache, mask": 1}
+
+
 def test_rows_are_drawn_where_they_are():
     matrix = plots.coefficients(PLAN)
     assert matrix[1, 0] == 1.0 and matrix[3, 2] == 0.5 and np.isnan(matrix).sum() == 14

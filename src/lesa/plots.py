@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -20,6 +21,11 @@ from lesa.training import Curve
 STRONGEST = 2.0
 """The coefficient at which the colours of rows end."""
 PANELS_A_LINE = 6
+BESIDE = 12
+"""A legend of more curves than this stands beside the axes."""
+KINDS = {"at": "planned", "paper": "the paper's schedules"}
+"""What schedules are called that begin with these words."""
+COLOURS, LINES, MARKERS = 10, ("-", "--", ":", "-."), "os^v"
 
 
 @contextmanager
@@ -32,24 +38,42 @@ def _axes(path: str | Path, xlabel: str, ylabel: str, **more: Any) -> Iterator[A
     yield axes
     axes.grid(alpha=0.3)
     handles, _ = axes.get_legend_handles_labels()
-    if handles:
-        axes.legend(fontsize=8, ncols=1 + len(handles) // 12)
+    if len(handles) > BESIDE:
+        figure.set_size_inches(13, 8)
+        figure.legend(loc="outside right upper", fontsize=8)
+    elif handles:
+        axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
 def psnr_over(results: Sequence[Result], path: str | Path, over: str = "full_steps") -> None:
-    """Plot PSNR, with its 95 % interval, over a number of each result, a curve for each method.
+    """Plot PSNR, with its 95 % interval, over a number of each result, a curve for each method and kind of schedule.
 
-    `over` is 'full_steps', 'step_ratio' or 'speedup'; results without that number have no point.
+    `over` is 'full_steps', 'step_ratio' or 'speedup'; results without that number have no point. LESA's are bold.
     """
     with _axes(path, over.replace("_", " "), "PSNR, dB") as axes:
         shown = [result for result in results if result.method != REFERENCE[0] and getattr(result, over) is not None]
-        for method in dict.fromkeys(result.method for result in shown):
-            line = sorted((r for r in shown if r.method == method), key=lambda r: getattr(r, over))
-            at = [getattr(r, over) for r in line]
-            (drawn,) = axes.plot(at, [r.psnr for r in line], marker=".", label=method)
+        for number, (name, line) in enumerate(curves(shown).items()):
+            line = sorted(line, key=lambda r: getattr(r, over))
+            at, round_ = [getattr(r, over) for r in line], number // COLOURS
+            style = dict(color=f"C{number % COLOURS}", linestyle=LINES[round_ % len(LINES)], marker=MARKERS[round_ % 4])
+            width = 2.5 if name.startswith("LESA") else 1.0
+            axes.plot(at, [r.psnr for r in line], **style, linewidth=width, markersize=3 + width, label=name)
             low, high = [r.psnr_low for r in line], [r.psnr_high for r in line]
-            axes.fill_between(at, low, high, color=drawn.get_color(), alpha=0.2)
+            axes.fill_between(at, low, high, color=style["color"], alpha=0.15)
+
+
+def curves(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Sort results into curves, by method, and by kind of schedule where a method has several."""
+    found: dict[str, dict[str, list[Result]]] = {}
+    for one in results:
+        kind = re.split(r"[:\d ]", one.schedule)[0]
+        found.setdefault(one.method, {}).setdefault(KINDS.get(kind, kind), []).append(one)
+    return {
+        f"{method}, {kind}" if len(lines) > 1 else method: line
+        for method, lines in found.items()
+        for kind, line in lines.items()
+    }
 
 
 def training_curve(curve: Curve, path: str | Path) -> None:
