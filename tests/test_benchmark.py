@@ -270,7 +270,8 @@ def test_the_line_up_has_every_method_on_every_schedule_and_fewer_steps_once():
 def test_only_what_is_named_is_planned_for():
     planned = []
 
-    def plan(forecaster, budget):
+    def plan(forecaster, budget, place):
+        assert place == "feature"
         planned.append((repr(forecaster), budget))
         return Schedule.at(range(budget))
 
@@ -281,6 +282,26 @@ def test_only_what_is_named_is_planned_for():
     few = benchmark.line_up_planned([2, 3], grid, plan, only=["Taylor-2 (our tap)"])
     assert planned == [("Taylor(order=2)", 2), ("Taylor(order=2)", 3)]
     assert [method.name for method in few] == ["fewer steps", "Taylor-2 (our tap)"] * 2
+
+
+def test_what_needs_no_training_is_measured_wherever_a_predictor_taps():
+    ours = trained(L2P, "at:0,2,5", {})
+    ours.origin = replace(ours.origin, tap=Tap(("blocks",), None))
+    grid, places = ours.grid, []
+
+    def plan(_forecaster, budget, place):
+        places.append(place)
+        return Schedule.at(range(budget))
+
+    lined_up = benchmark.line_up_planned([3, 2], grid, plan, [ours])
+    names = [method.name for method in lined_up]
+    assert names.count("Lagrange-3 (output tap)") == names.count("reuse (output tap)") == 1  # at 3 full steps alone
+    assert names.count("Lagrange-3") == 2 and places == ["feature"] * 6 + ["output"] * 6 + ["feature"] * 6
+    on_schedule = benchmark.line_up(STEPS, [ours.schedule, EVERY_OTHER], [ours])
+    assert [method.name for method in on_schedule].count("Taylor-2 (output tap)") == 1
+    for method in (one for one in [*lined_up, *on_schedule] if "Taylor" in one.name):
+        assert benchmark.rebuild(method.entry()).entry() == method.entry()
+        assert method.recipe.get("tap") == ("output" if "output" in method.name else None)
 
 
 def test_pictures_are_recognised_where_the_model_has_emoji(tmp_path):

@@ -113,7 +113,7 @@ def test_bench_sets_peers_beside_the_others(model, tmp_path, capsys):
     options = ["--no-bound", "--fine", "14", "--differences", "reuse", "--only", "reuse", "PAB (diffusers)"]
     assert bench(model, tmp_path, "--peers", "pab", *options) == 0
     printed, file = capsys.readouterr().out, tmp_path / "records.jsonl"
-    assert "PSNR to 14 steps" in printed and "reuse on" in printed
+    assert "PSNR to 14 steps" in printed and "reuse at no more FLOPs" in printed
     found = {result.method: result for result in results(tmp_path)}
     assert 1 < found["PAB (diffusers)"].step_ratio < 2 and found["more steps"].full_steps == 14
     line = next(k for k, text in enumerate(file.read_text().splitlines(), start=1) if '"method": "PAB' in text)
@@ -358,9 +358,10 @@ def test_plan_prints_a_schedule_for_each_budget(model, runs, capsys):
     common = ["plan", str(model), "--budgets", "2,4", "--forecaster", "taylor:1"]
     assert main(common) == 0
     assert main([*common, "--data", str(runs)]) == 0
+    assert main([*common, "--data", str(runs), "--tap", "output"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4
-    for line, budget in zip(lines, [2, 4, 2, 4], strict=True):
+    assert len(lines) == 6 and lines[2:4] != lines[4:]  # the drift is another one
+    for line, budget in zip(lines, [2, 4] * 3, strict=True):
         schedule, drawing, *_ = line.split()
         assert schedule.startswith("at:0") and len(schedule.split(",")) == budget == drawing.count("#")
 

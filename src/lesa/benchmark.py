@@ -34,6 +34,8 @@ from lesa.scores import Score
 from lesa.tap import from_tokens, place_of
 
 PAIRS_A_TURN = 2
+FEATURE = "feature"
+"""The usual tap of a class of transformers (see `lesa.accelerate`)."""
 MOTION = "motion"
 """The score of clips besides those that are asked for: `metrics.motion_psnr`, in dB."""
 Recogniser = Callable[[Sequence[str], Sequence[np.ndarray]], list[bool]]
@@ -83,14 +85,18 @@ def fewer_steps(steps: int) -> Method:
     return Method("fewer steps", f"{steps} steps", call={"num_inference_steps": steps}, recipe={"steps": steps})
 
 
-def forecast(name: str, forecaster: Forecaster, schedule: Schedule) -> Method:
-    """The pipeline accelerated by a forecaster on a schedule."""
-    recipe: dict[str, Any] = {"forecaster": repr(forecaster)}
+def forecast(name: str, forecaster: Forecaster, schedule: Schedule, place: str = FEATURE) -> Method:
+    """The pipeline accelerated by a forecaster on a schedule; a predictor taps where it was trained, others here."""
+    recipe: dict[str, Any] = {"forecaster": repr(forecaster), **({"tap": place} if place != FEATURE else {})}
+    tap = None if isinstance(forecaster, Predictor) else place
     if isinstance(forecaster, Predictor):
         took = {name: forecaster.origin.training[name] for name in TRAINING if name in forecaster.origin.training}
         recipe = {"predictor": forecaster.digest(), **took}
     return Method(
-        name, str(schedule), switch=lambda pipe: accelerate(pipe, forecaster, schedule=schedule), recipe=recipe
+        name,
+        str(schedule),
+        switch=lambda pipe: accelerate(pipe, forecaster, schedule=schedule, tap=tap),
+        recipe=recipe,
     )
 
 
@@ -110,31 +116,37 @@ def rebuild(entry: Mapping[str, Any], predictors: Sequence[Predictor] = ()) -> M
         forecaster = next((one for one in predictors if one.digest() == recipe["predictor"]), None)
     if forecaster is None:
         raise LookupError(f"{entry['name']} is made of {recipe}, which is not at hand; name the predictor's folder.")
-    return forecast(entry["name"], forecaster, Schedule.parse(schedule))
+    return forecast(entry["name"], forecaster, Schedule.parse(schedule), recipe.get("tap", FEATURE))
 
 
 def label(predictor: Predictor) -> str:
     """Name a predictor in tables: its method, and in brackets what sets it apart from the usual one of its kind."""
-    training = predictor.origin.training
-    place = place_of(predictor.origin.transformer, predictor.origin.tap)
-    apart = [] if place == "feature" else [f"{place} tap"]
+    training, place = predictor.origin.training, _place(predictor)
+    apart = [] if place == FEATURE else [f"{place} tap"]
     apart += ["with forecasts"] if isinstance(predictor, LESA) and predictor.remembers_forecasts else []
     apart += ["phase 1"] if training.get("phase") == "ground-truth" else []
     apart += {"features": ["feature loss"], "steps": ["per step"]}.get(training.get("loss", "latents"), [])
     return predictor.method.upper() + (f" ({', '.join(apart)})" if apart else "")
 
 
-def untrained(reuse: bool, lagrange: bool = False) -> dict[str, Forecaster]:
-    """Return the forecasters that need no training, by their names in tables."""
+def _place(predictor: Predictor) -> str:
+    return place_of(predictor.origin.transformer, predictor.origin.tap)
+
+
+def untrained(reuse: bool, lagrange: bool = False, place: str = FEATURE) -> dict[str, Forecaster]:
+    """Return the forecasters that need no training, by their names in tables, for a tap."""
     plain: dict[str, Forecaster] = {"reuse": Reuse()} if reuse else {}
     plain |= {f"Taylor-{order} (our tap)": Taylor(order) for order in (1, 2)}
-    return plain | ({f"Lagrange-{degree}": Lagrange(degree) for degree in (1, 2, 3)} if lagrange else {})
+    plain |= {f"Lagrange-{degree}": Lagrange(degree) for degree in (1, 2, 3)} if lagrange else {}
+    if place == FEATURE:
+        return plain
+    return {f"{name.removesuffix(' (our tap)')} ({place} tap)": forecaster for name, forecaster in plain.items()}
 
 
 def line_up_planned(
     budgets: Sequence[int],
     grid: Tensor,
-    plan: Callable[[Forecaster, int], Schedule],
+    plan: Callable[[Forecaster, int, str], Schedule],
     predictors: Sequence[Predictor] = (),
     *,
     reuse: bool = True,
@@ -142,7 +154,8 @@ def line_up_planned(
 ) -> list[Method]:
     """Line up every method on the schedule that is planned for it, budget by budget, or those of these names only.
 
-    `plan` finds the schedule of a forecaster that needs no training; a predictor has its own.
+    `plan` finds the schedule of a forecaster that needs no training, at a tap; a predictor has its own. At each tap of
+    a predictor there are methods without training too.
     """
 
     def fits(predictor: Predictor, budget: int) -> bool:
@@ -154,9 +167,11 @@ def line_up_planned(
     methods: list[Method] = []
     for budget in budgets:
         methods.append(fewer_steps(budget))
-        plain = {name: one for name, one in untrained(reuse, lagrange=True).items() if only is None or name in only}
-        methods += [forecast(name, forecaster, plan(forecaster, budget)) for name, forecaster in plain.items()]
         chosen = [one for one in predictors if fits(one, budget)]
+        for place in _places(chosen):
+            plain = untrained(reuse, lagrange=True, place=place)
+            plain = {name: one for name, one in plain.items() if only is None or name in only}
+            methods += [forecast(name, one, plan(one, budget, place), place) for name, one in plain.items()]
         methods += [forecast(label(one), one, one.schedule_for(grid, budget)) for one in chosen]
     return methods
 
@@ -166,21 +181,29 @@ def line_up(
 ) -> list[Method]:
     """Line up the methods for runs of `steps` steps, schedule by schedule: those without training, then predictors.
 
-    Predictors for other schedules, or for runs of other lengths, are left out.
+    Predictors for other schedules, or for runs of other lengths, are left out. At each tap of a predictor there are
+    methods without training too.
     """
 
     def fits(predictor: Predictor, schedule: Schedule) -> bool:
         bound = not isinstance(predictor, ContinuousLESA)
         return bound and predictor.schedule == schedule and len(predictor.grid) - 1 == steps
 
-    plain = untrained(reuse)
     methods: list[Method] = []
     for schedule in schedules:
         fewer = fewer_steps(len(schedule.full_steps(steps)))
         methods += [] if fewer in methods else [fewer]
-        methods += [forecast(name, forecaster, schedule) for name, forecaster in plain.items()]
-        methods += [forecast(label(one), one, schedule) for one in predictors if fits(one, schedule)]
+        chosen = [one for one in predictors if fits(one, schedule)]
+        for place in _places(chosen):
+            plain = untrained(reuse, place=place)
+            methods += [forecast(name, forecaster, schedule, place) for name, forecaster in plain.items()]
+        methods += [forecast(label(one), one, schedule) for one in chosen]
     return methods
+
+
+def _places(predictors: Sequence[Predictor]) -> list[str]:
+    """Return the taps of some predictors, the usual one before them."""
+    return list(dict.fromkeys([FEATURE, *map(_place, predictors)]))
 
 
 def more_steps(steps: int) -> Method:

@@ -139,8 +139,8 @@ def _peers(options: argparse.Namespace) -> list[Any]:
     return peers.line_up(names, options.steps, prompt)
 
 
-def _planned(options: argparse.Namespace, pipe: Any) -> tuple[Any, Callable[[Any, int], Any]]:
-    """Return the grid, and the call that plans a forecaster's schedule; what was planned once is kept in a file."""
+def _planned(options: argparse.Namespace, pipe: Any) -> tuple[Any, Callable[[Any, int, str], Any]]:
+    """Return the grid, and the call that plans a forecaster's schedule at a tap; what was planned is kept in a file."""
     import torch
 
     from lesa.records import PLANNED
@@ -149,17 +149,17 @@ def _planned(options: argparse.Namespace, pipe: Any) -> tuple[Any, Callable[[Any
 
     path = Path(options.out) / PLANNED
     known = json.loads(path.read_text()) if path.exists() else {}
-    planner = cache(lambda: _planner(options, pipe, _opened(options.data)))  # it records runs: once, if it is needed
+    planner = cache(lambda place: _planner(options, pipe, _opened(options.data), place))  # it records runs, once
 
-    def plan(forecaster: Any, budget: int) -> Any:
-        name = f"{forecaster!r} {budget}"
+    def plan(forecaster: Any, budget: int, place: str) -> Any:
+        name = f"{forecaster!r} {budget} {place}"
         if name not in known:
-            known[name] = str(_finder(planner())(forecaster, budget))
+            known[name] = str(_finder(planner(place))(forecaster, budget))
             write_atomically(path, json.dumps(known, indent=1).encode())
         return Schedule.parse(known[name])
 
     if "grid" not in known:
-        known["grid"] = planner().grid.tolist()
+        known["grid"] = planner("feature").grid.tolist()
     return torch.tensor(known["grid"], dtype=torch.float64), plan
 
 
@@ -259,8 +259,9 @@ def _plan(options: argparse.Namespace) -> None:
     from time import monotonic
 
     pipe, began = _pipeline(options), monotonic()
-    planner = _planner(options, pipe, _opened(options.data))
-    forecaster, planned = _forecaster(options), []
+    store, forecaster, planned = _opened(options.data), _forecaster(options), []
+    place = options.tap or _place(pipe, forecaster, store)
+    planner = _planner(options, pipe, store, place)
     for budget in options.budgets:
         schedule = _finder(planner, options.refine)(forecaster, budget)
         real = f", {planner.real(forecaster, schedule):.1f} dB in real runs" if planner.guided else ""
@@ -269,15 +270,28 @@ def _plan(options: argparse.Namespace) -> None:
         planned.append(schedule)
     print(f"planned in {monotonic() - began:.1f} s, the runs included", file=sys.stderr)
     if options.verify or options.plot:
-        _verify(options, pipe, forecaster, planned)
+        _verify(options, pipe, forecaster, planned, place)
 
 
-def _verify(options: argparse.Namespace, pipe: Any, forecaster: Any, planned: Sequence[Any]) -> None:
+def _place(pipe: Any, forecaster: Any, store: Any) -> str:
+    """Name the tap of forecasts that nobody named: a predictor's own, that of recorded runs, or the model's usual."""
+    from lesa.predictor import Predictor
+    from lesa.tap import place_of, tap_of
+
+    tap = tap_of(pipe.transformer)
+    if isinstance(forecaster, Predictor):
+        tap = forecaster.origin.tap
+    elif store is not None:
+        tap = tap._replace(module=store.collection.tap)
+    return place_of(type(pipe.transformer).__name__, tap)
+
+
+def _verify(options: argparse.Namespace, pipe: Any, forecaster: Any, planned: Sequence[Any], place: str) -> None:
     """Draw held-out prompts on planned schedules: recorded runs do not drift, these do."""
     from lesa import benchmark, plots, report
 
     prompts = _prompts(options.prompts or Path(options.model) / "prompts" / "heldout.txt", options.verify or 16)
-    methods = [benchmark.forecast(repr(forecaster), forecaster, schedule) for schedule in planned]
+    methods = [benchmark.forecast(repr(forecaster), forecaster, schedule, place) for schedule in planned]
     methods += [benchmark.fewer_steps(budget) for budget in options.budgets]
     comparison = benchmark.compare(pipe, methods, prompts, range(len(prompts)), timed=0)
     print(f"\n{len(prompts)} held-out prompts\n\n{report.table(comparison.results())}")
@@ -286,16 +300,16 @@ def _verify(options: argparse.Namespace, pipe: Any, forecaster: Any, planned: Se
         print(f"\n{options.plot}")
 
 
-def _planner(options: argparse.Namespace, pipe: Any, store: Any = None) -> Any:
-    """Make a planner of recorded runs: those of a store, or some of the prompts that the model was trained on."""
+def _planner(options: argparse.Namespace, pipe: Any, store: Any, place: str) -> Any:
+    """Make a planner at a tap: of a store's runs, or of new ones of some prompts that the model was trained on."""
     from lesa.collect import record
     from lesa.planning import PLANNED_ON, Planner
     from lesa.tap import tap_of
     from lesa.trajectory import draw_tokens
 
-    tap = tap_of(pipe.transformer, getattr(options, "tap", "feature"))
+    tap = tap_of(pipe.transformer, place)
     if store is not None:
-        tap = _recorded(store, tap) if hasattr(options, "tap") else tap._replace(module=store.collection.tap)
+        tap = _recorded(store, tap)
         first = [store.load(k) for k in range(min(PLANNED_ON, len(store)))]
         return Planner.of(pipe, first, tap, **store.collection.call)
     file = Path(options.model) / "prompts" / "train.txt"
@@ -306,7 +320,7 @@ def _planner(options: argparse.Namespace, pipe: Any, store: Any = None) -> Any:
         )
     prompts = _prompts(file, PLANNED_ON)
     seeds = range(TRAINING_SEED, TRAINING_SEED + len(prompts))
-    return Planner.of(pipe, record(pipe, prompts, seeds, draw_tokens), tap)
+    return Planner.of(pipe, record(pipe, prompts, seeds, draw_tokens, tap), tap)
 
 
 def _opened(folder: str | None) -> Any:
@@ -467,7 +481,7 @@ def _schedules_to_learn(options: argparse.Namespace, pipe: Any, store: Any) -> l
     if not options.budgets:
         few = FEW_STEPS.get(len(store.collection.grid) - 1)
         return [options.schedule or _schedule(few or "paper:7")]
-    planner, forecaster = _planner(options, pipe, store), _forecaster(options)
+    planner, forecaster = _planner(options, pipe, store, options.tap), _forecaster(options)
     found = [_finder(planner)(forecaster, budget) for budget in options.budgets]
     print("\n".join(f"planned: {schedule}  {schedule.draw(planner.steps)}" for schedule in found), flush=True)
     return found
@@ -725,6 +739,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--budgets", type=_counts, default="10,8,6", help="numbers of full steps (10,8,6)")
     plan.add_argument("--forecaster", default="lagrange:2", help="what to plan for: reuse, taylor:1, ... (lagrange:2)")
     plan.add_argument("--predictor", metavar="FOLDER", help="plan for a lesa-continuous instead")
+    plan.add_argument("--tap", choices=PLACES, help="where forecasts are made; default: as --predictor or --data")
     plan.add_argument(
         "--refine",
         action=argparse.BooleanOptionalAction,
