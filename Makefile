@@ -5,11 +5,13 @@ MODEL := models/emoji-flux
 GRIDS := 64-50 64-40 64-28 64-20 96-50 96-40 96-28 96-20
 ON_VALIDATION := --validation-prompts $(MODEL)/prompts/validation.txt
 
+TWO := $(BIN)/torchrun --nproc-per-node 2 -m lesa.cli
+
 QWEN := models/emoji-qwen
 VIDEO := models/emoji-video
 
-.PHONY: setup demo bench bench-planned bench-peers bench-grids bench-qwen bench-video predictors predictor-many \
-	predictors-qwen predictors-video test lint format clean
+.PHONY: setup demo bench bench-claims bench-grids bench-qwen bench-video grids predictors predictor-many predictors-qwen \
+	predictors-video test lint format clean
 
 setup: $(STAMP)
 
@@ -25,39 +27,43 @@ demo: setup
 		$(BIN)/lesa demo --model $$model --pairs 8 --timed 2 --schedules paper:7 --budgets "" --out out/demo/$${model#*/} || exit 1; \
 	done
 
-# The predictors for the paper's schedules, and every method on them.
+# Every method on the schedules of the paper and on the one planned for it, other projects' caches and better samplers
+# among them, and all of them against 500 steps too. Two processes share the pictures; one of them times, alone.
 bench: setup
-	$(BIN)/lesa bench $(MODEL) --budgets ""
-
-# Every method on the schedule that is planned for it.
-bench-planned: setup
-	$(BIN)/lesa bench $(MODEL) --no-bound --timed 2 --out out/bench-planned --predictors \
-		$(MODEL)/lesa/lesa-many $(foreach n,10 8 6 5 4,$(MODEL)/lesa/lesa-planned$(n)) $(MODEL)/lesa/lesa-planned6/at-output
-
-# Other projects' caches and better samplers beside the predictor shipped, and all of them against 500 steps too.
-bench-peers: setup
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[peers]'
-	$(BIN)/lesa bench $(MODEL) --pairs 48 --timed 4 --no-bound --schedules "" --budgets 10,8,6,5 --fine 500 --peers all \
-		--predictors $(MODEL)/lesa/lesa-many --differences LESA-CONTINUOUS --out out/bench-peers
+	$(TWO) bench $(MODEL) --pairs 100 --batch-size 25 --fine 500 --peers all
+
+# What the README claims of our methods, on 200 pairs: planned schedules and the paper's, with the bound; what histories
+# hold; one predictor on many grids; unusual runs; and how long planning, training and calibration take.
+bench-claims: setup bench-grids
+	$(TWO) bench $(MODEL) --batch-size 25 --timed 2 --out out/bench-claims
+	$(BIN)/python benchmarks/memory.py --pairs 200 --predictors $(MODEL)/lesa/lesa-paper7 $(MODEL)/lesa/lesa-paper10 \
+		$(MODEL)/lesa/lesa-planned6 $(MODEL)/lesa/lesa-planned6/at-output
+	$(BIN)/python benchmarks/hybrid.py --predictor $(MODEL)/lesa/lesa-many
+	$(BIN)/lesa plan $(MODEL) --budgets 6 --forecaster lagrange:3
+	rm -rf out/timed && $(BIN)/lesa calibrate $(MODEL) --prompts $(MODEL)/prompts/train.txt --out out/timed
 
 # One predictor on eight grids, beside a specialist for each. A grid is image size - steps.
-bench-grids: setup
+bench-grids: setup grids
 	for grid in $(GRIDS); do \
-		$(BIN)/lesa train $(MODEL) --data out/grids/$$grid --method lesa-continuous --budgets 6 --forecaster lagrange:3 \
-			--updates 0 200 --rounds 2 $(ON_VALIDATION) --validation 16 --out out/specialists/$$grid || exit 1; \
+		$(BIN)/lesa train $(MODEL) --data out/grids/$$grid --method lesa-continuous --tap output --budgets 6 \
+			--forecaster lagrange:3 --updates 0 200 --rounds 2 $(ON_VALIDATION) --validation 16 \
+			--out out/specialists/$$grid || exit 1; \
 	done
 	$(BIN)/python benchmarks/grids.py --one $(MODEL)/lesa/lesa-many \
 		--specialists $(foreach grid,$(GRIDS),out/specialists/$(grid))
 
-# One predictor for 20 to 50 steps, two image sizes and 4 to 10 full steps.
-predictor-many: setup
+grids: setup
 	for grid in $(GRIDS); do \
 		$(BIN)/lesa collect $(MODEL) --prompts $(MODEL)/prompts/train.txt --limit 32 --steps $${grid#*-} --tokens 41 \
 			--call "{\"height\": $${grid%-*}, \"width\": $${grid%-*}}" --out out/grids/$$grid || exit 1; \
 	done
-	$(BIN)/lesa train $(MODEL) --data $(foreach grid,$(GRIDS),out/grids/$(grid)) --method lesa-continuous \
-		--budgets 10,8,6,5,4 --forecaster lagrange:3 --updates 0 3000 --rounds 1 $(ON_VALIDATION) --validation 16 \
-		--out $(MODEL)/lesa/lesa-many
+
+# One predictor for 20 to 50 steps, two image sizes and 4 to 10 full steps.
+predictor-many: setup grids
+	$(BIN)/lesa train $(MODEL) --data $(foreach grid,$(GRIDS),out/grids/$(grid)) --method lesa-continuous --tap output \
+		--budgets 10,8,6,5,4 --forecaster lagrange:3 --updates 0 3000 --rounds 1 --floor -50 $(ON_VALIDATION) \
+		--validation 16 --out $(MODEL)/lesa/lesa-many
 
 # The predictors shipped with the model, and what the benchmark compares them with.
 predictors: setup

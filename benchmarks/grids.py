@@ -7,10 +7,10 @@ or by hand, with a predictor of the method lesa-continuous, and one that was tra
     python benchmarks/grids.py --one models/emoji-flux/lesa/lesa-many --specialists out/specialists/*
 
 Every grid is that of a number of steps at an image size, as a specialist's name says: 64-28 is 28 steps at 64 pixels.
-The specialists keep to the schedule that they were trained for, the other methods to the one predictor's. PSNR is
-against the same model's pictures with every step full; the difference is the one predictor's to the specialist, pair by
-pair; both with bootstrap 95 % intervals. Drift is how far the latents end from the reference run's, which goes on where
-PSNR counts pictures as identical (60 dB).
+The specialists keep to the schedule that they were trained for, the other methods to the one predictor's; all tap where
+it does. PSNR is against the same model's pictures with every step full; the difference is the one predictor's to the
+specialist, pair by pair; both with bootstrap 95 % intervals. Drift is how far the latents end from the reference run's,
+which goes on where PSNR counts pictures as identical (60 dB).
 """
 
 import argparse
@@ -85,7 +85,7 @@ def main() -> None:
         for batch in pairs:
             reference, wanted = draw(pipe, batch, size, steps)
             for name, (forecaster, schedule) in methods.items():
-                with lesa.accelerate(pipe, forecaster, schedule=schedule):
+                with lesa.accelerate(pipe, forecaster, schedule=schedule, tap=one.origin.tap):
                     pictures, latents = draw(pipe, batch, size, steps)
                 quality[name] += [psnr(a, b) for a, b in zip(pictures, reference, strict=True)]
                 drift[name] += drifts(latents, wanted)

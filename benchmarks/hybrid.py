@@ -70,8 +70,8 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     known = read_prompts(prompts / "train.txt")[: options.runs]
     reference = record(pipe, known, range(TRAINING_SEED, TRAINING_SEED + len(known)), draw_tokens)
-    planner = Planner.of(pipe, reference)
     predictor = lesa.Predictor.from_pretrained(options.predictor) if options.predictor else None
+    planner = Planner.of(pipe, reference, predictor and predictor.origin.tap)
     forecaster = predictor or lesa.Lagrange(3)
     shortest, longer = (planner.search(forecaster, options.budget + more) for more in (0, 1))
     if predictor is not None and predictor.is_for(budget=options.budget):

@@ -6,14 +6,18 @@ import pytest
 import torch
 from test_training import BOTH, CHANNELS, OUT, STEPS, TOKENS, WEIGHTS, World, bending, head, origin
 
+from lesa.collect import record
 from lesa.forecasters import Lagrange, LinearRows, PlannedRow, Reuse, Taylor
 from lesa.guidance import Guidance
 from lesa.plan import compile, histories
-from lesa.planning import CAUTIONS, Planner, disturbance, responses
+from lesa.planning import CAUTIONS, Planner, detours, disturbance, responses
 from lesa.predictor import L2P
 from lesa.row import Row
+from lesa.runtime import accelerate
 from lesa.schedule import Schedule
+from lesa.tap import tap_of
 from lesa.training import Problem, Runs, drift, response
+from lesa.trajectory import draw_tokens
 
 ANSWER = 0.8
 BACK = torch.linalg.pinv(WEIGHTS / 2)  # from outputs to features
@@ -212,3 +216,22 @@ def test_the_drift_of_guided_runs_is_known_before_them(rescaled, within):
     for forecaster in (Reuse(), Lagrange(2)):
         real = drift(world.runs(range(6), Forecast(forecaster, Schedule.at(SCHEDULES[1]))), reference)
         assert planner.drift(forecaster, SCHEDULES[1]) == pytest.approx(real, abs=within)
+
+
+@pytest.mark.parametrize("place", ["feature", "output"])
+def test_detours_have_a_full_step_more_and_a_limit_that_a_share_of_the_runs_exceeds(tiny_flux, place):
+    call = dict(height=32, width=32, num_inference_steps=10, max_sequence_length=16)
+    prompts, seeds, schedule = ["a", "b", "c", "d"], range(4), Schedule.at([0, 3, 6])
+    reference = record(tiny_flux, prompts, seeds, draw_tokens, **call)
+    planner = Planner.of(tiny_flux, reference, tap_of(tiny_flux.transformer, place), **call)
+    found = detours(tiny_flux, planner, Taylor(1), schedule, reference, share=0.5, **call)
+    assert set(found) == {3, 6}
+    for step, detour in found.items():
+        full, begun = detour.schedule.full_steps(10), [k for k in (0, 3, 6) if k <= step]
+        assert len(full) == 4 and list(full[: len(begun)]) == begun
+    fired = []
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        with accelerate(tiny_flux, Taylor(1), schedule=schedule, tap=place, detours={3: found[3]}) as run:
+            tiny_flux(prompt, generator=torch.Generator().manual_seed(seed), output_type="latent", **call)
+        fired.append(run.summary()["cond"].detours)
+    assert sum(fired) == 2

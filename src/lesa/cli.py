@@ -446,6 +446,7 @@ def _train(options: argparse.Namespace) -> None:
     plots.training_curve(result.curve, out / "training.png")
     shutil.rmtree(kept)
     print("\n".join(f"round {k}: drift {score:.2f} dB" for k, score in enumerate(result.scores)))
+    print(f"trained in {monotonic() - began:.1f} s", file=sys.stderr)
     print(out)
 
 
@@ -509,6 +510,9 @@ def _staged(predictor: Any, stages: Any, lesson: Any, head: Any) -> Any:
 
 def _calibrate(options: argparse.Namespace) -> None:
     """Collect, plan and train, with few runs and few updates; the round is chosen on the same prompts, other seeds."""
+    from time import monotonic
+
+    began = monotonic()
     runs = Path(options.out) / "runs"
     at = "feature" if options.tap == "output" else options.tap
     few = argparse.Namespace(**{**vars(options), "out": runs, "seeds": None, "tokens": None, "tap": at})
@@ -518,6 +522,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     data = dict(data=[runs], budgets=[options.budget], predictor=None, stages=None, memories=None)
     chosen |= dict(validation_prompts=options.prompts, validation=options.limit)
     _train(argparse.Namespace(**{**vars(few), **chosen, **data, "out": options.out, "tap": options.tap}))
+    print(f"calibrated in {monotonic() - began:.1f} s, the runs included", file=sys.stderr)
 
 
 def _untrained(options: argparse.Namespace, pipe: Any, stores: Sequence[Any], lessons: Sequence[Any]) -> Any:

@@ -83,17 +83,18 @@ def detours(
 ) -> dict[int, Detour]:
     """Plan what unusual runs do: at which full steps they show, and the schedule of a full step more that they go on.
 
-    The reference prompts are run on the schedule. At each full step with room for another one after it, the limit is
-    what a `share` of them exceed there. Their features are a sample of tokens, a run's are all; so limits are rough.
+    The reference prompts are run on the schedule, tapped where the planner plans for. At each full step with room for
+    another one after it, the limit is what a `share` of them exceed there. Their features are a sample of tokens, a
+    run's are all; so limits are rough.
 
     Raises: ValueError if there are no runs, or as `Planner.search` does.
     """
     if not reference:
         raise ValueError("planning needs recorded runs, got none; collect some first.")
     full, stream = schedule.full_steps(planner.steps), reference[0].streams[0]
-    with accelerate(pipe, forecaster, schedule=schedule):
+    with accelerate(pipe, forecaster, schedule=schedule, tap=planner.tap):
         prompts, seeds = [run.prompt for run in reference], [run.seed for run in reference]
-        runs = record(pipe, prompts, seeds, reference[0].tokens, **call)
+        runs = record(pipe, prompts, seeds, reference[0].tokens, planner.tap, **call)
     features = torch.stack([run.features[stream] for run in runs]).float()
     found: dict[int, Detour] = {}
     for number, step in enumerate(full[1:], start=1):
@@ -129,7 +130,7 @@ class Planner:
     ):
         streams = reference[0].streams if reference else ()
         runs = Runs.stack(reference, streams, tap=tap)
-        self.grid, self.steps = reference[0].grid, reference[0].steps
+        self.grid, self.steps, self.tap = reference[0].grid, reference[0].steps, tap
         self.guided = len(streams) > 1
         self._durations = self.grid.diff().float()
         self._responses = responses or Answers(torch.zeros(self.steps), torch.zeros(self.steps))

@@ -501,7 +501,7 @@ class ContinuousLESA(Predictor):
     Its inputs are the times of the row alone, not the whole grid. A row is Newton's form of the polynomial in t through
     the newest full steps, with every term scaled by the KAN of the step's stage:
 
-        h_s = (1 + a_0) p_0 + sum_j (1 + a_j) (p_j - p_{j-1}),   (a_0, ..., a_J) = KAN_stage(t_s, t_1, ..., t_{J+1})
+        h_s = p_0 + sum_j (1 + a_j) (p_j - p_{j-1}),   (a_1, ..., a_J) = KAN_stage(t_s, t_1, ..., t_{J+1})
 
     where p_j is the forecast of `Lagrange(j)` and t_1, t_2, ... are the times of the newest full steps, 1 where there
     are none. A new predictor is `Lagrange(J)`, J being its `order`, and the KAN bends it from there.
@@ -536,7 +536,7 @@ class ContinuousLESA(Predictor):
         self.schedules = self.schedules or [(origin.grid, (origin.schedule,))]
         self.bounds, self.order, self.memory = _falling(bounds), order, order + 1
         self._kan = dict(hidden=list(hidden), grid_size=grid_size, spline_noise=spline_noise)
-        widths = [order + 2, *hidden, order + 1]
+        widths = [order + 2, *hidden, order]
 
         def expert() -> KAN:
             return KAN(widths, grid_size, span=(0.0, 1.0), spline_noise=spline_noise, spline_scale=1.0)
@@ -618,17 +618,17 @@ class ContinuousLESA(Predictor):
         rows = {}
         for bend, (step, past) in zip(bends, pasts.items(), strict=True):
             terms = _newton_terms(times[step], newest[step], self.order)
-            coefficients = (1 + bend) @ terms
+            coefficients = terms[0] + (1 + bend) @ terms[1:]
             rows[step] = Row(functional.pad(coefficients, (len(past) - len(coefficients), 0)), torch.zeros(()))
         return rows
 
     def bends(self, stream: str, times: Sequence[tuple[float, ...]]) -> Tensor:
-        """Return by how much each term of each row is scaled besides 1, (rows, order + 1), from (t_s, t_1, ...)."""
+        """Return by how much each term of each row is scaled besides 1, (rows, order), from (t_s, t_1, t_2, ...)."""
         inputs = torch.ones(len(times), self.order + 2)
         for k, some in enumerate(times):
             inputs[k, : len(some)] = torch.tensor(some)
         stages = torch.tensor([stage_of(some[0], self.bounds) for some in times])
-        result = torch.zeros(len(times), self.order + 1)
+        result = torch.zeros(len(times), self.order)
         for stage, kan in enumerate(self.stage_kans(stream)):
             mine = (stages == stage).nonzero()[:, 0]
             if len(mine):
