@@ -119,7 +119,8 @@ def _line_up(options: argparse.Namespace, pipe: Any, predictors: Sequence[Any], 
             at.wait()
         grid, plan = _planned(options, pipe)
         planned = benchmark.line_up_planned(options.budgets, grid, plan, predictors, reuse=reuse, only=options.only)
-        methods += [method for method in planned if method not in methods]
+        known = {method.key for method in methods}
+        methods += [method for method in planned if method.key not in known]
         if at.leads:
             at.wait()
     if options.peers:
@@ -225,12 +226,12 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 
 def _set_schedules(options: argparse.Namespace) -> None:
-    """Set what is compared by default: the paper's schedules and planned ones, or, of few steps, half of them full."""
+    """Set what is compared by default: the paper's schedules and planned ones; of few steps, those with half full."""
     few = FEW_STEPS.get(options.steps)
     if options.schedules is None:
         options.schedules = _schedules(few or "paper:7,paper:10")
     if options.budgets is None:
-        options.budgets = [] if few else _counts(options.usual_budgets)
+        options.budgets = [options.steps // 2] if few else _counts(options.usual_budgets)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -441,8 +442,8 @@ def _train(options: argparse.Namespace) -> None:
     if options.stages:
         predictor = _staged(predictor, options.stages, lessons[0], head)
     result = training.train(predictor, lessons, head, record_runs, config, out / "rounds")
-    save(result.predictor, out, **took())
-    save(result.ground_truth, out / "ground-truth", phase="ground-truth")
+    save(result.predictor, out, drift=round(min(result.scores), 2), **took())
+    save(result.ground_truth, out / "ground-truth", drift=round(result.scores[0], 2), phase="ground-truth")
     plots.training_curve(result.curve, out / "training.png")
     shutil.rmtree(kept)
     print("\n".join(f"round {k}: drift {score:.2f} dB" for k, score in enumerate(result.scores)))
@@ -786,7 +787,7 @@ def _add_comparisons(commands: Any) -> None:
         )
         command.add_argument("--timed", type=int, default=timed, help=f"how many of them are timed ({timed})")
         command.add_argument("--schedules", type=_schedules, help="paper:7,paper:10; of few steps, those at 2x")
-        command.add_argument("--budgets", type=_counts, help=f"full steps to plan for ({budgets}; of few steps, none)")
+        command.add_argument("--budgets", type=_counts, help=f"full steps to plan for ({budgets}; of few steps, half)")
         command.add_argument(
             "--data", metavar="FOLDER", help="to plan on, of lesa collect; default: runs of its prompts"
         )

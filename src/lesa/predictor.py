@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -667,7 +668,7 @@ def _falling(bounds: Sequence[float]) -> tuple[float, ...]:
 def shipped_for(pipe: Any, schedule: Schedule | None = None, budget: int | None = None) -> Predictor:
     """Load the predictor that lies beside a pipeline's own files, or those of the LoRA that it was loaded with: of
     several, the one for many grids, and then the LESA with the most full steps, on a planned schedule rather than a
-    rule's.
+    rule's, whose validation runs ended nearest to their reference runs.
 
     With a `schedule`, only those that were trained for it count; with a `budget`, those for so many full steps.
 
@@ -688,7 +689,8 @@ def shipped_for(pipe: Any, schedule: Schedule | None = None, budget: int | None 
         raise LookupError(f"no predictor shipped for {source} was trained for {wanted}, only {names}; train one.")
 
     def merits(p: Predictor) -> tuple:
-        return isinstance(p, ContinuousLESA), isinstance(p, LESA), len(p.full), p.schedule.rule == "at"
+        drift = p.origin.training.get("drift", math.inf)
+        return isinstance(p, ContinuousLESA), isinstance(p, LESA), len(p.full), p.schedule.rule == "at", -drift
 
     return max(loaded, key=merits)
 
