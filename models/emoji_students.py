@@ -312,7 +312,9 @@ def evaluate(student: Student, count: int) -> None:
         share = np.mean(atlas.is_prompted(captions, images))
         near = np.mean([metrics.psnr(image, wanted) for image, wanted in zip(images, taught, strict=True)])
         print(f"{name}: {share:.3f} of {count} show the prompted emoji, {near:.2f} dB to the teacher's pictures")
-    contact_sheet(drawn["student"][:40], taught[:40]).save(student.folder / "sheet.png", optimize=True)
+    contact_sheet(drawn["student"][:40], taught[:40], student.recipe.columns).save(
+        student.folder / "sheet.png", optimize=True
+    )
 
 
 def draw(pipe: Any, captions: list[str], batch: int = 50, **call: Any) -> list[np.ndarray]:

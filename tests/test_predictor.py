@@ -442,6 +442,9 @@ def test_the_shipped_predictor_lies_beside_the_model(tmp_path):
     assert isinstance(shipped_for(pipe, Schedule.paper(5)), L2P)
     with pytest.raises(LookupError, match=r"trained for Schedule.parse\('every:5'\), only a, b, lesa-paper7"):
         shipped_for(pipe, Schedule.every(5))
+    for name, drift in (("c", -20.0), ("d", -30.0), ("e", -25.0)):
+        LESA(origin(schedule="at:0,3", training={"drift": drift})).save_pretrained(tmp_path / "lesa" / name)
+    assert shipped_for(pipe, budget=2).origin.training["drift"] == -30.0  # of these, what came nearest to full runs
     (tmp_path / "lesa" / "lesa-paper7" / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="no whole predictor"):
         shipped_for(pipe)

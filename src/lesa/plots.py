@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -67,8 +66,7 @@ def curves(results: Sequence[Result]) -> dict[str, list[Result]]:
     """Sort results into curves, by method, and by kind of schedule where a method has several."""
     found: dict[str, dict[str, list[Result]]] = {}
     for one in results:
-        kind = re.split(r"[:\d ]", one.schedule)[0]
-        found.setdefault(one.method, {}).setdefault(KINDS.get(kind, kind), []).append(one)
+        found.setdefault(one.method, {}).setdefault(KINDS.get(one.kind, one.kind), []).append(one)
     return {
         f"{method}, {kind}" if len(lines) > 1 else method: line
         for method, lines in found.items()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import reprlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -187,6 +188,11 @@ class Result:
     call_speedup: float | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
     pairs: int = 0
+
+    @property
+    def kind(self) -> str:
+        """The kind of its schedule, its first word: 'paper', 'at', 'threshold', ...; '' of a number of steps."""
+        return re.split(r"[:\d ]", self.schedule)[0]
 
 
 @dataclass

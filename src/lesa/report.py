@@ -119,7 +119,7 @@ def _cost_cells(comparison: Comparison, key: Key) -> list[str]:
 def differences(comparison: Comparison, ours: str) -> str:
     """Lay out by how many dB the method named `ours` is above every other of as many full steps, pair by pair.
 
-    Full steps that differ from run to run are rounded.
+    Full steps that differ from run to run are rounded. Planned schedules and the paper's are not set beside each other.
 
     Raises: ValueError if there is no such method.
     """
@@ -136,6 +136,7 @@ def differences(comparison: Comparison, ours: str) -> str:
         for mine in results
         for other in results
         if mine.method == ours and other is not mine and round(other.full_steps) == round(mine.full_steps)
+        if {mine.kind, other.kind} != {"at", "paper"}
     ]
     return markdown(("difference", "schedules", "full steps", "PSNR, dB [95 %]"), rows, text=2)
 
