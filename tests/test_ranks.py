@@ -3,10 +3,14 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch.distributed
+from torch.distributed import HashStore
 
 from lesa import ranks, records
 from lesa.cli import main
@@ -18,12 +22,14 @@ PROMPTS = [
 CALL = dict(height=32, width=32, num_inference_steps=4, max_sequence_length=16)
 SCRIPT = """
 import json, sys
+import torch.distributed
 from lesa import ranks
 from lesa.cli import main
 
 with ranks.together() as at:
     for arguments in json.loads(sys.argv[1]):
         assert main(arguments) == 0, arguments
+    assert not torch.distributed.is_initialized()  # caches that find a group decide together
     if at.leads:
         assert main(json.loads(sys.argv[2])) == 0
 """
@@ -53,6 +59,24 @@ def test_each_process_of_a_machine_has_its_gpu(monkeypatch):
     assert ranks.device("cuda") == "cuda"
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert (ranks.device("cuda"), ranks.device("cuda:3"), ranks.device("cpu")) == ("cuda:1", "cuda:3", "cpu")
+
+
+def test_all_wait_for_the_last_and_nothing_takes_them_for_a_group():
+    store, came = HashStore(), []
+    meetings = [ranks.Meeting(store, rank, 3) for rank in range(3)]
+
+    def come(meeting, pause):
+        for number in range(3):
+            time.sleep(pause)
+            came.append(number)
+            meeting.wait()
+
+    threads = [threading.Thread(target=come, args=(one, 0.05 * k)) for k, one in enumerate(meetings)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert came == [0, 0, 0, 1, 1, 1, 2, 2, 2] and not torch.distributed.is_initialized()
 
 
 @pytest.fixture(scope="module")

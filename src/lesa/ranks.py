@@ -3,20 +3,50 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-PATIENCE = timedelta(days=7)
+PATIENCE, PAUSE = timedelta(days=7), 0.1
 Part = TypeVar("Part")
 
 
+class Meeting:
+    """Lets processes wait for each other by counting themselves in a store that they share.
+
+    A process group could do it as well, but whatever finds one takes it for its own: cache-dit would average its
+    decisions over all processes, each of which draws other pictures.
+    """
+
+    def __init__(self, store: Any, rank: int, count: int):
+        self._store, self._rank, self._count = store, rank, count
+        self._number = 0
+
+    def wait(self) -> None:
+        """Return when all processes have called this as often. The first, which may hold the store, leaves last."""
+        self._number += 1
+        self._store.add(f"lesa-{self._number}-here", 1)
+        self._until(f"lesa-{self._number}-here")
+        self._store.add(f"lesa-{self._number}-left", 1)
+        if self._rank == 0:
+            self._until(f"lesa-{self._number}-left")
+
+    def _until(self, key: str) -> None:
+        end = time.monotonic() + PATIENCE.total_seconds()
+        while self._store.add(key, 0) < self._count:
+            if time.monotonic() > end:
+                raise RuntimeError(f"some of {self._count} processes did not come in {PATIENCE}; start them again.")
+            time.sleep(PAUSE)
+
+
 class Ranks(NamedTuple):
-    """The number of this process, and how many there are."""
+    """The number of this process, how many there are, and how they wait for each other."""
 
     rank: int = 0
     count: int = 1
+    meeting: Meeting | None = None
 
     @property
     def leads(self) -> bool:
@@ -29,10 +59,8 @@ class Ranks(NamedTuple):
 
     def wait(self) -> None:
         """Wait until all processes are here. There is nothing to wait for where one is alone."""
-        if self.count > 1:
-            import torch.distributed
-
-            torch.distributed.barrier()
+        if self.meeting is not None:
+            self.meeting.wait()
 
 
 ALONE = Ranks()
@@ -49,24 +77,29 @@ def here() -> Ranks:
     return ranks
 
 
+_met: list[Ranks] = []
+"""Those of the block that is being run, if any."""
+
+
 @contextmanager
 def together() -> Iterator[Ranks]:
-    """Let the processes that were started together wait for each other, by gloo; files alone pass between them.
+    """Let the processes that were started together wait for each other; files alone pass between them.
 
-    Where their group is there already it is used, and stays.
+    A block in such a block is part of it.
     """
-    import torch.distributed
-
     ranks = here()
-    if ranks.count == 1 or torch.distributed.is_initialized():
-        yield ranks
+    if ranks.count == 1 or _met:
+        yield _met[0] if _met else ranks
         return
-    torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+    from torch.distributed import rendezvous
+
+    store, _, _ = next(rendezvous("env://", timeout=PATIENCE))
+    _met.append(ranks._replace(meeting=Meeting(store, ranks.rank, ranks.count)))
     try:
-        yield ranks
-        ranks.wait()  # whoever ends first would end the group that others wait in
+        yield _met[0]
+        _met[0].wait()  # whoever ends first would take the store with it that others wait at
     finally:
-        torch.distributed.destroy_process_group()
+        _met.clear()
 
 
 def device(name: str) -> str:
