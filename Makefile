@@ -28,10 +28,12 @@ demo: setup
 	done
 
 # Every method on the schedules of the paper and on the one planned for it, other projects' caches and better samplers
-# among them, and all of them against 500 steps too. Two processes share the pictures; one of them times, alone.
+# among them, and all of them against 500 steps too. Two processes share the pictures; one of them times, alone. Scores
+# that fetch weights of their own need the extra `scores` and a network; without them their columns say so.
 bench: setup
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[peers]'
-	$(TWO) bench $(MODEL) --pairs 100 --batch-size 25 --fine 500 --peers all
+	$(TWO) bench $(MODEL) --pairs 100 --batch-size 25 --fine 500 --peers all \
+		--scores MS-SSIM,LPIPS,CLIP,ImageReward
 
 # What the README claims of our methods, on 200 pairs: planned schedules and the paper's, with the bound; what histories
 # hold; one predictor on many grids; unusual runs; and how long planning, training and calibration take.
