@@ -87,22 +87,26 @@ predictors: setup
 		$(ON_VALIDATION) --validation 24 \
 		--out $(MODEL)/lesa/lesa-planned6/at-output
 
-# The predictors shipped with emoji-qwen, for the paper's schedules and for planned ones, both streams at once.
+# The predictors shipped with emoji-qwen, for the paper's schedules at three taps and for planned ones, both streams at once.
 predictors-qwen: setup
 	$(BIN)/lesa collect $(QWEN) --prompts $(QWEN)/prompts/train.txt --limit 48 --out out/runs-qwen
-	train="$(BIN)/lesa train $(QWEN) --data out/runs-qwen --validation-prompts $(QWEN)/prompts/validation.txt \
-		--validation 16 --updates 60 100 --rounds 1"; \
+	$(BIN)/lesa collect $(QWEN) --prompts $(QWEN)/prompts/train.txt --limit 48 --tap norm --out out/runs-qwen-norm
+	train="$(BIN)/lesa train $(QWEN) --validation-prompts $(QWEN)/prompts/validation.txt --validation 24 \
+		--updates 200 200 --rounds 2 --data"; \
 	for n in 7 10; do \
-		$$train --schedule paper:$$n --method lesa --out $(QWEN)/lesa/lesa-paper$$n || exit 1; \
-		$$train --schedule paper:$$n --method l2p --out $(QWEN)/lesa/l2p-paper$$n || exit 1; \
+		out=$(QWEN)/lesa/lesa-paper$$n; \
+		$$train out/runs-qwen --schedule paper:$$n --out $$out || exit 1; \
+		$$train out/runs-qwen --schedule paper:$$n --tap output --out $$out/at-output || exit 1; \
+		$$train out/runs-qwen-norm --schedule paper:$$n --tap norm --out $$out/at-norm || exit 1; \
+		$$train out/runs-qwen --schedule paper:$$n --method l2p --out $(QWEN)/lesa/l2p-paper$$n || exit 1; \
 	done; \
 	for n in 10 8; do \
-		$$train --budgets $$n --forecaster taylor:1 --out $(QWEN)/lesa/lesa-planned$$n || exit 1; \
+		$$train out/runs-qwen --budgets $$n --forecaster taylor:1 --out $(QWEN)/lesa/lesa-planned$$n || exit 1; \
 	done
 
-# Every method on emoji-qwen: on the paper's schedules, and on the schedule planned for it.
+# Every method on emoji-qwen: on the paper's schedules, and on the schedule planned for it, at every tap of a predictor.
 bench-qwen: setup
-	$(BIN)/lesa bench $(QWEN) --no-bound --pairs 100 --budgets 10,8 --out out/bench-qwen
+	$(TWO) bench $(QWEN) --no-bound --pairs 100 --batch-size 25 --timed 1 --budgets 10,8 --out out/bench-qwen
 
 # Every method on clips, at the output and at the norm.
 bench-video: setup
