@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lesa import benchmark, cli, records, tap
+from lesa import benchmark, cli, offload, records, tap
 from lesa.cli import main
 from lesa.predictor import Predictor
 
@@ -346,7 +346,7 @@ def test_seeds_are_read(text, seeds):
 
 
 def test_the_commands_know_all_taps():
-    assert cli.PLACES == tap.PLACES
+    assert cli.PLACES == tap.PLACES and cli.OFFLOADS == offload.OFFLOADS
 
 
 def test_schedules_may_hold_commas():
