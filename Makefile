@@ -110,18 +110,15 @@ bench-qwen: setup
 
 # Every method on clips, at the output and at the norm.
 bench-video: setup
-	$(BIN)/lesa bench $(VIDEO) --pairs 24 --timed 0 --batch-size 24 --budgets 10,8 \
+	$(BIN)/lesa bench $(VIDEO) --pairs 24 --timed 1 --batch-size 24 --schedules paper:7,paper:8,paper:10 --budgets 10,8 \
 		--out out/bench-video
-	$(BIN)/python benchmarks/memory.py --model $(VIDEO) --pairs 24 --batch-size 24 --histories model --taps feature norm \
-		--predictors $(foreach n,lesa-paper7 l2p-paper7 lesa-paper7/at-norm lesa-paper10 l2p-paper10 lesa-paper10/at-norm,\
-		$(VIDEO)/lesa/$(n))
 
 # The predictors shipped with emoji-video: at the output, the paper's place, and at the norm.
 predictors-video: setup
 	$(BIN)/lesa collect $(VIDEO) --prompts $(VIDEO)/prompts/train.txt --limit 32 --tap norm --out out/runs-video
 	train="$(BIN)/lesa train $(VIDEO) --data out/runs-video --rounds 1 --updates 200 150 \
 		--validation-prompts $(VIDEO)/prompts/validation.txt --validation 16"; \
-	for n in 7 10; do \
+	for n in 7 8 10; do \
 		$$train --schedule paper:$$n --out $(VIDEO)/lesa/lesa-paper$$n || exit 1; \
 		$$train --schedule paper:$$n --method l2p --out $(VIDEO)/lesa/l2p-paper$$n || exit 1; \
 		$$train --schedule paper:$$n --tap norm --out $(VIDEO)/lesa/lesa-paper$$n/at-norm || exit 1; \
