@@ -110,7 +110,7 @@ bench-qwen: setup
 
 # Every method on clips, at the output and at the norm.
 bench-video: setup
-	$(BIN)/lesa bench $(VIDEO) --pairs 24 --timed 1 --batch-size 24 --schedules paper:7,paper:8,paper:10 --budgets 10,8 \
+	$(BIN)/lesa bench $(VIDEO) --pairs 24 --timed 1 --batch-size 24 --schedules paper:7,paper:8,paper:10 --budgets 10,9,8 \
 		--out out/bench-video
 
 # The predictors shipped with emoji-video: at the output, the paper's place, and at the norm.
@@ -123,7 +123,7 @@ predictors-video: setup
 		$$train --schedule paper:$$n --method l2p --out $(VIDEO)/lesa/l2p-paper$$n || exit 1; \
 		$$train --schedule paper:$$n --tap norm --out $(VIDEO)/lesa/lesa-paper$$n/at-norm || exit 1; \
 	done; \
-	for n in 10 8; do \
+	for n in 10 9 8; do \
 		$$train --budgets $$n --out $(VIDEO)/lesa/lesa-planned$$n || exit 1; \
 	done
 
