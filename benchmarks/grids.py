@@ -14,9 +14,9 @@ which goes on where PSNR counts pictures as identical (60 dB).
 """
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,11 @@ from tqdm import tqdm
 import lesa
 from lesa.benchmark import Pair, batches, pair_up
 from lesa.collect import read_prompts
-from lesa.metrics import interval, paired_interval, psnr
+from lesa.metrics import drift, interval, paired_interval, psnr
 from lesa.report import markdown
 
 MODEL = "models/emoji-flux"
 HEADS = ("grid", "schedule", "method", "PSNR, dB [95 %]", "drift, dB", "one - specialist, dB [95 %]")
-TINY = 1e-12
 
 
 def draw(pipe: Any, batch: Sequence[Pair], size: int, steps: int) -> tuple[list[np.ndarray], torch.Tensor]:
@@ -48,11 +47,6 @@ def draw(pipe: Any, batch: Sequence[Pair], size: int, steps: int) -> tuple[list[
         **dict(height=size, width=size, num_inference_steps=steps, callback_on_step_end=keep),
     ).images
     return [np.asarray(image.convert("RGB")) for image in images], latents[steps - 1]
-
-
-def drifts(latents: torch.Tensor, wanted: torch.Tensor) -> list[float]:
-    error, scale = ((x.square().flatten(1).sum(1)) for x in (latents - wanted, wanted))
-    return (10 * (error / scale + TINY).log10()).tolist()
 
 
 def main() -> None:
@@ -81,20 +75,20 @@ def main() -> None:
             "one predictor": (one, chosen),
         }
         quality: dict[str, list[float]] = {name: [] for name in methods}
-        drift: dict[str, list[float]] = {name: [] for name in methods}
+        drifts: dict[str, list[float]] = {name: [] for name in methods}
         for batch in pairs:
             reference, wanted = draw(pipe, batch, size, steps)
             for name, (forecaster, schedule) in methods.items():
                 with lesa.accelerate(pipe, forecaster, schedule=schedule, tap=one.origin.tap):
                     pictures, latents = draw(pipe, batch, size, steps)
                 quality[name] += [psnr(a, b) for a, b in zip(pictures, reference, strict=True)]
-                drift[name] += drifts(latents, wanted)
+                drifts[name] += [drift(*both) for both in zip(latents, wanted, strict=True)]
         for name, (_, schedule) in methods.items():
             difference = paired_interval(quality[name], quality["specialist"]) if name == "one predictor" else None
             rows.append(
                 (
                     *(f"{size} x {size}, {steps} steps", str(schedule), name, f"{interval(quality[name]):.2f}"),
-                    *(f"{math.fsum(drift[name]) / len(drift[name]):.1f}", f"{difference:+.2f}" if difference else ""),
+                    *(f"{fmean(drifts[name]):.1f}", f"{difference:+.2f}" if difference else ""),
                 )
             )
     print(f"{options.model}, {len(prompts)} held-out prompts, {options.budget} full steps\n")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lesa import benchmark, cost, plan, records
+from lesa import benchmark, cost, metrics, plan, records
 from lesa.benchmark import BOUND, REFERENCE, Method
 from lesa.collect import record
 from lesa.cost import Watch
@@ -92,6 +92,18 @@ def test_a_batched_record_is_what_the_pair_gives_alone(pipe, comparison):
     assert comparison.records[REUSE.key][2].psnr == pytest.approx(psnr(picture, reference), abs=0.01)
     plain = pipe(PROMPTS[2], generator=torch.Generator().manual_seed(SEEDS[2])).images[0]
     assert np.array_equal(reference, np.asarray(plain))
+
+
+def test_drift_is_that_of_the_last_latents(pipe, comparison):
+    call = dict(output_type="latent", return_dict=False)
+
+    def latents(method: Method) -> torch.Tensor:
+        with method.switch(pipe):
+            return pipe(PROMPTS[2], generator=torch.Generator().manual_seed(SEEDS[2]), **call)[0]
+
+    expected = metrics.drift(latents(REUSE), latents(REFERENCE))
+    assert comparison.records[REUSE.key][2].scores["drift"] == pytest.approx(expected, abs=0.01)
+    assert result_of(comparison, "nothing skipped").scores["drift"] == metrics.LEAST_DRIFT
 
 
 def test_only_the_first_pictures_are_kept(comparison):
@@ -440,5 +452,6 @@ def test_bounds_join_a_comparison(pipe, comparison):
     benchmark.add_bounds(log, pipe, PROMPTS, SEEDS, schedules, batch_size=2)
     some, none = [result for result in mine.results() if result.method == BOUND]
     assert (some.full_steps, none.full_steps) == (4, 8)
+    assert none.scores["drift"] < some.scores["drift"] < result_of(mine, "reuse").scores["drift"]
     assert result_of(mine, "reuse").psnr < some.psnr < none.psnr == 60.0
     assert [(one.prompt, one.seed) for one in mine.records[BOUND, "every:2"]] == list(zip(PROMPTS, SEEDS, strict=True))

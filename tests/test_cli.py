@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lesa import benchmark, cli, offload, records, tap
 from lesa.cli import main
 from lesa.predictor import Predictor
+from lesa.schedule import Schedule
 
 STEPS = 10
 CALL = dict(height=32, width=32, num_inference_steps=STEPS, max_sequence_length=16)
@@ -400,6 +402,33 @@ def test_one_predictor_is_trained_on_several_collections_and_budgets(model, runs
     picture = str(tmp_path / "x.png")
     assert main(["generate", str(model), "x", "--steps", "7", "--predictor", str(out), "--out", picture]) == 0
     assert "3        4" in capsys.readouterr().out  # full and skipped
+    options, again = ["--budgets", "3", "--rounds", "0", "--updates", "0", "0"], tmp_path / "again"
+    assert main([*common, *options, "--predictor", str(out), "--out", str(again)]) == 0
+    first, second = Predictor.from_pretrained(out), Predictor.from_pretrained(again)
+    assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in first.state_dict().items())
+    assert second.origin.training["start"] == first.digest() != second.digest()
+    assert [len(texts) for _, texts in second.schedules] == [1, 1]
+
+
+def test_training_begins_with_a_predictor_of_its_kind(model, runs, tmp_path, capsys):
+    prompts, first, again = str(model / "prompts" / "train.txt"), tmp_path / "first", tmp_path / "again"
+    common = ["train", str(model), "--data", str(runs), "--validation-prompts", prompts, "--validation", "2"]
+    common += ["--rounds", "0", "--updates", "2", "0"]
+    assert main([*common, "--method", "l2p", "--schedule", "every:3", "--out", str(first)]) == 0
+    assert main([*common, "--predictor", str(first), "--updates", "0", "0", "--out", str(again)]) == 0
+    old, new = Predictor.from_pretrained(first), Predictor.from_pretrained(again)
+    assert (new.method, new.schedule) == ("l2p", Schedule.every(3))
+    assert all(torch.equal(tensor, new.state_dict()[name]) for name, tensor in old.state_dict().items())
+    assert new.origin.training["seconds"] > old.origin.training["seconds"]
+
+    def refused(words: str, *options: str) -> None:
+        assert main([*common, "--predictor", str(first), *options, "--out", str(tmp_path / "x")]) == 2
+        assert words in capsys.readouterr().err
+
+    refused("keeps to the schedule every:3", "--budgets", "3")
+    refused("the same schedule, got every:3 there and every:2 here", "--schedule", "every:2")
+    refused("the same tap", "--tap", "output")
+    refused("begun with as it is", "--paper")
 
 
 def test_calibrate_plans_and_trains_from_a_few_runs(model, tmp_path, capsys):

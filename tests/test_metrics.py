@@ -8,8 +8,10 @@ import torch
 
 from lesa.metrics import (
     IDENTICAL,
+    LEAST_DRIFT,
     SCALES,
     Interval,
+    drift,
     interval,
     motion_psnr,
     ms_ssim,
@@ -30,6 +32,15 @@ def flat(level: int) -> np.ndarray:
 def test_psnr_of_a_constant_difference():
     assert psnr(flat(100), flat(110)) == pytest.approx(20 * math.log10(25.5))
     assert psnr(flat(0), flat(255)) == 0.0
+
+
+def test_drift_is_the_share_of_the_latents_that_is_wrong():
+    reference = torch.full((4, 5), 3.0)
+    assert drift(reference + 0.3, reference) == pytest.approx(-20)
+    assert drift(reference, reference) == LEAST_DRIFT
+    assert drift(reference * math.inf, reference) == math.inf
+    with pytest.raises(ValueError, match=r"of their shape torch.Size\(\[4, 5\]\), got torch.Size\(\[4\]\)"):
+        drift(reference[:, 0], reference)
 
 
 def test_psnr_does_not_wrap_around_in_uint8():

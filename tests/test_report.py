@@ -66,8 +66,15 @@ def test_differences_are_to_methods_of_as_many_full_steps(comparison):
     planned = [replace(record, method="Lagrange-1", schedule="at:0,3") for record in comparison.records[LESA]]
     comparison.records["Lagrange-1", "at:0,3"] = planned  # not to be set beside the paper's schedule
     lines = cells(report.differences(comparison, "LESA"))
-    assert lines["LESA - Taylor-1 (our tap)"] == ["paper:7 - paper:7", "10", "+1.50 [+1.50, +1.50]"]
+    assert lines["LESA - Taylor-1 (our tap)"] == ["paper:7 - paper:7", "10", "+1.50 [+1.50, +1.50]", "-"]
     assert len(lines) == 3  # the head, the rule, and that one
+
+
+def test_differences_of_drift_stand_beside_those_of_psnr(comparison):
+    for key, drift in {TAYLOR: -40.0, LESA: -43.0}.items():
+        comparison.records[key] = [replace(one, scores={"drift": drift}) for one in comparison.records[key]]
+    lines = cells(report.differences(comparison, "LESA"))
+    assert lines["LESA - Taylor-1 (our tap)"][2:] == ["+1.50 [+1.50, +1.50]", "+3.00 [+3.00, +3.00]"]
 
 
 def test_others_are_set_beside_the_best_of_ours_that_costs_no_more(comparison):

@@ -27,7 +27,7 @@ from lesa.forecasters import Forecaster, Lagrange, Reuse, Taylor
 from lesa.pipelines import for_each, pictures_of
 from lesa.predictor import LESA, ContinuousLESA, Predictor
 from lesa.ranks import Ranks
-from lesa.records import TRAINING, Comparison, Cost, Failure, Key, Line, Log, Pair, Record, Start, Time
+from lesa.records import DRIFT, TRAINING, Comparison, Cost, Failure, Key, Line, Log, Pair, Record, Start, Time
 from lesa.runtime import Run, accelerate
 from lesa.schedule import Schedule
 from lesa.scores import Score
@@ -353,10 +353,11 @@ def batches(pairs: Sequence[Pair], size: int) -> list[Sequence[Pair]]:
 class Drawn(NamedTuple):
     """What a method gave of some pairs: uint8 RGB pictures (H, W, 3), and what was seen of its steps (see `Watch`).
 
-    FLOPs are those of a pair.
+    FLOPs are those of a pair, and latents (pairs, ...) the last ones.
     """
 
     pictures: list[np.ndarray]
+    latents: Tensor
     full: list[tuple[int, ...]]
     features: list[Tensor | None]
     times: list[float]
@@ -379,7 +380,8 @@ def observe(pipe: Any, method: Method, pairs: Sequence[Pair]) -> Drawn:
         times = torch.as_tensor(pipe.scheduler.timesteps).tolist()
     full = () if method.partial else tuple(watch.full)
     flops = [watch.flops / len(pairs)] * len(pairs)
-    return Drawn(pictures, [full] * len(pairs), watch.features, times, flops)
+    assert watch.latents is not None
+    return Drawn(pictures, watch.latents.cpu(), [full] * len(pairs), watch.features, times, flops)
 
 
 def _together(drawn: Sequence[Drawn]) -> Drawn:
@@ -389,7 +391,8 @@ def _together(drawn: Sequence[Drawn]) -> Drawn:
     for of_step in zip(*(one.features for one in drawn), strict=True):
         passed = [feature for feature in of_step if feature is not None]
         features.append(torch.stack(passed, dim=1).flatten(0, 1) if len(passed) == len(drawn) else None)
-    return Drawn(pictures, full, features, drawn[0].times, flops)
+    latents = torch.cat([one.latents for one in drawn])
+    return Drawn(pictures, latents, full, features, drawn[0].times, flops)
 
 
 def _pictures(pipe: Any, pairs: Sequence[Pair], **call: Any) -> list[np.ndarray]:
@@ -415,6 +418,7 @@ def score(
     prompts = [pair.prompt for pair in pairs]
     prompted = recognise(prompts, drawn.pictures) if recognise else [None] * len(pairs)
     others = {name: of(prompts, drawn.pictures, reference.pictures) for name, of in (scores or {}).items()}
+    others[DRIFT] = [metrics.drift(*latents) for latents in zip(drawn.latents, reference.latents, strict=True)]
     if drawn.pictures[0].ndim == 4:
         others[MOTION] = [metrics.motion_psnr(*clips) for clips in zip(drawn.pictures, reference.pictures, strict=True)]
     return [
@@ -592,7 +596,7 @@ def add_bounds(
         full = schedule.full_steps(len(grid) - 1)
         ends = latents[:, -1] + bound_error(velocities, grid, full).float()
         for batch, end, exact in zip(cut, ends.split(batch_size), latents[:, -1].split(batch_size), strict=True):
-            drawn, reference = (Drawn(decode(pipe, batch, x), [full] * len(batch), [], [], []) for x in (end, exact))
+            drawn, reference = (Drawn(decode(pipe, batch, x), x, [full] * len(batch), [], [], []) for x in (end, exact))
             log.add(*score((BOUND, str(schedule)), batch, drawn, reference, recognise, scores))
     log.refresh()
 

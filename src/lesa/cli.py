@@ -420,10 +420,14 @@ def _train(options: argparse.Namespace) -> None:
         validation = runs(reference[0], prompts, seeds, f"reference-{store.digest()}")
         for schedule in _schedules_to_learn(options, pipe, store):
             lessons.append(training.Lesson(reference, validation, schedule))
-    predictor = _untrained(options, pipe, stores, lessons)
+    start = _start(options)
+    predictor = _untrained(options, pipe, stores, lessons, start)
 
     def took() -> dict[str, Any]:
-        return {} if resumed else {"seconds": round(monotonic() - began, 1)}  # nobody knows how long the rest took
+        before = start.origin.training.get("seconds") if start else 0.0
+        if resumed or before is None:  # nobody knows how long the rest took
+            return {}
+        return {"seconds": round(before + monotonic() - began, 1)}
 
     def save(predictor: Any, folder: Path, **more: Any) -> None:
         more["bytes"] = sum(path.stat().st_size for store in stores for path in store.paths)
@@ -464,6 +468,8 @@ def _check_training(options: argparse.Namespace) -> None:
         if options.memories:
             raise ValueError("--paper takes the paper's 4, 8 and 8 past features; pass it without --memories.")
         options.method, options.history, options.loss = "lesa", "all", "features"
+    if options.predictor:
+        _begin_with(options)
     for name in ("stages", "memories"):
         if getattr(options, name) and options.method != "lesa":
             raise ValueError(f"--{name} are those of LESA: they need --method lesa.")
@@ -476,6 +482,22 @@ def _check_training(options: argparse.Namespace) -> None:
             f"--method {options.method} learns one grid and one schedule, got {len(options.data)} collections and "
             f"{len(options.budgets or [0])} budgets; name one of each, or take --method lesa-continuous."
         )
+
+
+def _begin_with(options: argparse.Namespace) -> None:
+    """Take the method and the history of the predictor that training begins with."""
+    if options.paper or options.stages or options.memories or options.loss == "steps":
+        raise ValueError(
+            "--predictor is begun with as it is; pass it without --paper, --stages, --memories, --loss steps."
+        )
+    start = _start(options)
+    options.method, options.history = start.method, "all" if start.remembers_forecasts else "full"
+    if start.method != "lesa-continuous":
+        if options.budgets:
+            raise ValueError(
+                f"a {start.method} keeps to the schedule {start.schedule}; pass --predictor without --budgets."
+            )
+        options.schedule = options.schedule or start.schedule
 
 
 def _schedules_to_learn(options: argparse.Namespace, pipe: Any, store: Any) -> list[Any]:
@@ -526,7 +548,10 @@ def _calibrate(options: argparse.Namespace) -> None:
     print(f"calibrated in {monotonic() - began:.1f} s, the runs included", file=sys.stderr)
 
 
-def _untrained(options: argparse.Namespace, pipe: Any, stores: Sequence[Any], lessons: Sequence[Any]) -> Any:
+def _untrained(
+    options: argparse.Namespace, pipe: Any, stores: Sequence[Any], lessons: Sequence[Any], start: Any = None
+) -> Any:
+    """Make what is trained: a new predictor, or one with the numbers of `start`."""
     import diffusers
     import torch
 
@@ -535,6 +560,7 @@ def _untrained(options: argparse.Namespace, pipe: Any, stores: Sequence[Any], le
 
     names = ("loss", "rounds", "updates", "floor", "seed", "history", "paper")
     settings = {name: getattr(options, name) for name in names}
+    settings |= {"start": start.digest()} if start else {}
     origin = Origin(
         model=stores[0].collection.model,
         transformer=type(pipe.transformer).__name__,
@@ -553,12 +579,38 @@ def _untrained(options: argparse.Namespace, pipe: Any, stores: Sequence[Any], le
         schedules: dict[tuple[float, ...], list[str]] = {}
         for lesson in lessons:
             schedules.setdefault(tuple(lesson.reference[0].grid.tolist()), []).append(str(lesson.schedule))
-        return ContinuousLESA(origin, schedules=list(schedules.items()))
+        chosen = {**(start.options() if start else {}), "schedules": list(schedules.items())}
+        return _like(start, ContinuousLESA(origin, **chosen))
+    if start:
+        return _like(start, type(start)(origin, **start.options()))
     remembers_forecasts = options.history == "all"
     if options.method == "l2p":
         return L2P(origin, remembers_forecasts=remembers_forecasts)
     memories = {"memories": options.memories} if options.memories else {}
     return LESA(origin, remembers_forecasts=remembers_forecasts, **memories)
+
+
+def _start(options: argparse.Namespace) -> Any:
+    """Return the trained predictor that training begins with, if one was named."""
+    from lesa.predictor import Predictor
+
+    return Predictor.from_pretrained(options.predictor) if options.predictor else None
+
+
+def _like(start: Any, predictor: Any) -> Any:
+    """Give a predictor the numbers of another one of its kind, if there is one."""
+    if start is None:
+        return predictor
+    bound = ("grid", "schedule") if predictor.method != "lesa-continuous" else ()
+    for name in ("tap", "streams", *bound):
+        there, here = getattr(start.origin, name), getattr(predictor.origin, name)
+        if there != here:
+            raise ValueError(
+                f"training begins with a predictor of the same {name}, got {there} there and {here} here; name another "
+                "as --predictor, or none."
+            )
+    predictor.load_state_dict(start.state_dict())
+    return predictor
 
 
 def _flops(options: argparse.Namespace) -> None:
@@ -887,7 +939,12 @@ def _add_training(commands: Any) -> None:
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--batch-size", type=_count, default=16)
     train.add_argument("--out", required=True, metavar="FOLDER")
-    train.set_defaults(predictor=None)
+    train.add_argument(
+        "--predictor",
+        metavar="FOLDER",
+        help="begin with this trained predictor, whatever --method and --history say; with --budgets a lesa-continuous "
+        "is planned for, not a --forecaster",
+    )
 
 
 def _add_flops(commands: Any) -> None:

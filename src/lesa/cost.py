@@ -43,6 +43,7 @@ class Watch:
         self.full: list[int] = []
         self.flops = 0
         self.features: list[Tensor | None] = []
+        self.latents: Tensor | None = None
 
     @contextmanager
     def timing(self) -> Iterator[None]:
@@ -112,8 +113,8 @@ class Watch:
             return [a.elapsed_time(b) / 1000 for a, b in pairwise(marks)]
         return [b - a for a, b in pairwise(marks)]
 
-    def on_step_end(self, pipe: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's `callback_on_step_end`; changes nothing."""
+    def on_step_end(self, pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The pipeline's `callback_on_step_end`; keeps the last `latents`, and changes nothing."""
         if self._ran:
             self.full.append(step)
         self.features.append(torch.cat(self._passed) if self._passed else None)
@@ -123,6 +124,7 @@ class Watch:
         if step == pipe.num_timesteps - 1:
             _wait_for(pipe.transformer)
             self.seconds = time.perf_counter() - (self._began or 0.0)
+            self.latents = tensors["latents"]
         return {}
 
     def _begin(self, transformer: torch.nn.Module, _inputs: Any) -> None:

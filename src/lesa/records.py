@@ -35,6 +35,8 @@ FORMAT = "lesa-records-1"
 FILES, PICTURES, FRAMES, PLANNED = "records*.jsonl", "pictures", "frames", "planned.json"
 REFERENCE = ("all full", "every:1")
 """The run that all others are measured against."""
+DRIFT = "drift"
+"""The score of last latents, `metrics.drift`, in dB: it goes on where PSNR counts pictures as identical."""
 TRAINING = ("seconds", "bytes")
 """What a trained method's recipe says its training took: seconds of `lesa train`, and bytes of the runs it read."""
 Key = tuple[str, str]
@@ -276,9 +278,9 @@ class Comparison:
         full, timings = self.full_steps, self.timings
         return [self._result(key, full, timings) for key in self.records]
 
-    def difference(self, key: Key, other: Key) -> Interval:
-        """Return by how many dB the PSNR of one method is above another's, pair by pair."""
-        return paired(self.records[key], self.records[other])
+    def difference(self, key: Key, other: Key, score: str = "PSNR") -> Interval:
+        """Return by how much the PSNR in dB, or another score, of one method is above another's, pair by pair."""
+        return paired(self.records[key], self.records[other], score)
 
     def _result(self, key: Key, full: Mapping[Key, float], timings: Mapping[Key, Timing]) -> Result:
         records = self.records[key]

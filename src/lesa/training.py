@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from lesa import metrics
 from lesa.grid import matches
 from lesa.guidance import Guidance
 from lesa.plan import histories
@@ -286,19 +288,12 @@ class Result(NamedTuple):
 
 
 def drift(runs: Sequence[Trajectory], reference: Sequence[Trajectory]) -> float:
-    """Return how far real runs ended from their reference runs: mean over runs of 10 log10(|dx|^2 / |x|^2), in dB.
-
-    It is infinite if one of them ended in numbers that are not finite.
+    """Return how far real runs ended from their reference runs: the mean over runs of `metrics.drift`, in dB.
 
     Raises: ValueError if they are not runs of the same prompts and seeds, in the same order.
     """
-    decibels = []
     _check_pairs(runs, reference)
-    for run, wanted in zip(runs, reference, strict=True):
-        error = (run.latents[-1] - wanted.latents[-1]).double().square().mean()
-        ratio = float(error / wanted.latents[-1].double().square().mean())
-        decibels.append(10 * math.log10(ratio + TINY) if math.isfinite(ratio) else math.inf)
-    return sum(decibels) / len(decibels)
+    return fmean(metrics.drift(*(one.latents[-1] for one in pair)) for pair in zip(runs, reference, strict=True))
 
 
 def train(
