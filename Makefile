@@ -10,8 +10,8 @@ TWO := $(BIN)/torchrun --nproc-per-node 2 -m lesa.cli
 QWEN := models/emoji-qwen
 VIDEO := models/emoji-video
 
-.PHONY: setup demo bench bench-claims bench-grids bench-qwen bench-video grids predictors predictor-many predictors-qwen \
-	predictors-video test lint format clean
+.PHONY: setup demo bench bench-claims bench-grids bench-histories bench-qwen bench-video grids runs predictors \
+	predictor-many predictors-qwen predictors-video test lint format clean
 
 setup: $(STAMP)
 
@@ -35,15 +35,23 @@ bench: setup
 	$(TWO) bench $(MODEL) --pairs 100 --batch-size 25 --fine 500 --peers all \
 		--scores MS-SSIM,LPIPS,CLIP,ImageReward
 
-# What the README claims of our methods, on 200 pairs: planned schedules and the paper's, with the bound; what histories
-# hold; one predictor on many grids; unusual runs; and how long planning, training and calibration take.
-bench-claims: setup bench-grids
-	$(TWO) bench $(MODEL) --batch-size 25 --timed 2 --out out/bench-claims
-	$(BIN)/python benchmarks/memory.py --pairs 200 --predictors $(MODEL)/lesa/lesa-paper7 $(MODEL)/lesa/lesa-paper10 \
-		$(MODEL)/lesa/lesa-planned6 $(MODEL)/lesa/lesa-planned6/at-output
+# What is claimed of our methods, on 200 pairs: planned schedules and the paper's; one predictor on many grids, and what
+# histories hold, side by side; then, alone, how long planning, training and calibration take.
+bench-claims: setup runs
+	$(TWO) bench $(MODEL) --batch-size 25 --timed 0 --no-bound --out out/bench-claims
+	$(BIN)/python benchmarks/claims.py out/bench-claims
+	$(MAKE) --jobs 2 --output-sync=target bench-grids bench-histories
+	rm -rf out/timed
+	$(BIN)/lesa plan $(MODEL) --data out/runs --budgets 8 --forecaster lagrange:3
+	$(BIN)/lesa train $(MODEL) --data out/runs --budgets 8 --forecaster lagrange:3 --rounds 3 $(ON_VALIDATION) \
+		--validation 24 --out out/timed/trained
+	$(BIN)/lesa calibrate $(MODEL) --prompts $(MODEL)/prompts/train.txt --out out/timed/calibrated
+
+# What a history holds, and what storing less of it costs; unusual runs.
+bench-histories: setup
+	$(BIN)/python benchmarks/memory.py --pairs 200 --histories model int8 fp8 --predictors $(MODEL)/lesa/lesa-paper7 \
+		$(MODEL)/lesa/lesa-paper10 $(MODEL)/lesa/lesa-planned6 $(MODEL)/lesa/lesa-planned6/at-output
 	$(BIN)/python benchmarks/hybrid.py --predictor $(MODEL)/lesa/lesa-many
-	$(BIN)/lesa plan $(MODEL) --budgets 6 --forecaster lagrange:3
-	rm -rf out/timed && $(BIN)/lesa calibrate $(MODEL) --prompts $(MODEL)/prompts/train.txt --out out/timed
 
 # One predictor on eight grids, beside a specialist for each. A grid is image size - steps.
 bench-grids: setup grids
@@ -61,15 +69,20 @@ grids: setup
 			--call "{\"height\": $${grid%-*}, \"width\": $${grid%-*}}" --out out/grids/$$grid || exit 1; \
 	done
 
-# One predictor for 20 to 50 steps, two image sizes and 4 to 10 full steps.
+# One predictor for 20 to 50 steps, two image sizes and 4 to 10 full steps: trained on schedules planned for Lagrange
+# rows, then once more on schedules planned for itself.
 predictor-many: setup grids
-	$(BIN)/lesa train $(MODEL) --data $(foreach grid,$(GRIDS),out/grids/$(grid)) --method lesa-continuous --tap output \
-		--budgets 10,8,6,5,4 --forecaster lagrange:3 --updates 0 3000 --rounds 1 --floor -50 $(ON_VALIDATION) \
-		--validation 16 --out $(MODEL)/lesa/lesa-many
+	train="$(BIN)/lesa train $(MODEL) --data $(foreach grid,$(GRIDS),out/grids/$(grid)) --method lesa-continuous \
+		--tap output --budgets 10,8,6,5,4 --updates 0 3000 --rounds 1 --floor -50 $(ON_VALIDATION) --validation 16"; \
+	$$train --forecaster lagrange:3 --out out/many && \
+	$$train --predictor out/many --out $(MODEL)/lesa/lesa-many
+
+# Runs of emoji-flux with every step full.
+runs: setup
+	$(BIN)/lesa collect $(MODEL) --prompts $(MODEL)/prompts/train.txt --limit 48 --out out/runs
 
 # The predictors shipped with the model, and what the benchmark compares them with.
-predictors: setup
-	$(BIN)/lesa collect $(MODEL) --prompts $(MODEL)/prompts/train.txt --limit 48 --out out/runs
+predictors: runs
 	for n in 7 10; do \
 		train="$(BIN)/lesa train $(MODEL) --data out/runs --schedule paper:$$n \
 			$(ON_VALIDATION) --validation 24"; \

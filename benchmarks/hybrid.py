@@ -25,14 +25,13 @@ from lesa.benchmark import Pair, pair_up
 from lesa.cli import TRAINING_SEED
 from lesa.collect import read_prompts, record
 from lesa.detour import Detour
-from lesa.metrics import interval, psnr
+from lesa.metrics import drift, interval, psnr
 from lesa.planning import Planner, detours
 from lesa.report import markdown
 from lesa.runtime import Run
 from lesa.trajectory import draw_tokens
 
 MODEL = "models/emoji-flux"
-TINY = 1e-12
 
 
 def draw(pipe: Any, pair: Pair) -> tuple[np.ndarray, torch.Tensor]:
@@ -93,33 +92,32 @@ def main() -> None:
     }
     pairs = pair_up(held_out, range(len(held_out)))
     references = [draw(pipe, pair) for pair in tqdm(pairs, desc="reference", unit="run")]
-    quality, drift, full, fired = ({name: [] for name in cases} for _ in range(4))
+    quality, drifts, full, fired = ({name: [] for name in cases} for _ in range(4))
     for name, switch in cases.items():
         rate = float(np.mean(fired["with detours"])) if fired["with detours"] else 0.0
         for pair, (picture, latents) in zip(tqdm(pairs, desc=name, unit="run"), references, strict=True):
             with switch() as run:
                 mine, reached = draw(pipe, pair)
             summary = next(iter(run.summary().values()))
-            error = float((reached - latents).square().sum() / latents.square().sum())
             quality[name].append(psnr(mine, picture))
-            drift[name].append(10 * np.log10(error + TINY))
+            drifts[name].append(drift(reached, latents))
             full[name].append(summary.full_steps)
             fired[name].append(summary.detours)
     print(f"\n{options.model}, {forecaster!r}, {shortest}, {len(pairs)} held-out prompts\n")
-    print(report(quality, drift, full, fired))
+    print(report(quality, drifts, full, fired))
 
 
 def report(
-    quality: dict[str, list[float]], drift: dict[str, list[float]], full: dict[str, list], fired: dict[str, list]
+    quality: dict[str, list[float]], drifts: dict[str, list[float]], full: dict[str, list], fired: dict[str, list]
 ) -> str:
-    worst = np.argsort(drift["fixed"])[-max(1, len(drift["fixed"]) // 20) :]
+    worst = np.argsort(drifts["fixed"])[-max(1, len(drifts["fixed"]) // 20) :]
     rows = []
     for name in quality:
         gain = np.array(quality[name]) - np.array(quality["fixed"])
         rows.append(
             [
                 *(name, f"{np.mean(full[name]):.2f}", f"{np.mean(fired[name]):.1%}"),
-                *(f"{interval(quality[name]):.2f}", f"{np.mean(drift[name]):.1f}"),
+                *(f"{interval(quality[name]):.2f}", f"{np.mean(drifts[name]):.1f}"),
                 *(f"{np.mean(np.array(quality[name])[worst]):.2f}", _gain(gain[worst]) if name != "fixed" else ""),
                 _gain(gain[np.array(fired[name]) > 0]) if any(fired[name]) else "",
             ]

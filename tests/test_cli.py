@@ -14,7 +14,7 @@ from PIL import Image
 
 from lesa import benchmark, cli, offload, records, tap
 from lesa.cli import main
-from lesa.predictor import Predictor
+from lesa.predictor import L2P, Predictor
 from lesa.schedule import Schedule
 
 STEPS = 10
@@ -413,22 +413,58 @@ def test_one_predictor_is_trained_on_several_collections_and_budgets(model, runs
 def test_training_begins_with_a_predictor_of_its_kind(model, runs, tmp_path, capsys):
     prompts, first, again = str(model / "prompts" / "train.txt"), tmp_path / "first", tmp_path / "again"
     common = ["train", str(model), "--data", str(runs), "--validation-prompts", prompts, "--validation", "2"]
-    common += ["--rounds", "0", "--updates", "2", "0"]
+    common += ["--rounds", "0", "--updates", "20", "0"]
     assert main([*common, "--method", "l2p", "--schedule", "every:3", "--out", str(first)]) == 0
     assert main([*common, "--predictor", str(first), "--updates", "0", "0", "--out", str(again)]) == 0
     old, new = Predictor.from_pretrained(first), Predictor.from_pretrained(again)
     assert (new.method, new.schedule) == ("l2p", Schedule.every(3))
     assert all(torch.equal(tensor, new.state_dict()[name]) for name, tensor in old.state_dict().items())
+    assert L2P(old.origin).digest() != old.digest()  # else what it began with could be a new one
     assert new.origin.training["seconds"] > old.origin.training["seconds"]
 
     def refused(words: str, *options: str) -> None:
         assert main([*common, "--predictor", str(first), *options, "--out", str(tmp_path / "x")]) == 2
         assert words in capsys.readouterr().err
 
-    refused("keeps to the schedule every:3", "--budgets", "3")
-    refused("the same schedule, got every:3 there and every:2 here", "--schedule", "every:2")
-    refused("the same tap", "--tap", "output")
-    refused("begun with as it is", "--paper")
+    refused("keeps to its schedule, every:3", "--budgets", "3")
+    refused("keeps to its schedule, every:3", "--schedule", "every:2")
+    refused("is for --tap feature, got output", "--tap", "output")
+    refused("trains the KANs of a LESA, got a l2p", "--paper")
+    refused("as it is; pass it without --stages", "--stages", "2")
+
+
+def test_a_training_goes_on_only_from_the_predictor_that_it_began_with(model, runs, tmp_path, capsys):
+    prompts, out = str(model / "prompts" / "train.txt"), tmp_path / "out"
+    common = ["train", str(model), "--data", str(runs), "--validation-prompts", prompts, "--validation", "2"]
+    common += ["--rounds", "0", "--updates", "1", "0", "--out", str(out)]
+    assert main([*common, "--schedule", "every:3"]) == 0
+    assert main([*common, "--predictor", str(out)]) == 2
+    assert "start" in capsys.readouterr().err
+
+
+def test_training_goes_on_with_the_papers_kans(model, runs, tmp_path, capsys):
+    prompts, first = str(model / "prompts" / "train.txt"), tmp_path / "first"
+    common = ["train", str(model), "--data", str(runs), "--validation-prompts", prompts, "--validation", "2"]
+    common += ["--rounds", "0", "--updates", "1", "0"]
+    assert main([*common, "--schedule", "every:3", "--paper", "--out", str(first)]) == 0
+    again = [*common, "--predictor", str(first)]
+    assert main([*again, "--out", str(tmp_path / "free")]) == 2
+    assert "free_alphas=False, --paper" in capsys.readouterr().err
+    assert main([*again, "--paper", "--out", str(tmp_path / "papers")]) == 0
+    assert Predictor.from_pretrained(tmp_path / "papers").remembers_forecasts
+
+
+def test_a_predictor_for_many_grids_is_trained_again_for_named_schedules_alone(model, runs, tmp_path, capsys):
+    prompts, out = str(model / "prompts" / "train.txt"), str(tmp_path / "out")
+    common = ["train", str(model), "--data", str(runs), "--validation-prompts", prompts, "--validation", "2"]
+    common += ["--rounds", "0", "--updates", "0", "0"]
+    many = ["--method", "lesa-continuous", "--tap", "output", "--schedule", "every:3", "--out", out]
+    assert main([*common, *many]) == 0
+    again = [*common, "--predictor", out, "--out", str(tmp_path / "again")]
+    assert main(again) == 2
+    assert "name --budgets to plan for it, or --schedule" in capsys.readouterr().err
+    assert main([*again, "--schedule", "every:2"]) == 0  # at the output, without saying so
+    assert Predictor.from_pretrained(tmp_path / "again").origin.tap.module is None
 
 
 def test_calibrate_plans_and_trains_from_a_few_runs(model, tmp_path, capsys):

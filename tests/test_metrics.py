@@ -8,7 +8,7 @@ import torch
 
 from lesa.metrics import (
     IDENTICAL,
-    LEAST_DRIFT,
+    MOST_DRIFT,
     SCALES,
     Interval,
     drift,
@@ -37,8 +37,8 @@ def test_psnr_of_a_constant_difference():
 def test_drift_is_the_share_of_the_latents_that_is_wrong():
     reference = torch.full((4, 5), 3.0)
     assert drift(reference + 0.3, reference) == pytest.approx(-20)
-    assert drift(reference, reference) == LEAST_DRIFT
-    assert drift(reference * math.inf, reference) == math.inf
+    assert drift(reference, reference) == -MOST_DRIFT
+    assert drift(reference * math.inf, reference) == drift(reference * 1e30, reference) == MOST_DRIFT
     with pytest.raises(ValueError, match=r"of their shape torch.Size\(\[4, 5\]\), got torch.Size\(\[4\]\)"):
         drift(reference[:, 0], reference)
 

@@ -269,7 +269,7 @@ def _plan(options: argparse.Namespace) -> None:
         drift = planner.drift(forecaster, schedule.full_steps(options.steps))
         print(f"{schedule}  {schedule.draw(options.steps)}  drift {drift:.1f} dB{real}", flush=True)
         planned.append(schedule)
-    print(f"planned in {monotonic() - began:.1f} s, the runs included", file=sys.stderr)
+    print(f"planned in {monotonic() - began:.1f} s{', the runs included' if store is None else ''}", file=sys.stderr)
     if options.verify or options.plot:
         _verify(options, pipe, forecaster, planned, place)
 
@@ -400,6 +400,8 @@ def _train(options: argparse.Namespace) -> None:
     out, prompts = _folder(options.out), _prompts(options.validation_prompts, options.validation)
     seeds = range(VALIDATION_SEED, VALIDATION_SEED + len(prompts))
     where, kept = tap.tap_of(pipe.transformer, options.tap), out / "rounds" / "recorded"
+    if start := _start(options):
+        start.check_model(pipe.transformer, where)
     resumed = kept.parent.exists()
     pipe.transformer.requires_grad_(False)  # the head is differentiated, and nothing of it is trained
 
@@ -420,7 +422,6 @@ def _train(options: argparse.Namespace) -> None:
         validation = runs(reference[0], prompts, seeds, f"reference-{store.digest()}")
         for schedule in _schedules_to_learn(options, pipe, store):
             lessons.append(training.Lesson(reference, validation, schedule))
-    start = _start(options)
     predictor = _untrained(options, pipe, stores, lessons, start)
 
     def took() -> dict[str, Any]:
@@ -470,6 +471,7 @@ def _check_training(options: argparse.Namespace) -> None:
         options.method, options.history, options.loss = "lesa", "all", "features"
     if options.predictor:
         _begin_with(options)
+    options.tap = options.tap or "feature"
     for name in ("stages", "memories"):
         if getattr(options, name) and options.method != "lesa":
             raise ValueError(f"--{name} are those of LESA: they need --method lesa.")
@@ -486,18 +488,32 @@ def _check_training(options: argparse.Namespace) -> None:
 
 def _begin_with(options: argparse.Namespace) -> None:
     """Take the method and the history of the predictor that training begins with."""
-    if options.paper or options.stages or options.memories or options.loss == "steps":
-        raise ValueError(
-            "--predictor is begun with as it is; pass it without --paper, --stages, --memories, --loss steps."
-        )
+    from lesa.tap import place_of
+
     start = _start(options)
     options.method, options.history = start.method, "all" if start.remembers_forecasts else "full"
-    if start.method != "lesa-continuous":
-        if options.budgets:
+    if options.stages or options.memories or options.loss == "steps":
+        raise ValueError(
+            "training begins with --predictor as it is; pass it without --stages, --memories, --loss steps."
+        )
+    if options.paper and start.method != "lesa":
+        raise ValueError(f"--paper trains the KANs of a LESA, got a {start.method} as --predictor; leave --paper out.")
+    place = place_of(start.origin.transformer, start.origin.tap)
+    if options.tap not in (None, place):
+        raise ValueError(f"this predictor is for --tap {place}, got {options.tap}; pass that, or leave it out.")
+    options.tap = place
+    if start.method == "lesa-continuous":
+        if not options.budgets and not options.schedule:
             raise ValueError(
-                f"a {start.method} keeps to the schedule {start.schedule}; pass --predictor without --budgets."
+                "a lesa-continuous is trained for any schedule; name --budgets to plan for it, or --schedule."
             )
-        options.schedule = options.schedule or start.schedule
+    else:
+        if options.budgets or options.schedule not in (None, start.schedule):
+            raise ValueError(
+                f"a {start.method} keeps to its schedule, {start.schedule}; pass --predictor without --budgets and "
+                "--schedule."
+            )
+        options.schedule = start.schedule
 
 
 def _schedules_to_learn(options: argparse.Namespace, pipe: Any, store: Any) -> list[Any]:
@@ -573,7 +589,7 @@ def _untrained(
         training=settings,
         versions={"torch": torch.__version__, "diffusers": diffusers.__version__, "lesa": _version()},
     )
-    if options.paper:
+    if options.paper and start is None:
         return LESA.paper(origin)
     if options.method == "lesa-continuous":
         schedules: dict[tuple[float, ...], list[str]] = {}
@@ -601,14 +617,14 @@ def _like(start: Any, predictor: Any) -> Any:
     """Give a predictor the numbers of another one of its kind, if there is one."""
     if start is None:
         return predictor
-    bound = ("grid", "schedule") if predictor.method != "lesa-continuous" else ()
-    for name in ("tap", "streams", *bound):
-        there, here = getattr(start.origin, name), getattr(predictor.origin, name)
-        if there != here:
-            raise ValueError(
-                f"training begins with a predictor of the same {name}, got {there} there and {here} here; name another "
-                "as --predictor, or none."
-            )
+    there, here = start.origin, predictor.origin
+    if there.streams != here.streams:
+        raise ValueError(
+            f"training begins with a predictor of the same streams, got {there.streams}, and {here.streams} in the "
+            "recorded runs; name another as --predictor."
+        )
+    if predictor.method != "lesa-continuous":
+        start.check_grid(predictor.grid)
     predictor.load_state_dict(start.state_dict())
     return predictor
 
@@ -911,7 +927,7 @@ def _add_training(commands: Any) -> None:
         "--budgets", type=_counts, metavar="N", help="plan the schedule, of N full steps; N,M: lesa-continuous"
     )
     train.add_argument("--forecaster", default="lagrange:2", help="what is planned with (lagrange:2)")
-    train.add_argument("--tap", choices=PLACES, default="feature", help="what is forecast (feature)")
+    train.add_argument("--tap", choices=PLACES, help="what is forecast (feature, or as --predictor)")
     train.add_argument("--method", choices=("lesa", "lesa-continuous", "l2p"), default="lesa")
     train.add_argument("--history", choices=("full", "all"), default="full", help="of full steps, or of forecasts too")
     train.add_argument("--memories", type=_counts, help="of LESA: how many past features each stage combines (4,8,8)")

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 IDENTICAL = 60.0
 """PSNR of identical pictures, in dB, and the most that any pair can have."""
-LEAST_DRIFT = -120.0
-"""The drift of latents that do not differ, in dB, and the least that any can have."""
+MOST_DRIFT = 120.0
+"""The drift in dB of latents that are not finite, and the most that any can have; `-MOST_DRIFT` is the least."""
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """The weights of MS-SSIM's five scales, finest first, as its authors found them."""
 WINDOW, SPREAD = 11, 1.5
@@ -142,9 +142,9 @@ def relative_error(forecast: Tensor, feature: Tensor) -> float:
 
 
 def drift(latents: Tensor, reference: Tensor) -> float:
-    """Return 10 log10(|x - x_ref|^2 / |x_ref|^2) of two runs' last latents, in dB, at least `LEAST_DRIFT`.
+    """Return 10 log10(|x - x_ref|^2 / |x_ref|^2) of two runs' last latents, in dB, between -120 and `MOST_DRIFT`.
 
-    It goes on where PSNR counts pictures as identical. It is infinite where the latents are not finite.
+    It goes on where PSNR counts pictures as identical.
 
     Raises: ValueError if they differ in shape.
     """
@@ -152,7 +152,9 @@ def drift(latents: Tensor, reference: Tensor) -> float:
         raise ValueError(f"latents are compared with some of their shape {reference.shape}, got {latents.shape}.")
     wanted = reference.detach().double()
     ratio = float((latents.detach().double() - wanted).square().sum() / wanted.square().sum())
-    return max(LEAST_DRIFT, 10 * math.log10(ratio or 1e-300)) if math.isfinite(ratio) else math.inf
+    if not math.isfinite(ratio):
+        return MOST_DRIFT
+    return min(MOST_DRIFT, max(-MOST_DRIFT, 10 * math.log10(ratio or 1e-300)))
 
 
 def interval(values: Sequence[float], resamples: int = 10_000, seed: int = 0, level: float = 0.95) -> Interval:

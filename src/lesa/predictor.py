@@ -429,7 +429,8 @@ class LESA(Predictor):
         if not error <= HELD * max(1.0, float(alphas.abs().max())):
             raise ValueError(
                 f"the KANs of this predictor cannot hold these alphas, they miss one by {error:.2g}; train the KANs "
-                "themselves (free_alphas=False), or give them rougher curves on more knots (spline_noise, grid_size)."
+                "themselves (free_alphas=False, --paper), or give them rougher curves on more knots (spline_noise, "
+                "grid_size)."
             )
 
     @torch.no_grad()

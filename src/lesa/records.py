@@ -38,7 +38,8 @@ REFERENCE = ("all full", "every:1")
 DRIFT = "drift"
 """The score of last latents, `metrics.drift`, in dB: it goes on where PSNR counts pictures as identical."""
 TRAINING = ("seconds", "bytes")
-"""What a trained method's recipe says its training took: seconds of `lesa train`, and bytes of the runs it read."""
+"""What a trained method's recipe says its training took: seconds of `lesa train`, with those of the predictor that it
+began with, and bytes of the runs that it read."""
 Key = tuple[str, str]
 """What tells a method from others: its name and its schedule."""
 
@@ -67,9 +68,10 @@ class Record:
     """What one picture of a method is worth, measured against the reference run's.
 
     `prompted`: does it still show what the prompt names (None: not asked). `full` are the full steps of the run;
-    `scores` what else was asked for, by its name in tables; `feature_error` the relative error of what passed the tap
-    at each step, None where nothing passed, and empty if the run is on another grid than the reference run; `share` the
-    transformer's FLOPs in proportion to the reference run's. A run that may skip parts of a step has no full steps.
+    `scores` its drift and what else was asked for, by its name in tables; `feature_error` the relative error of what
+    passed the tap at each step, None where nothing passed, and empty if the run is on another grid than the reference
+    run; `share` the transformer's FLOPs in proportion to the reference run's. A run that may skip parts of a step has
+    no full steps.
     """
 
     method: str

@@ -581,6 +581,7 @@ def _settings(predictor: Predictor, lessons: Sequence[Lesson], config: Config) -
         **asdict(predictor.origin),
         **asdict(config),
         "method": predictor.method,
+        "start": predictor.origin.training.get("start"),
         "options": predictor.options(),
         "runs": [[str(lesson.schedule), [[run.prompt, run.seed] for run in lesson.reference]] for lesson in lessons],
         "validation": [[[run.prompt, run.seed] for run in lesson.validation] for lesson in lessons],
