@@ -55,7 +55,8 @@ def table(results: Sequence[Result], lacking: Sequence[str] = ()) -> str:
     """Lay results out as a Markdown table that reads as well in a terminal.
 
     Speedup is that of the denoising loop at batch 1, the whole call's is beside it; 'as prompted' is the share of
-    pictures that still show what their prompts name, 'motion' the PSNR of what changes between the frames of clips.
+    pictures that still show what their prompts name, 'motion' the PSNR of what changes between the frames of clips,
+    'drift' how far the last latents are from the reference run's, in dB, the lower the better.
     Scores that are `lacking` have a column that says so.
     """
     scores = list(dict.fromkeys(name for result in results for name in result.scores))
