@@ -53,12 +53,13 @@ bench-histories: setup
 		$(MODEL)/lesa/lesa-paper10 $(MODEL)/lesa/lesa-planned6 $(MODEL)/lesa/lesa-planned6/at-output
 	$(BIN)/python benchmarks/hybrid.py --predictor $(MODEL)/lesa/lesa-many
 
-# One predictor on eight grids, beside a specialist for each. A grid is image size - steps.
+# One predictor on eight grids, beside a specialist for each, all trained alike. A grid is image size - steps.
 bench-grids: setup grids
 	for grid in $(GRIDS); do \
-		$(BIN)/lesa train $(MODEL) --data out/grids/$$grid --method lesa-continuous --tap output --budgets 6 \
-			--forecaster lagrange:3 --updates 0 200 --rounds 2 $(ON_VALIDATION) --validation 16 \
-			--out out/specialists/$$grid || exit 1; \
+		train="$(BIN)/lesa train $(MODEL) --data out/grids/$$grid --method lesa-continuous --tap output --budgets 6 \
+			--updates 0 200 --rounds 2 $(ON_VALIDATION) --validation 16"; \
+		$$train --forecaster lagrange:3 --out out/specialists/first/$$grid || exit 1; \
+		$$train --predictor out/specialists/first/$$grid --out out/specialists/$$grid || exit 1; \
 	done
 	$(BIN)/python benchmarks/grids.py --one $(MODEL)/lesa/lesa-many \
 		--specialists $(foreach grid,$(GRIDS),out/specialists/$(grid))
@@ -75,7 +76,7 @@ predictor-many: setup grids
 	train="$(BIN)/lesa train $(MODEL) --data $(foreach grid,$(GRIDS),out/grids/$(grid)) --method lesa-continuous \
 		--tap output --budgets 10,8,6,5,4 --updates 0 3000 --rounds 1 --floor -50 $(ON_VALIDATION) --validation 16"; \
 	$$train --forecaster lagrange:3 --out out/many && \
-	$$train --predictor out/many --out $(MODEL)/lesa/lesa-many
+	$$train --predictor out/many --out $(MODEL)/lesa/lesa-many && rm -r $(MODEL)/lesa/lesa-many/ground-truth
 
 # Runs of emoji-flux with every step full.
 runs: setup

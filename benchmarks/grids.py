@@ -7,8 +7,7 @@ or by hand, with a predictor of the method lesa-continuous, and one that was tra
     python benchmarks/grids.py --one models/emoji-flux/lesa/lesa-many --specialists out/specialists/*
 
 Every grid is that of a number of steps at an image size, as a specialist's name says: 64-28 is 28 steps at 64 pixels.
-The specialists keep to the schedule that they were trained for, the other methods to the one predictor's; all tap where
-it does. PSNR is against the same model's pictures with every step full; the difference is the one predictor's to the
+Each method is on the schedule planned for it, and all tap where the one predictor does. PSNR is against the same model's pictures with every step full; the difference is the one predictor's to the
 specialist, pair by pair; both with bootstrap 95 % intervals. Drift is how far the latents end from the reference run's,
 which goes on where PSNR counts pictures as identical (60 dB).
 """
@@ -25,9 +24,13 @@ from tqdm import tqdm
 
 import lesa
 from lesa.benchmark import Pair, batches, pair_up
-from lesa.collect import read_prompts
+from lesa.cli import TRAINING_SEED
+from lesa.collect import read_prompts, record
 from lesa.metrics import drift, interval, paired_interval, psnr
+from lesa.planning import PLANNED_ON, Planner
 from lesa.report import markdown
+from lesa.tap import Tap
+from lesa.trajectory import draw_tokens
 
 MODEL = "models/emoji-flux"
 HEADS = ("grid", "schedule", "method", "PSNR, dB [95 %]", "drift, dB", "one - specialist, dB [95 %]")
@@ -49,6 +52,14 @@ def draw(pipe: Any, batch: Sequence[Pair], size: int, steps: int) -> tuple[list[
     return [np.asarray(image.convert("RGB")) for image in images], latents[steps - 1]
 
 
+def planned(pipe: Any, prompts: Sequence[str], tap: Tap, budget: int, size: int, steps: int) -> lesa.Schedule:
+    """Return the schedule that is planned for Lagrange-3 on a grid."""
+    call = dict(height=size, width=size, num_inference_steps=steps)
+    seeds = range(TRAINING_SEED, TRAINING_SEED + len(prompts))
+    runs = record(pipe, prompts, seeds, draw_tokens, tap, **call)
+    return Planner.of(pipe, runs, tap, **call).search(lesa.Lagrange(3), budget)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODEL)
@@ -62,7 +73,8 @@ def main() -> None:
     pipe = lesa.load(options.model)
     pipe.set_progress_bar_config(disable=True)
     one = lesa.Predictor.from_pretrained(options.one)
-    prompts = read_prompts(Path(options.model) / "prompts" / "heldout.txt")[: options.pairs]
+    known, prompts = (read_prompts(Path(options.model) / "prompts" / f"{name}.txt") for name in ("train", "heldout"))
+    known, prompts = known[:PLANNED_ON], prompts[: options.pairs]
     pairs = batches(pair_up(prompts, range(len(prompts))), options.batch_size)
     rows = []
     for folder in tqdm(options.specialists, desc="grids", unit="grid"):
@@ -70,7 +82,7 @@ def main() -> None:
         specialist = lesa.Predictor.from_pretrained(folder)
         chosen, own = (some.schedule_for(specialist.grid, options.budget) for some in (one, specialist))
         methods = {
-            "Lagrange-3": (lesa.Lagrange(3), chosen),
+            "Lagrange-3": (lesa.Lagrange(3), planned(pipe, known, one.origin.tap, options.budget, size, steps)),
             "specialist": (specialist, own),
             "one predictor": (one, chosen),
         }
