@@ -19,8 +19,8 @@ from lesa import predictor as predictors
 from lesa import training
 from lesa.forecasters import Lagrange, Reuse, Taylor
 from lesa.guidance import Guidance
-from lesa.plan import compile
 from lesa.metrics import MOST_DRIFT
+from lesa.plan import compile
 from lesa.predictor import L2P, LESA, Origin
 from lesa.schedule import Schedule
 from lesa.tap import Projection, Tap
