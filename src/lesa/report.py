@@ -244,7 +244,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], text: int) -> s
 # --- the contact sheet
 
 SIDE, GAP, GROUP_GAP = 128, 8, 22
-MARGIN, CAPTION, LINE = 140, 20, 17
+MARGIN, CAPTION, LINE, HEADING = 140, 20, 17, 18
 Colour = tuple[int, int, int]
 INK, FAINT, WRONG = (25, 25, 25), (110, 110, 110), (200, 30, 30)
 
@@ -300,9 +300,8 @@ def _lefts(full_steps: Sequence[float]) -> Iterator[int]:
 def _heading(result: Result) -> str:
     if result.method == REFERENCE[0]:
         return f"{result.method}\n{result.full_steps:.3g} full steps\nthe reference"
-    name = textwrap.shorten(result.method, 18, placeholder="...")
-    schedule = textwrap.shorten(f"{result.full_steps:.3g} full, {result.schedule}", 18, placeholder="")
-    return f"{name}\n{schedule}\nmean {result.psnr:.1f} dB"
+    lines = result.method, f"{result.full_steps:.3g} full, {result.schedule}", f"mean {result.psnr:.1f} dB"
+    return "\n".join(line if len(line) <= HEADING else f"{line[: HEADING - 2]}..." for line in lines)
 
 
 def _caption(record: Record) -> tuple[str, Colour]:
