@@ -234,7 +234,7 @@ def test_rounds_whose_runs_blew_up_are_not_trained_on():
             return run
 
     result = Bursting(reacting).train(L2P(origin()), Config(updates=(20, 20), rounds=2))
-    assert result.scores[0] == math.inf and all(map(math.isfinite, result.scores[1:]))
+    assert result.scores[0] == MOST_DRIFT > max(result.scores[1:])
     assert all(math.isfinite(entry["validation_loss"]) for entry in result.curve.entries)
 
 
