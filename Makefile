@@ -10,8 +10,8 @@ TWO := $(BIN)/torchrun --nproc-per-node 2 -m lesa.cli
 QWEN := models/emoji-qwen
 VIDEO := models/emoji-video
 
-.PHONY: setup demo bench bench-claims bench-grids bench-histories bench-qwen bench-video grids runs predictors \
-	predictor-many predictors-qwen predictors-video test lint format clean
+.PHONY: setup demo bench bench-claims bench-grids bench-histories bench-qwen bench-video gpu-report grids runs \
+	predictors predictor-many predictors-qwen predictors-video test lint format clean
 
 setup: $(STAMP)
 
@@ -140,6 +140,11 @@ predictors-video: setup
 	for n in 10 9 8; do \
 		$$train --budgets $$n --out $(VIDEO)/lesa/lesa-planned$$n || exit 1; \
 	done
+
+# The real FLUX.1-dev, Qwen-Image and HunyuanVideo with random weights on one GPU, in less than nine minutes; small ones
+# on the CPU with TINY=--tiny.
+gpu-report: setup
+	$(BIN)/python benchmarks/gpu.py $(TINY)
 
 test: setup
 	$(BIN)/python -m pytest

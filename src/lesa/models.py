@@ -78,8 +78,8 @@ def build(model: Model) -> Any:
         return getattr(diffusers, model.transformer).from_config(dict(model.config)).eval()
 
 
-def grid_of(model: Model, steps: int | None = None) -> Tensor:
-    """Return the grid that the model's pipeline walks in so many steps, by default its own number, at its size."""
+def scheduler_of(model: Model, steps: int | None = None, device: str | torch.device = "cpu") -> Any:
+    """Return the model's scheduler with its time steps set as its pipeline sets them, by default its own number."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     steps = steps or model.steps
@@ -88,8 +88,13 @@ def grid_of(model: Model, steps: int | None = None) -> Tensor:
     rise = (facts.max_shift - facts.base_shift) / (facts.max_image_seq_len - facts.base_image_seq_len)
     shift = facts.base_shift + rise * (model.patches - facts.base_image_seq_len)  # 'mu'; the class may leave it
     sigmas = np.linspace(1.0, 1 / steps, steps).tolist()
-    scheduler.set_timesteps(sigmas=sigmas, mu=shift if facts.use_dynamic_shifting else None)
-    return grids.from_scheduler(scheduler)
+    scheduler.set_timesteps(sigmas=sigmas, mu=shift if facts.use_dynamic_shifting else None, device=device)
+    return scheduler
+
+
+def grid_of(model: Model, steps: int | None = None) -> Tensor:
+    """Return the grid that the model's pipeline walks in so many steps, by default its own number, at its size."""
+    return grids.from_scheduler(scheduler_of(model, steps))
 
 
 def read(
