@@ -2,9 +2,9 @@
 
     python benchmarks/published.py
 
-Four photographs that scikit-image brings along (nothing is fetched), each with smooth errors of a random shape, as large
-as a true PSNR asks for; and all pairs of them, which have nothing in common. Each line is a mean over the pairs. What
-the formula is, and whose tables have it: docs/published.md.
+Four photographs that scikit-image brings along (nothing is fetched), each with smooth errors of a random shape, as
+large as a true PSNR asks for; and all pairs of them, which have nothing in common. Each line is a mean over the pairs.
+What the formula is, and whose tables have it: docs/published.md.
 """
 
 import argparse

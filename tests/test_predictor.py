@@ -491,7 +491,7 @@ def test_a_continuous_predictor_is_made_for_as_little_past_as_it_was_trained_wit
     schedules = Schedule.at([0, 30, 40, 45, 48, 49]), Schedule.at([0, 20, 40])
     assert all(compile(planned, GRID, schedule, strict=True).truncated == () for schedule in schedules)
     assert compile(of_paper, GRID, Schedule.paper(7), strict=True).truncated == ()
-    with pytest.raises(ValueError, match="step 1 is skipped but ContinuousLESA.* wants 4 past features there, got 1"):
+    with pytest.raises(ValueError, match=r"step 1 is skipped but ContinuousLESA.* wants 4 past features there, got 1"):
         compile(of_paper, GRID, schedules[0], strict=True)
 
 

@@ -66,9 +66,15 @@ def test_the_cap_of_psnr_is_no_identity(comparison):
     comparison.records[old] = [replace(one, method="old", psnr=60.0) for one in comparison.records[LESA]]
     text = report.summary(comparison)
     lines = cells(text.partition("\n\n")[0])
-    assert [lines[name][5] for name in ("all full", "same", "close", "old")] == ["identical", "identical", *[">= 60"] * 2]
+    assert [lines[name][5] for name in ("all full", "same", "close", "old")] == [
+        "identical",
+        "identical",
+        *[">= 60"] * 2,
+    ]
     assert lines["method"][7] == DIFFERING and [lines[n][7] for n in ("close", "old")] == ["0.020", "-"]
-    note = "- of 4 pictures at 60 dB, the most that PSNR goes to here, 3 are identical to the reference run's, the others"
+    note = (
+        "- of 4 pictures at 60 dB, the most that PSNR goes to here, 3 are identical to the reference run's, the others"
+    )
     assert f"{note} differ in up to 4.0% of their values" in text
 
 

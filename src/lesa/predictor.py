@@ -696,9 +696,9 @@ def shipped_for(pipe: Any, schedule: Schedule | None = None, budget: int | None 
     if not found:
         raise LookupError(
             f"no predictor is shipped for {source}. Make one of a few prompts (lesa calibrate) or of many "
-            "(lesa collect, lesa train), or name one (lesa.Predictor.from_pretrained(...)). Rows without training need a "
-            "schedule: let lesa plan choose one, or, with less to expect, take every third step: lesa.accelerate(pipe, "
-            "lesa.Taylor(order=1), schedule=lesa.Schedule.every(3))."
+            "(lesa collect, lesa train), or name one (lesa.Predictor.from_pretrained(...)). Rows without training need "
+            "a schedule: let lesa plan choose one, or, with less to expect, take every third step: "
+            "lesa.accelerate(pipe, lesa.Taylor(order=1), schedule=lesa.Schedule.every(3))."
         )
     loaded = [one for one in map(Predictor.from_pretrained, found) if one.is_for(schedule, budget)]
     if not loaded:
