@@ -10,10 +10,10 @@
    best free rows gain there, trained in any way on the same runs at the same tap.
 3. At the output, where a history is smallest, LESA is at most 2 dB below a LESA at the feature tap.
 
-Each line names the strongest of those that LESA is compared with. PSNR ends at identical pictures (60 dB), where the
+Each line names the strongest of those that LESA is compared with. PSNR ends at its cap (60 dB), where the
 drift of the last latents goes on: by how much LESA's is lower stands beside it, against the method that drifts least.
 A claim holds where the whole interval is above what is asked, in PSNR or, where the pictures that it is set beside are
-next to identical (above 59 dB), in drift. Bootstrap 95 % intervals; everything comes from the records.
+next to that (above 59 dB), in drift. Bootstrap 95 % intervals; everything comes from the records.
 """
 
 import argparse

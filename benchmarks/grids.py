@@ -9,8 +9,8 @@ or by hand, with a predictor of the method lesa-continuous, and one that was tra
 Every grid is that of a number of steps at an image size, as a specialist's name says: 64-28 is 28 steps at 64 pixels.
 Each method is on the schedule planned for it, and all tap where the one predictor does. PSNR is against the same
 model's pictures with every step full; the difference is the one predictor's to the specialist, pair by pair; both with
-bootstrap 95 % intervals. Drift is how far the latents end from the reference run's, which goes on where PSNR counts
-pictures as identical (60 dB).
+bootstrap 95 % intervals. Drift is how far the latents end from the reference run's, which goes on where PSNR ends,
+at its cap of 60 dB.
 """
 
 import argparse

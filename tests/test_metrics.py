@@ -7,16 +7,18 @@ import pytest
 import torch
 
 from lesa.metrics import (
-    IDENTICAL,
     MOST_DRIFT,
+    MOST_PSNR,
     SCALES,
     Interval,
+    differing,
     drift,
     interval,
     motion_psnr,
     ms_ssim,
     paired_interval,
     psnr,
+    psnr_as_published,
     relative_error,
     ssim,
 )
@@ -47,12 +49,31 @@ def test_psnr_does_not_wrap_around_in_uint8():
     assert psnr(flat(250), flat(5)) == psnr(flat(5), flat(250)) < 1.0
 
 
-def test_identical_pictures_count_as_60_db_and_nothing_beats_them():
+def test_60_db_is_the_most_and_the_share_of_values_that_differ_tells_what_is_there_apart():
     almost = PICTURE.copy()
     almost[0, 0, 0] ^= 1
-    assert psnr(PICTURE, PICTURE) == IDENTICAL == 60.0
+    assert psnr(PICTURE, PICTURE) == MOST_PSNR == 60.0
     assert psnr(almost, PICTURE) == 60.0
+    assert differing(PICTURE, PICTURE) == 0.0 < differing(almost, PICTURE) == 1 / PICTURE.size
     assert psnr(flat(101), flat(100)) == pytest.approx(48.1308, abs=1e-4)
+
+
+def test_psnr_as_published_is_psnr_only_where_no_square_wraps_around():
+    near = (PICTURE.astype(int) + RANDOM.integers(-15, 16, PICTURE.shape)).clip(0, 255).astype(np.uint8)
+    assert psnr(near, PICTURE) < 40 and psnr_as_published(near, PICTURE) == pytest.approx(psnr(near, PICTURE), abs=1e-9)
+    assert psnr_as_published(PICTURE, PICTURE) == math.inf
+    other = RANDOM.integers(0, 256, PICTURE.shape, dtype=np.uint8)
+    assert psnr(other, PICTURE) < 9 and 27 < psnr_as_published(other, PICTURE) < 28.5
+    assert psnr_as_published(other, PICTURE) == psnr_as_published(PICTURE, other)
+    assert psnr_as_published(flat(116), flat(100)) == math.inf  # 16 squared is 0, modulo 256
+    assert psnr_as_published(flat(117), flat(100)) == pytest.approx(10 * math.log10(255**2 / 33))
+
+
+def test_psnr_as_published_is_what_numpy_makes_of_the_formula():
+    other = RANDOM.integers(0, 256, PICTURE.shape, dtype=np.uint8)
+    with np.errstate(over="ignore"):
+        error = np.mean((other - PICTURE) ** 2)
+    assert psnr_as_published(other, PICTURE) == pytest.approx(20 * np.log10(255.0 / np.sqrt(error)), abs=1e-9)
 
 
 def test_ssim_of_flat_pictures_is_its_luminance_term():
@@ -98,7 +119,7 @@ def test_ms_ssim_orders_pictures_by_their_noise_and_needs_room_for_its_window():
         ms_ssim(noise(0, side=10), noise(0, side=10))
 
 
-@pytest.mark.parametrize("measure", [psnr, ssim, ms_ssim])
+@pytest.mark.parametrize("measure", [psnr, psnr_as_published, differing, ssim, ms_ssim])
 @pytest.mark.parametrize("other", [PICTURE / 255, PICTURE[:-1], PICTURE[..., 0]])
 def test_pictures_that_are_no_8_bit_pair_are_refused(measure, other):
     with pytest.raises(ValueError, match="uint8 of one shape"):
@@ -161,8 +182,8 @@ def test_clips_are_compared_frame_by_frame():
 def test_motion_is_what_changes_between_frames():
     clip = np.zeros((3, 8, 8, 3), np.uint8)
     clip[1] += 50
-    assert motion_psnr(clip, clip) == IDENTICAL
-    assert motion_psnr(clip + np.uint8(7), clip) == IDENTICAL  # as bright in every frame
+    assert motion_psnr(clip, clip) == MOST_PSNR
+    assert motion_psnr(clip + np.uint8(7), clip) == MOST_PSNR  # as bright in every frame
     flicker = clip.copy()
     flicker[1] += 51
     assert motion_psnr(flicker, clip) == pytest.approx(20 * np.log10(255 / 51))

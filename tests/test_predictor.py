@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -452,8 +453,10 @@ def test_the_shipped_predictor_lies_beside_the_model(tmp_path):
 
 @pytest.mark.parametrize("pipe", [SimpleNamespace(), SimpleNamespace(config=SimpleNamespace(_name_or_path="a/b"))])
 def test_without_a_shipped_predictor_the_error_says_what_to_do(pipe):
-    with pytest.raises(LookupError, match=r"no predictor is shipped for .*lesa train.*from_pretrained.*lesa\.Taylor"):
+    ways = r"no predictor is shipped for .*lesa calibrate.*lesa train.*from_pretrained.*lesa plan.*every\(3\)"
+    with pytest.raises(LookupError, match=ways) as raised:
         shipped_for(pipe)
+    assert "paper" not in str(raised.value)  # on the paper's schedules rows without training can be below fewer steps
 
 
 # --- one predictor for many grids
@@ -480,6 +483,31 @@ def test_a_new_continuous_predictor_is_lagranges_polynomial(order):
     ours, wanted = (compile(f, GRID, schedule) for f in (predictor, Lagrange(order)))
     torch.testing.assert_close(ours.unroll(), wanted.unroll(), rtol=1e-5, atol=1e-5)
     assert ours.truncated == wanted.truncated
+
+
+def test_a_continuous_predictor_is_made_for_as_little_past_as_it_was_trained_with():
+    """Its planned schedules skip step 1; on the paper's, rows have four full steps before them."""
+    planned, of_paper = continuous(), ContinuousLESA(origin(schedule="paper:7"))
+    schedules = Schedule.at([0, 30, 40, 45, 48, 49]), Schedule.at([0, 20, 40])
+    assert all(compile(planned, GRID, schedule, strict=True).truncated == () for schedule in schedules)
+    assert compile(of_paper, GRID, Schedule.paper(7), strict=True).truncated == ()
+    with pytest.raises(ValueError, match=r"step 1 is skipped but ContinuousLESA.* wants 4 past features there, got 1"):
+        compile(of_paper, GRID, schedules[0], strict=True)
+
+
+MODELS = Path(__file__).parent.parent / "models"
+SHIPPED = sorted(path.parent for path in MODELS.glob("**/lesa/**/config.json"))
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: str(folder.relative_to(MODELS)))
+def test_no_forecast_of_a_shipped_predictor_is_short(folder):
+    """On the schedules that it was trained for: nothing there is a makeshift, and `strict` refuses none of them."""
+    predictor = Predictor.from_pretrained(folder)
+    own = getattr(predictor, "schedules", [(predictor.origin.grid, [predictor.origin.schedule])])
+    for grid, texts in own:
+        for text in texts:
+            for stream in predictor.origin.streams:
+                assert compile(predictor.for_stream(stream), grid, Schedule.parse(text), strict=True).truncated == ()
 
 
 @pytest.mark.parametrize("stream", ["cond", "uncond"])

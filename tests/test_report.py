@@ -11,7 +11,7 @@ from PIL import Image
 from lesa import plots, report
 from lesa.forecasters import PlannedRow
 from lesa.plan import Plan
-from lesa.records import REFERENCE, Comparison, Cost, Failure, Pair, Record, Start, Time
+from lesa.records import DIFFERING, REFERENCE, Comparison, Cost, Failure, Pair, Record, Start, Time
 from lesa.training import Curve
 
 PAIRS = [Pair("small red apple on blue, left", 0), Pair("large fish on grey, right", 1)]
@@ -54,6 +54,35 @@ def test_the_table_has_a_line_per_method(comparison):
     assert lines["all full"] == ["every:1", "50", "1.00", "1.00x", "1.00x", "identical", "0.900", "100.0%"]
     assert lines["LESA"] == ["paper:7", "10", "5.00", "4.00x", "3.00x", "36.50 [31.50, 41.50]", "0.900", "100.0%"]
     assert lines["fewer steps"] == ["8 steps", "8", "6.25", "-", "-", "22.00 [20.00, 24.00]", "0.900", "50.0%"]
+
+
+def test_the_cap_of_psnr_is_no_identity(comparison):
+    """Pictures may differ in many values and still have the most that PSNR goes to."""
+    same, close, old = ("same", "at:0,3"), ("close", "at:0,3"), ("old", "at:0,3")
+    for key, shares in {same: (0.0, 0.0), close: (0.0, 0.04)}.items():
+        scores = [{DIFFERING: share} for share in shares]
+        records = zip(comparison.records[LESA], scores, strict=True)
+        comparison.records[key] = [replace(one, method=key[0], psnr=60.0, scores=of) for one, of in records]
+    comparison.records[old] = [replace(one, method="old", psnr=60.0) for one in comparison.records[LESA]]
+    text = report.summary(comparison)
+    lines = cells(text.partition("\n\n")[0])
+    assert [lines[name][5] for name in ("all full", "same", "close", "old")] == [
+        "identical",
+        "identical",
+        *[">= 60"] * 2,
+    ]
+    assert lines["method"][7] == DIFFERING and [lines[n][7] for n in ("close", "old")] == ["0.020", "-"]
+    note = (
+        "- of 4 pictures at 60 dB, the most that PSNR goes to here, 3 are identical to the reference run's, the others"
+    )
+    assert f"{note} differ in up to 4.0% of their values" in text
+
+
+def test_nearly_all_at_the_cap_are_not_all(comparison):
+    first, second = comparison.records[LESA]
+    many = [replace(first, seed=k, psnr=60.0) for k in range(99)]
+    comparison.records[LESA] = [*many, replace(second, psnr=59.0)]
+    assert cells(report.table(comparison.results()))["LESA"][5].startswith("59.99 [")
 
 
 def test_the_table_is_aligned(comparison):

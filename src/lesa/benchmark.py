@@ -419,6 +419,7 @@ def score(
     prompted = recognise(prompts, drawn.pictures) if recognise else [None] * len(pairs)
     others = {name: of(prompts, drawn.pictures, reference.pictures) for name, of in (scores or {}).items()}
     others[DRIFT] = [metrics.drift(*latents) for latents in zip(drawn.latents, reference.latents, strict=True)]
+    others[kept.DIFFERING] = [metrics.differing(*both) for both in zip(drawn.pictures, reference.pictures, strict=True)]
     if drawn.pictures[0].ndim == 4:
         others[MOTION] = [metrics.motion_psnr(*clips) for clips in zip(drawn.pictures, reference.pictures, strict=True)]
     return [

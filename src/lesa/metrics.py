@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-IDENTICAL = 60.0
-"""PSNR of identical pictures, in dB, and the most that any pair can have."""
+MOST_PSNR = 60.0
+"""The PSNR in dB of identical pictures, and the most that any pair can have: of those that have it many differ."""
 MOST_DRIFT = 120.0
 """The drift in dB of latents that are not finite, and the most that any can have; `-MOST_DRIFT` is the least."""
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -35,10 +35,10 @@ class Interval(NamedTuple):
 
 
 def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
-    """Return 10 log10(255^2 / mean squared difference) of two 8-bit RGB pictures (H, W, 3), in dB, at most `IDENTICAL`.
+    """Return 10 log10(255^2 / mean squared difference) of two 8-bit RGB pictures (H, W, 3), in dB, at most `MOST_PSNR`.
 
-    The cap keeps the order: without it a picture that is off by one in a single pixel would beat an identical one. Of
-    two clips (frames, H, W, 3) it is the mean over their frames.
+    Two identical pictures have no finite PSNR, and a mean needs one: so both they and all that is nearer than the cap
+    count as the cap, of which `differing` tells them apart. Of two clips (frames, H, W, 3) it is the mean over frames.
 
     Raises: ValueError if the pictures are not uint8 of one shape (H, W, 3) or (frames, H, W, 3).
     """
@@ -46,6 +46,34 @@ def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
     if picture.ndim == 4:
         return fmean(psnr(*frames) for frames in zip(picture, reference, strict=True))
     return _decibels(picture.astype(np.float64) - reference)
+
+
+def psnr_as_published(picture: np.ndarray, reference: np.ndarray) -> float:
+    """Return what many published tables of pictures call PSNR, in dB. **It is not PSNR**: its error wraps around.
+
+    The formula is 10 log10(255^2 / np.mean((a - b) ** 2)) of uint8 arrays that nobody cast, where difference and square
+    are uint8, too: modulo 256. Source: the evaluation of pictures in the code that the authors of LESA (arXiv
+    2602.20497) released, and the default of cache-dit's metrics (1.5.3, `--psnr-type custom`). It equals PSNR where no
+    two values are 16 or more apart; unrelated pictures have about 28 dB, and a difference of 16 everywhere has none at
+    all. For reading published tables alone (docs/published.md); what this package reports is `psnr`.
+
+    It has no cap: infinity where no error is left. Of two clips (frames, H, W, 3) it is taken of all frames together.
+
+    Raises: ValueError as `psnr` does.
+    """
+    _check_pictures(picture, reference)
+    difference = picture - reference  # in uint8, and so is its square: what is wrong with it
+    error = float(np.mean(difference * difference))
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def differing(picture: np.ndarray, reference: np.ndarray) -> float:
+    """Return the share of two pictures' or clips' 8-bit values that differ: 0 if, and only if, they are identical.
+
+    Raises: ValueError as `psnr` does.
+    """
+    _check_pictures(picture, reference)
+    return float(np.mean(picture != reference))
 
 
 def motion_psnr(clip: np.ndarray, reference: np.ndarray) -> float:
@@ -64,7 +92,7 @@ def motion_psnr(clip: np.ndarray, reference: np.ndarray) -> float:
 
 def _decibels(difference: np.ndarray) -> float:
     error = np.mean(difference**2)
-    return IDENTICAL if error == 0 else min(IDENTICAL, float(10 * np.log10(255**2 / error)))
+    return MOST_PSNR if error == 0 else min(MOST_PSNR, float(10 * np.log10(255**2 / error)))
 
 
 def ssim(picture: np.ndarray, reference: np.ndarray) -> float:
@@ -144,7 +172,7 @@ def relative_error(forecast: Tensor, feature: Tensor) -> float:
 def drift(latents: Tensor, reference: Tensor) -> float:
     """Return 10 log10(|x - x_ref|^2 / |x_ref|^2) of two runs' last latents, in dB, between -120 and `MOST_DRIFT`.
 
-    It goes on where PSNR counts pictures as identical.
+    It goes on where PSNR ends, at its cap.
 
     Raises: ValueError if they differ in shape.
     """

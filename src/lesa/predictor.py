@@ -537,6 +537,8 @@ class ContinuousLESA(Predictor):
         self.schedules = [(tuple(grid), tuple(texts)) for grid, texts in schedules]
         self.schedules = self.schedules or [(origin.grid, (origin.schedule,))]
         self.bounds, self.order, self.memory = _falling(bounds), order, order + 1
+        pasts = (_fullest_start(Schedule.parse(text), grid) for grid, texts in self.schedules for text in texts)
+        self._fewest = min(self.memory, *pasts)
         self._kan = dict(hidden=list(hidden), grid_size=grid_size, spline_noise=spline_noise)
         widths = [order + 2, *hidden, order]
 
@@ -576,6 +578,13 @@ class ContinuousLESA(Predictor):
 
     def check_past(self, step: int, past: Sequence[int]) -> None:
         """Accept any past."""
+
+    def wants(self, grid: Tensor, step: int) -> int:
+        """Return the fewest past features that a row was trained with: with so many or more it is no makeshift.
+
+        Most planned schedules skip step 1, after which rows have one past feature: then that is all that it wants.
+        """
+        return self._fewest
 
     def is_for(self, schedule: Schedule | None = None, budget: int | None = None) -> bool:
         known = [(Schedule.parse(text), len(grid) - 1) for grid, texts in self.schedules for text in texts]
@@ -651,6 +660,12 @@ def _newton_terms(time: float, past: tuple[float, ...], order: int) -> Tensor:
     return terms.float()
 
 
+def _fullest_start(schedule: Schedule, grid: Sequence[float]) -> int:
+    """Return how many past features the first skipped step of a schedule has, all of them those of full steps."""
+    full = schedule.full_steps(len(grid) - 1)
+    return next((k for k, step in enumerate(full) if k != step), len(full))
+
+
 def _at_times(times: Sequence[float], grid: Tensor) -> list[int]:
     """Return the steps of a grid nearest to falling times: all different, the first one 0."""
     steps = [0]
@@ -680,9 +695,10 @@ def shipped_for(pipe: Any, schedule: Schedule | None = None, budget: int | None 
     found = sorted(path.parent for path in Path(source).glob(f"{SHIPPED_FOLDER}/*/{CONFIG_FILE}"))
     if not found:
         raise LookupError(
-            f"no predictor is shipped for {source}. Train one (lesa collect, lesa train), name one "
-            "(lesa.Predictor.from_pretrained(...)), or take a forecaster that needs no training, e.g. "
-            "lesa.accelerate(pipe, lesa.Taylor(order=1), schedule=lesa.Schedule.paper(7))."
+            f"no predictor is shipped for {source}. Make one of a few prompts (lesa calibrate) or of many "
+            "(lesa collect, lesa train), or name one (lesa.Predictor.from_pretrained(...)). Rows without training need "
+            "a schedule: let lesa plan choose one, or, with less to expect, take every third step: "
+            "lesa.accelerate(pipe, lesa.Taylor(order=1), schedule=lesa.Schedule.every(3))."
         )
     loaded = [one for one in map(Predictor.from_pretrained, found) if one.is_for(schedule, budget)]
     if not loaded:

@@ -36,7 +36,9 @@ FILES, PICTURES, FRAMES, PLANNED = "records*.jsonl", "pictures", "frames", "plan
 REFERENCE = ("all full", "every:1")
 """The run that all others are measured against."""
 DRIFT = "drift"
-"""The score of last latents, `metrics.drift`, in dB: it goes on where PSNR counts pictures as identical."""
+"""The score of last latents, `metrics.drift`, in dB: it goes on where PSNR ends, at its cap."""
+DIFFERING = "values differ"
+"""The score of pictures, `metrics.differing`: the share of 8-bit values unlike the reference run's, 0 if identical."""
 TRAINING = ("seconds", "bytes")
 """What a trained method's recipe says its training took: seconds of `lesa train`, with those of the predictor that it
 began with, and bytes of the runs that it read."""

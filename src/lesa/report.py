@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lesa.metrics import IDENTICAL, Interval
-from lesa.records import DRIFT, REFERENCE, TRAINING, Comparison, Key, Record, Result, paired
+from lesa.metrics import MOST_PSNR, Interval
+from lesa.records import DIFFERING, DRIFT, REFERENCE, TRAINING, Comparison, Key, Record, Result, paired
 
 NOT_HAD = "n/a"
 
@@ -27,8 +27,18 @@ def summary(comparison: Comparison, against: str | None = None) -> str:
     reasons = [f"{name} could not be had: {why}" for name, why in lacking(comparison).items()]
     failures = [f"{', '.join(names)} failed: {why}" for why, names in _failed(comparison).items()]
     machines = {_machine(start.machine): None for start in comparison.starts}
-    notes = "\n".join(f"- {note}" for note in [*unfinished, *reasons, *failures, *machines])
+    notes = "\n".join(f"- {note}" for note in [*unfinished, *_capped(comparison), *reasons, *failures, *machines])
     return "\n\n".join(part for part in [*parts, notes] if part) + "\n"
+
+
+def _capped(comparison: Comparison) -> list[str]:
+    """Say how many pictures at PSNR's cap are the reference run's, where that was measured."""
+    others = [one for key, records in comparison.records.items() if key != REFERENCE for one in records]
+    shares = [one.scores[DIFFERING] for one in others if one.psnr == MOST_PSNR and DIFFERING in one.scores]
+    same = shares.count(0.0)
+    most = f", the others differ in up to {max(shares):.1%} of their values" if same < len(shares) else ""
+    cap = f"of {len(shares)} pictures at {MOST_PSNR:.0f} dB, the most that PSNR goes to here,"
+    return [f"{cap} {same} are identical to the reference run's{most}"] if shares else []
 
 
 def lacking(comparison: Comparison) -> dict[str, str]:
@@ -56,7 +66,9 @@ def table(results: Sequence[Result], lacking: Sequence[str] = ()) -> str:
 
     Speedup is that of the denoising loop at batch 1, the whole call's is beside it; 'as prompted' is the share of
     pictures that still show what their prompts name, 'motion' the PSNR of what changes between the frames of clips,
-    'drift' how far the last latents are from the reference run's, in dB, the lower the better.
+    'drift' how far the last latents are from the reference run's, in dB, the lower the better, and 'values differ' the
+    share of the pictures' 8-bit values that are not the reference run's. PSNR ends at 60 dB, the most that a pair can
+    have: '>= 60' are pictures that are all there, 'identical' such as differ in no value.
     Scores that are `lacking` have a column that says so.
     """
     scores = list(dict.fromkeys(name for result in results for name in result.scores))
@@ -67,7 +79,6 @@ def table(results: Sequence[Result], lacking: Sequence[str] = ()) -> str:
 
 
 def _cells(result: Result, columns: Sequence[str], lacking: Sequence[str]) -> list[str]:
-    psnr = Interval(result.psnr, result.psnr_low, result.psnr_high)
     return [
         result.method,
         result.schedule,
@@ -75,11 +86,20 @@ def _cells(result: Result, columns: Sequence[str], lacking: Sequence[str]) -> li
         f"{result.step_ratio:.2f}",
         _or_dash(result.speedup, "{:.2f}x"),
         _or_dash(result.call_speedup, "{:.2f}x"),
-        "identical" if psnr.low == IDENTICAL else f"{psnr}",
+        _psnr_cell(result),
         f"{result.ssim:.3f}",
         *(_or_dash(result.scores.get(name), "{:.3f}", NOT_HAD if name in lacking else "-") for name in columns),
         _or_dash(result.prompted, "{:.1%}"),
     ]
+
+
+def _psnr_cell(result: Result) -> str:
+    """Return the PSNR with its interval; where all pictures are at the cap, that, and 'identical' where they are."""
+    if (result.method, result.schedule) == REFERENCE or result.scores.get(DIFFERING) == 0:
+        return "identical"
+    if result.psnr == MOST_PSNR:
+        return f">= {MOST_PSNR:.0f}"
+    return f"{Interval(result.psnr, result.psnr_low, result.psnr_high)}"
 
 
 def _or_dash(value: float | None, form: str, without: str = "-") -> str:
@@ -120,8 +140,8 @@ def _cost_cells(comparison: Comparison, key: Key) -> list[str]:
 def differences(comparison: Comparison, ours: str) -> str:
     """Lay out by how many dB the method named `ours` is above every other of as many full steps, pair by pair.
 
-    By how much less its latents drift stands beside it: that goes on where PSNR counts pictures as identical. Full
-    steps that differ from run to run are rounded. Planned schedules and the paper's are not set beside each other.
+    By how much less its latents drift stands beside it: that goes on where PSNR ends, at its cap. Full steps that
+    differ from run to run are rounded. Planned schedules and the paper's are not set beside each other.
 
     Raises: ValueError if there is no such method.
     """

@@ -392,7 +392,8 @@ def accelerate(
 ) -> Run:
     """Make a pipeline, or a transformer in a loop of one's own, run its blocks on the full steps of a schedule only.
 
-        with lesa.accelerate(pipe, lesa.Taylor(order=1), schedule=lesa.Schedule.paper(7)) as run:
+        pipe = lesa.load("models/emoji-flux")  # a folder with a predictor beside the model
+        with lesa.accelerate(pipe) as run:
             image = pipe("small red apple on blue, left").images[0]
         print(run.summary())
 
@@ -467,7 +468,8 @@ def _schedule_for(forecaster: Forecaster, schedule: Schedule | None, budget: int
     chosen = schedule or own
     if chosen is None:
         raise ValueError(
-            f"{forecaster!r} does not say which steps are full; pass a schedule, e.g. schedule=lesa.Schedule.paper(7)."
+            f"{forecaster!r} does not say which steps are full; pass a schedule, e.g. schedule=lesa.Schedule.at([...]) "
+            "with the steps that lesa plan found, or lesa.Schedule.every(3)."
         )
     return lambda _times, _start: chosen
 

@@ -1,0 +1,80 @@
+"""What README and docs tell people to type is there, and what must not be said is not."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import lesa
+from lesa import cli
+from lesa.predictor import SHIPPED_FOLDER
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "models").glob("*/README.md"))]
+OF_REAL_MODELS = [ROOT / "docs" / f"{name}.md" for name in ("flux", "qwen-image", "hunyuanvideo")]
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Return a page's blocks of code of one language, '' for commands."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [code for of, code in found if of == language]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Return the arguments of every `lesa ...` that a page's blocks hold, with the variables that they set put in."""
+    values: dict[str, list[str]] = {}
+    found = []
+    for line in "".join(blocks(page, "")).replace("\\\n", " ").splitlines():
+        words = [word for one in shlex.split(line, comments=True) for word in values.get(one, [one])]
+        if len(words) == 1 and (setting := re.fullmatch(r"(\w+)=(.*)", words[0])):
+            name, value = setting.groups()
+            values[f"${name}"] = [value] if value.startswith("{") else value.split()  # JSON stays one argument
+        elif words[:1] == ["lesa"]:
+            found.append(words[1:])
+    return found
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name)
+def test_commands_of_a_page_are_commands(page):
+    for words in commands(page):
+        assert callable(cli._parser().parse_args(words).command)
+
+
+@pytest.mark.parametrize("page", OF_REAL_MODELS, ids=name)
+def test_pages_of_real_models_begin_with_few_prompts(page):
+    assert any(words[0] == "calibrate" for words in commands(page))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_nothing_is_installed_from_an_index_under_the_projects_name(page):
+    """It is not published: a checkout is what there is."""
+    assert not re.search(r"pip install [^`\n]*lesa", page.read_text())
+
+
+def test_the_first_block_of_the_readme_holds_for_the_model_that_it_loads():
+    """Of no other: a pipeline without a predictor is refused, and the page must not promise more."""
+    block = blocks(ROOT / "README.md", "python")[0]
+    folder = re.search(r'lesa\.load\("(.*?)"\)', block)
+    assert folder and list((ROOT / folder[1] / SHIPPED_FOLDER).glob("*/config.json"))
+    assert "lesa.accelerate(pipe) as" in block and "Pipeline" not in block
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_rows_without_training_are_not_advised_on_the_papers_schedules(page):
+    """Under guidance they are below as few steps of the same sampler there."""
+    for block in blocks(page, "python"):
+        assert not re.search(r"lesa\.(Reuse|Taylor|Lagrange)\(.*Schedule\.paper", block)
+
+
+def test_the_headline_run_is_not_short():
+    """A call of the README's first block, strictly, on its model: no forecast has less past than it is made for."""
+    pipe = lesa.load(ROOT / "models" / "emoji-flux")
+    pipe.set_progress_bar_config(disable=True)
+    with lesa.accelerate(pipe, strict=True) as run:
+        pipe("small red apple on blue, left", output_type="latent")
+    assert run.summary()["cond"].short_rows == 0 and "fewer past" not in str(run.summary())
