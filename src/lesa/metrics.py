@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lesa import needs
+
 IDENTICAL = 60.0
 """PSNR of identical pictures, in dB, and the most that any pair can have."""
 MOST_DRIFT = 120.0
@@ -74,6 +76,7 @@ def ssim(picture: np.ndarray, reference: np.ndarray) -> float:
 
     Raises: ValueError as `psnr` does; ImportError without scikit-image (the extra `bench`).
     """
+    needs.check("SSIM", "comparison")
     from skimage.metrics import structural_similarity
 
     _check_pictures(picture, reference)

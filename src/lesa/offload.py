@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lesa import needs
 from lesa.tap import NORM, PROJECTION
 
 OFFLOADS = ("none", "model", "sequential", "group")
+BY_ACCELERATE = ("model", "sequential")
 
 
 def place(pipe: Any, device: str, offload: str = "none") -> None:
@@ -18,6 +20,23 @@ def place(pipe: Any, device: str, offload: str = "none") -> None:
     'model' brings one component at a time and keeps it until the next is called: a transformer stays for a whole run.
     'sequential' and 'group' bring one layer at a time; the latter is diffusers' newer way. On a skipped step no block
     is brought over, as none runs. What follows the tap is small, and stays on the device: training differentiates it.
+
+    Raises: ValueError and ImportError as `check` does.
+    """
+    check(device, offload)
+    if offload == "none":
+        pipe.to(device)
+    elif offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+        _keep_head(pipe.transformer, device)
+    else:
+        pipe.enable_group_offload(device, offload_type="leaf_level")
+
+
+def check(device: str, offload: str) -> None:
+    """Check that a pipeline can be put on a device in this way.
 
     Raises: ValueError if there is no such way, or none for the device; ImportError if it needs accelerate and that is
         not installed.
@@ -28,15 +47,8 @@ def place(pipe: Any, device: str, offload: str = "none") -> None:
         )
     if offload == "sequential" and torch.device(device).type == "cpu":
         raise ValueError("accelerate brings layers over to another device than the CPU; take 'group' or 'model' there.")
-    if offload == "none":
-        pipe.to(device)
-    elif offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
-        _keep_head(pipe.transformer, device)
-    else:
-        pipe.enable_group_offload(device, offload_type="leaf_level")
+    if offload in BY_ACCELERATE:
+        needs.check(f"offloading ({offload})", "offload")
 
 
 def _keep_head(transformer: nn.Module, device: str) -> None:
