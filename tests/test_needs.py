@@ -64,7 +64,7 @@ COMMANDS = [
     ("generate MODEL x --full --out OUT/x.png --lora LORA", "peft", "a LoRA needs peft"),
     ("bench MODEL --out OUT --lora LORA", "peft", "a LoRA needs peft"),
     ("generate MODEL x --full --out OUT/x.png --offload model", "accelerate", "offloading (model) needs accelerate"),
-    ("collect MODEL --prompts PROMPTS --out OUT --offload model", "accelerate", "offloading (model) needs accelerate"),
+    ("collect MODEL --prompts PROMPTS --out OUT --offload group", "accelerate", "offloading (group) needs accelerate"),
     (
         "collect MODEL --prompts PROMPTS --out OUT --device cuda --offload sequential",
         "accelerate",

@@ -47,12 +47,12 @@ def check(who: str, *asked: str) -> None:
         raise ImportError(f"{who} needs {words}")
 
 
-def module(name: str) -> Any:
-    """Return the module of a name of `NEEDS` that needs one alone.
+def module(name: str, who: str | None = None) -> Any:
+    """Return the module of a name of `NEEDS` that needs one alone, for `who` (that name, if it is not given).
 
     Raises: ImportError as `check` does.
     """
-    check(name, name)
+    check(who or name, name)
     return import_module(NEEDS[name][0].module)
 
 

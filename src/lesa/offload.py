@@ -11,7 +11,6 @@ from lesa import needs
 from lesa.tap import NORM, PROJECTION
 
 OFFLOADS = ("none", "model", "sequential", "group")
-BY_ACCELERATE = ("model", "sequential")
 
 
 def place(pipe: Any, device: str, offload: str = "none") -> None:
@@ -38,8 +37,8 @@ def place(pipe: Any, device: str, offload: str = "none") -> None:
 def check(device: str, offload: str) -> None:
     """Check that a pipeline can be put on a device in this way.
 
-    Raises: ValueError if there is no such way, or none for the device; ImportError if it needs accelerate and that is
-        not installed.
+    Raises: ValueError if there is no such way, or none for the device; ImportError if weights are to be brought
+        over and accelerate, which does so, is not installed.
     """
     if offload not in OFFLOADS:
         raise ValueError(
@@ -47,7 +46,7 @@ def check(device: str, offload: str) -> None:
         )
     if offload == "sequential" and torch.device(device).type == "cpu":
         raise ValueError("accelerate brings layers over to another device than the CPU; take 'group' or 'model' there.")
-    if offload in BY_ACCELERATE:
+    if offload != "none":  # diffusers' own way, too, moves tensors by accelerate's calls
         needs.check(f"offloading ({offload})", "offload")
 
 

@@ -416,7 +416,7 @@ def clear(folder: str | Path, setting: Mapping[str, Any]) -> None:
     folder = Path(folder)
     paths = sorted(folder.glob(FILES))
     with ExitStack() as locks:
-        for shard in sorted({_shard(path) for path in paths} - {None}):
+        for shard in sorted(shard for path in paths if (shard := _shard(path)) is not None):
             locks.enter_context(_alone(folder, shard))
         begun = [path for path in paths if _check_same(path, setting)]
         if not begun:
