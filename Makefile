@@ -41,7 +41,7 @@ bench-claims: setup runs
 	$(TWO) bench $(MODEL) --batch-size 25 --timed 0 --no-bound --out out/bench-claims
 	$(BIN)/python benchmarks/claims.py out/bench-claims
 	$(MAKE) --jobs 2 --output-sync=target bench-grids bench-histories
-	rm -rf out/timed
+	rm -rf out/timed/trained out/timed/calibrated
 	$(BIN)/lesa plan $(MODEL) --data out/runs --budgets 8 --forecaster lagrange:3
 	$(BIN)/lesa train $(MODEL) --data out/runs --budgets 8 --forecaster lagrange:3 --rounds 3 $(ON_VALIDATION) \
 		--validation 24 --out out/timed/trained
@@ -158,6 +158,7 @@ format: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# What was measured, recorded and trained into out/ stays.
 clean:
-	rm -rf .venv out dist .hypothesis .pytest_cache .ruff_cache
-	find . -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .venv dist .hypothesis .pytest_cache .ruff_cache
+	find benchmarks models src tests -name __pycache__ -prune -exec rm -rf {} +

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lesa import benchmark, cli, offload, records, tap
+from lesa import benchmark, cli, offload, pipelines, records, tap
 from lesa.cli import main
 from lesa.predictor import L2P, Predictor
 from lesa.schedule import Schedule
@@ -88,6 +88,64 @@ def test_demo_compares_on_held_out_prompts(model, tmp_path, capsys):
     assert printed.out.count("| Taylor-1 (our tap) |") == 4  # on each schedule, in the tables of quality and of cost
     assert "no predictor" in printed.err
     assert Image.open(out / "pictures.png").width > 7 * 128
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, but for its locks."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".lock")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_a_demo_begins_anew_and_leaves_what_is_none_of_its_own(model, tmp_path, capsys):
+    demo = ["demo", "--model", str(model), "--timed", "0", "--schedules", "at:0,3", "--budgets", "2"]
+    demo += ["--out", str(tmp_path), "--pairs"]
+    (tmp_path / "pictures").mkdir()
+    for name in ("pictures/holiday.jpg", "notes.txt"):
+        (tmp_path / name).write_text("another's")
+    assert main([*demo, "1"]) == 0
+    first = contents(tmp_path)
+    assert first["pictures/holiday.jpg"] == first["notes.txt"] == b"another's"
+    made = {name for name in first if "/" not in name} - {"notes.txt", "records.jsonl"}
+    assert made <= set(records.WRITTEN) and records.PLANNED in made
+    assert main([*demo, "1"]) == 0
+    assert contents(tmp_path).keys() == first.keys()
+    assert first["records.jsonl"] != contents(tmp_path)["records.jsonl"]  # another start
+    before = contents(tmp_path)
+    capsys.readouterr()
+    assert main([*demo, "2"]) == 2
+    assert "records of another pairs" in capsys.readouterr().err and contents(tmp_path) == before
+
+
+def test_a_demo_does_not_remove_a_benchmark(model, tmp_path, capsys):
+    assert bench(model, tmp_path, "--no-bound", "--only", "reuse") == 0
+    before = contents(tmp_path)
+    assert main(["demo", "--model", str(model), "--pairs", "2", "--out", str(tmp_path)]) == 2
+    assert "records of another command" in capsys.readouterr().err and contents(tmp_path) == before
+    assert bench(model, tmp_path, "--no-bound", "--only", "reuse", "--anew", "--pairs", "1") == 2
+    assert "records of another pairs" in capsys.readouterr().err and contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "training.png", "ground-truth/config.json"])
+def test_training_writes_over_nothing(model, runs, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setattr(pipelines, "load", None)  # nothing is loaded before it is known
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    calibrate = ["calibrate", str(model), "--prompts", str(model / "prompts" / "train.txt"), "--out", str(tmp_path)]
+    for command in (lambda: train(model, runs, tmp_path), lambda: main(calibrate)):
+        assert command() == 2
+        assert f"{Path(name).name}; name another folder" in capsys.readouterr().err
+    assert contents(tmp_path) == {name: b"{}"}
+
+
+def test_training_removes_its_own_runs_alone(model, runs, tmp_path):
+    others = "rounds/recorded/holiday.jpg", "rounds/recorded/trained-0/00000-0.safetensors", "rounds/notes.txt"
+    for name in others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("another's")
+    for _ in range(2):
+        assert train(model, runs, tmp_path, "--method", "l2p") == 0
+        kept = {name for name in contents(tmp_path) if name.startswith("rounds/recorded/")}
+        assert kept == set(others[:2]) and contents(tmp_path)[others[2]] == b"another's"
 
 
 def test_bench_sets_a_trained_predictor_beside_the_others(model, predictor, tmp_path, capsys):

@@ -72,7 +72,8 @@ def test_a_peer_that_is_not_installed_is_listed_with_its_error(pipe, monkeypatch
     methods = peers.line_up(["dbcache"], STEPS, PROMPT)[:1]
     compared = benchmark.compare(pipe, methods, [PROMPT], [0], timed=0)
     assert list(compared.records) == [REFERENCE.key]
-    assert "cache_dit" in compared.failures[methods[0].key]
+    said = "ImportError: DBCache needs cache-dit (pip install 'lesa-cache[peers]')"
+    assert compared.failures[methods[0].key] == said
 
 
 def test_a_peer_that_breaks_off_leaves_no_trace(pipe, reference):

@@ -138,14 +138,109 @@ def test_pictures_are_kept_beside_the_records(tmp_path):
     assert np.array_equal(records.load(tmp_path).pictures[OURS], drawn)
 
 
-def test_what_was_measured_is_removed_and_nothing_else(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
+BLANK = np.zeros((8, 8, 3), dtype=np.uint8)
+PLANNED = json.dumps({"grid": [1.0, 0.0], "Reuse() 2 feature": "at:0,3"})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, but for its locks."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".lock")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def put(folder: Path, *names: str, text: str = "another's") -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def measured(folder: Path) -> None:
+    """Measure with two processes, and keep pictures: one of a record, and one whose record a kill prevented."""
+    for shard, key in ((1, OURS), (0, THEIRS)):
+        write(folder, *LINES, shard=shard)
+        with records.writing(folder, SETTING, shard) as log:
+            log.keep(key, 1, BLANK)
+    put(folder, records.PLANNED, text=PLANNED)
+
+
+def test_what_the_records_name_is_removed_and_nothing_else(tmp_path):
+    measured(tmp_path)
+    beside = Path(records.picture_path(tmp_path, OURS, 0).parent.relative_to(tmp_path))
+    others = "notes.txt", "pictures/holiday.jpg", "pictures/album/00001.png", str(beside / "00007.png")
+    put(tmp_path, *others)
+    records.clear(tmp_path, SETTING)
+    assert contents(tmp_path).keys() == {"records.jsonl", *others}
+    assert records.load(tmp_path) == Comparison(records.load(tmp_path).setting)
+    measured(tmp_path)
+    assert len(contents(tmp_path)) == len(others) + 5
+
+
+def test_an_emptied_folder_holds_no_folders_of_pictures(tmp_path):
+    measured(tmp_path)
+    records.clear(tmp_path, SETTING)
+    assert contents(tmp_path).keys() == {"records.jsonl"} and not (tmp_path / "pictures").exists()
+
+
+@pytest.mark.parametrize("name", ["model", "call", "pairs"])
+def test_records_of_another_setting_are_not_removed(tmp_path, name):
+    measured(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"another {name}: .*; measure into another folder"):
+        records.clear(tmp_path, {**SETTING, name: "another"})
+    assert contents(tmp_path) == before
+
+
+def test_records_that_a_process_writes_are_not_removed(tmp_path):
+    measured(tmp_path)
+    before = contents(tmp_path)
+    with FileLock(tmp_path / ".lock-1"), pytest.raises(RuntimeError, match="another process measures"):
+        records.clear(tmp_path, SETTING)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ["another's", "another's\n", '{"grid": 3}', "[]", '{"plans": "mine"}'])
+def test_schedules_that_nobody_planned_are_left_alone(tmp_path, text):
+    write(tmp_path, *LINES)
+    put(tmp_path, records.PLANNED, text=text)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="holds no planned schedules"):
+        records.clear(tmp_path, SETTING)
+    with pytest.raises(ValueError, match="holds no planned schedules"), records.writing(tmp_path, SETTING):
+        pass
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["report.md", "pictures.png", "rows.png", "planned.json", "pictures/mine/00000.png"])
+def test_a_new_run_writes_over_nothing(tmp_path, name):
+    put(tmp_path, name)
+    records.clear(tmp_path, SETTING)
+    with pytest.raises(ValueError, match=f"{name}; name another folder"), records.writing(tmp_path, SETTING):
+        pass
+    assert contents(tmp_path) == {name: b"another's"}
+
+
+@pytest.mark.parametrize("text", ["another's", '{"song": "without an end"}', '{"kind": "walk"'])
+def test_a_file_without_a_line_is_no_torn_one_of_ours(tmp_path, text):
+    put(tmp_path, "records.jsonl", text=text)
     for shard in (0, 1):
-        write(tmp_path, *LINES, shard=shard)
-    with records.writing(tmp_path, SETTING) as log:
-        log.keep(OURS, 0, np.zeros((8, 8, 3), dtype=np.uint8))
-    records.clear(tmp_path)
-    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".lock")] == ["notes.txt"]
+        with pytest.raises(ValueError, match="does not begin"), records.writing(tmp_path, SETTING, shard):
+            pass
+    with pytest.raises(ValueError, match="does not begin"):
+        records.clear(tmp_path, SETTING)
+    assert contents(tmp_path) == {"records.jsonl": text.encode()}
+
+
+def test_the_end_of_anothers_file_is_not_taken_for_a_torn_line(tmp_path):
+    put(tmp_path, "records.jsonl", text='{"song": 1}\n{"song": 2}')
+    with pytest.raises(ValueError, match="does not begin"), records.writing(tmp_path, SETTING):
+        pass
+    assert contents(tmp_path) == {"records.jsonl": b'{"song": 1}\n{"song": 2}'}
+
+
+def test_pictures_that_no_record_names_are_not_shown(tmp_path):
+    measured(tmp_path)
+    put(tmp_path, str(records.picture_path(Path(), OURS, 0).with_name("holiday.png")))
+    assert [len(kept) for kept in records.load(tmp_path).pictures.values()] == [1]
 
 
 def test_a_line_is_found_with_what_made_it(tmp_path):

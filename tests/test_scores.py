@@ -28,7 +28,7 @@ def test_what_cannot_be_had_is_named_with_the_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "ImageReward", None)
     found, lacking = scores.load(["ImageReward", "LPIPS", "MS-SSIM"])
     assert list(found) == ["MS-SSIM"] and lacking["LPIPS"] == "OSError: no way to the weights"
-    assert lacking["ImageReward"].startswith("ModuleNotFoundError")
+    assert lacking["ImageReward"] == "ImportError: ImageReward needs image-reward (pip install image-reward)"
     with pytest.raises(ValueError, match="the scores are MS-SSIM, LPIPS, CLIP, ImageReward, got beauty"):
         scores.load(["beauty"])
 

@@ -551,6 +551,29 @@ def test_a_folder_with_another_training_is_an_error(tmp_path, config, predictor,
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("name", ["round-0/notes.txt", "part/notes.txt", "training.json"])
+def test_rounds_take_the_place_of_nothing_else(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("[]")
+    with pytest.raises(ValueError, match="name another folder"):
+        trained(tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+    assert (tmp_path / name).read_text() == "[]"
+
+
+@pytest.mark.parametrize("place", ["part", "round-1"])
+def test_what_was_put_into_a_round_stays(whole, tmp_path, place):
+    trained(tmp_path, replace(CONFIG, rounds=1))
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "notes.txt").write_text("another's")
+    (tmp_path / "round-0" / "curve.json").unlink()
+    with pytest.raises(ValueError, match=r"notes\.txt; name another folder, or move that"):
+        trained(tmp_path)
+    (tmp_path / place / "notes.txt").rename(tmp_path / "notes.txt")
+    assert_same_result(trained(tmp_path), whole)
+    assert (tmp_path / "notes.txt").read_text() == "another's"
+
+
 def test_other_prompts_are_another_training(tmp_path):
     trained(tmp_path, replace(CONFIG, rounds=0))
     with pytest.raises(ValueError, match="other runs"):

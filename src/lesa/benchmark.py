@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lesa import metrics, ranks
+from lesa import metrics, needs, ranks
 from lesa import records as kept
 from lesa.clips import NAMES, Reel
 from lesa.collect import record
@@ -243,8 +243,10 @@ def compare(
     batches; the first of them measures time and cost, alone.
 
     Raises: ValueError if there are no prompts, not one seed for each, a pair twice, two methods of one name and
-        schedule, or a method that the log knows by another recipe.
+        schedule, or a method that the log knows by another recipe; ImportError without scikit-image (the extra
+        `bench`).
     """
+    needs.check("a comparison", "comparison")
     pairs, methods = pair_up(prompts, seeds), [REFERENCE, *([fine] if fine else []), *methods]
     log = log or Log(setting={"pairs": pairs})
     _begin(log, methods, lacking or {})

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,6 +28,7 @@ CONVERTED = {
 }
 DIFFERENCES = "LESA"
 SCORES = "MS-SSIM"
+CURVE = "training.png"
 FEW_STEPS = {4: "at:0,2", 8: "at:0,1,3,5"}  # of FLUX.1-schnell and Qwen-Image-Lightning: the schedules at 2x
 USER_ERRORS = (ValueError, LookupError, OSError, RuntimeError, ImportError)
 
@@ -61,26 +61,29 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace, reuse: bool) -> None:
-    from lesa import benchmark, ranks, records, scores
+    from lesa import benchmark, needs, ranks, records, scores
 
+    needs.check(f"lesa {'bench' if reuse else 'demo'}", "comparison", "plots")
     source = options.prompts or Path(options.model) / "prompts" / "heldout.txt"
     prompts = _prompts(source, options.pairs)
     seeds = range(len(prompts))
     with ranks.together() as at:
+        found, without = scores.load(options.scores)
+        for name, why in without.items() if at.leads else ():
+            print(f"lesa: {name} will not be measured: {why}", file=sys.stderr)
         out, pipe = _folder(options.out), _pipeline(options)
         _set_schedules(options)
         predictors = _predictors(options.lora or options.model, options.predictors, variants=reuse)
-        setting = _setting(options, pipe, benchmark.pair_up(prompts, seeds))
+        setting = _setting(options, pipe, benchmark.pair_up(prompts, seeds), demo=not reuse)
         if options.anew and at.leads:
-            records.clear(out)
+            records.clear(out, setting)
         at.wait()
         with records.writing(out, setting, at.rank) as log:
             methods = _line_up(options, pipe, predictors, reuse, at)
-            found, lacking = scores.load(options.scores)
             facts = dict(batch_size=options.batch_size, recognise=benchmark.recogniser(options.model), scores=found)
             fine = benchmark.more_steps(options.fine) if options.fine else None
             benchmark.compare(
-                pipe, methods, prompts, seeds, timed=options.timed, lacking=lacking, fine=fine, log=log, at=at, **facts
+                pipe, methods, prompts, seeds, timed=options.timed, lacking=without, fine=fine, log=log, at=at, **facts
             )
             if options.bound and at.leads:
                 benchmark.add_bounds(log, pipe, prompts, seeds, options.schedules, **facts)
@@ -89,8 +92,11 @@ def _compare(options: argparse.Namespace, reuse: bool) -> None:
             _write_report(out, options.differences)
 
 
-def _setting(options: argparse.Namespace, pipe: Any, pairs: Sequence[Any]) -> dict[str, Any]:
-    """Return what all records of a run have in common: enough to draw their pictures again."""
+def _setting(options: argparse.Namespace, pipe: Any, pairs: Sequence[Any], demo: bool) -> dict[str, Any]:
+    """Return what all records of a run have in common: enough to draw their pictures again.
+
+    A demo begins its records anew each time, and so it says that they are a demo's: it never removes a benchmark's.
+    """
     from lesa.collect import fingerprint
     from lesa.pipelines import call_of
 
@@ -106,6 +112,7 @@ def _setting(options: argparse.Namespace, pipe: Any, pairs: Sequence[Any]) -> di
         "device": options.device,
         "batch_size": options.batch_size,
         "pairs": pairs,
+        **({"command": "demo"} if demo else {}),
     }
 
 
@@ -144,12 +151,11 @@ def _planned(options: argparse.Namespace, pipe: Any) -> tuple[Any, Callable[[Any
     """Return the grid, and the call that plans a forecaster's schedule at a tap; what was planned is kept in a file."""
     import torch
 
-    from lesa.records import PLANNED
+    from lesa import records
     from lesa.schedule import Schedule
     from lesa.trajectory import write_atomically
 
-    path = Path(options.out) / PLANNED
-    known = json.loads(path.read_text()) if path.exists() else {}
+    path, known = Path(options.out) / records.PLANNED, records.planned(options.out)
     planner = cache(lambda place: _planner(options, pipe, _opened(options.data), place))  # it records runs, once
 
     def plan(forecaster: Any, budget: int, place: str) -> Any:
@@ -165,6 +171,9 @@ def _planned(options: argparse.Namespace, pipe: Any) -> tuple[Any, Callable[[Any
 
 
 def _report(options: argparse.Namespace) -> None:
+    from lesa import needs
+
+    needs.check("lesa report", "plots")
     _write_report(Path(options.run), options.differences)
 
 
@@ -177,15 +186,15 @@ def _write_report(folder: Path, differences: str | None) -> None:
     named = differences in {method for method, _ in comparison.records} or differences != DIFFERENCES
     text = report.summary(comparison, differences if named else None)
     print(text)
-    (folder / "report.md").write_text(text, encoding="utf-8")
+    (folder / records.REPORT).write_text(text, encoding="utf-8")
     drawn = plots.draw_all(comparison, folder)
     if comparison.pictures:
-        drawn.append(folder / "pictures.png")
+        drawn.append(folder / records.SHEET)
         report.sheet(comparison).save(drawn[-1])
     if moving := report.sheets(comparison):
-        drawn.append(folder / "clips.gif")
+        drawn.append(folder / records.MOVING)
         save_picture(moving, drawn[-1])
-    print("\n".join(map(str, [folder / "report.md", *drawn])))
+    print("\n".join(map(str, [folder / records.REPORT, *drawn])))
 
 
 def _changes(options: argparse.Namespace) -> int:
@@ -200,9 +209,10 @@ def _changes(options: argparse.Namespace) -> int:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from lesa import benchmark, peers, records, scores
+    from lesa import benchmark, needs, peers, records, scores
     from lesa.collect import fingerprint
 
+    needs.check("lesa reproduce", "comparison")
     if options.steps:
         raise ValueError("a record says how many steps its run has; leave --steps out.")
     then, entry, setting = records.at_line(options.records, options.line)
@@ -238,11 +248,14 @@ def _generate(options: argparse.Namespace) -> None:
     import torch
     from PIL import Image
 
-    from lesa.pipelines import pictures_of, save_picture
+    from lesa import needs
+    from lesa.pipelines import is_mp4, pictures_of, save_picture
     from lesa.runtime import accelerate
 
     if Path(options.out).suffix.lower() not in {*Image.registered_extensions(), ".mp4"}:
         raise ValueError(f"--out names a picture file such as picture.png, or clip.gif, got {options.out!r}.")
+    if is_mp4(options.out):
+        needs.check("an MP4", "mp4")
     _folder(Path(options.out).parent)
     pipe = _pipeline(options)
     seeded = dict(generator=torch.Generator().manual_seed(options.seed))
@@ -259,6 +272,12 @@ def _generate(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from time import monotonic
 
+    from lesa import needs
+
+    if options.plot:
+        needs.check("lesa plan --plot", "comparison", "plots")
+    if options.verify:
+        needs.check("lesa plan --verify", "comparison")
     pipe, began = _pipeline(options), monotonic()
     store, forecaster, planned = _opened(options.data), _forecaster(options), []
     place = options.tap or _place(pipe, forecaster, store)
@@ -384,13 +403,16 @@ def _collect(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from time import monotonic
 
-    from lesa import plots, tap, training
-    from lesa.collect import fingerprint, record_kept
+    from lesa import disk, needs, plots, tap, training
+    from lesa.collect import fingerprint, kept_paths, record_kept
     from lesa.runtime import accelerate
     from lesa.trajectory import Store, Trajectory
 
     _check_training(options)
-    began = monotonic()
+    _check_place(options.out)
+    if without := needs.lacking("plots"):
+        print(f"no plot of the training will be drawn: it needs {without}", file=sys.stderr)
+    began, used = monotonic(), {}
     stores, pipe = [Store.open(folder) for folder in options.data], _pipeline(options)
     for store, folder in zip(stores, options.data, strict=True):
         if fingerprint(pipe) != store.collection.weights:
@@ -407,6 +429,7 @@ def _train(options: argparse.Namespace) -> None:
 
     def runs(like: Trajectory, prompts: Sequence[str], seeds: Sequence[int], name: str) -> list[Trajectory]:
         facts = dict(batch_size=options.batch_size, **calls[tuple(like.grid.tolist())])
+        used[kept / name] = seeds
         return record_kept(pipe, prompts, seeds, like.tokens, where, kept / name, **facts)
 
     def record_runs(predictor: Any, lesson: Any) -> tuple[list[Trajectory], list[Trajectory]]:
@@ -430,6 +453,9 @@ def _train(options: argparse.Namespace) -> None:
             return {}
         return {"seconds": round(before + monotonic() - began, 1)}
 
+    def forget() -> None:
+        disk.remove([path for folder in used for path in kept_paths(folder, used[folder])], kept.parent)
+
     def save(predictor: Any, folder: Path, **more: Any) -> None:
         more["bytes"] = sum(path.stat().st_size for store in stores for path in store.paths)
         predictor.origin = replace(predictor.origin, training={**predictor.origin.training, **more})
@@ -438,7 +464,7 @@ def _train(options: argparse.Namespace) -> None:
     if options.loss == "steps":
         training.least_squares(predictor, lessons[0].reference)
         save(predictor, out, **took())
-        shutil.rmtree(kept)
+        forget()
         return print(out)
     recipe = training.Config.paper() if options.paper else training.Config(loss=options.loss)
     chosen = dict(rounds=options.rounds, updates=tuple(options.updates), seed=options.seed, floor=options.floor)
@@ -449,11 +475,23 @@ def _train(options: argparse.Namespace) -> None:
     result = training.train(predictor, lessons, head, record_runs, config, out / "rounds")
     save(result.predictor, out, drift=round(min(result.scores), 2), **took())
     save(result.ground_truth, out / "ground-truth", drift=round(result.scores[0], 2), phase="ground-truth")
-    plots.training_curve(result.curve, out / "training.png")
-    shutil.rmtree(kept)
+    if not without:
+        plots.training_curve(result.curve, out / CURVE)
+    forget()
     print("\n".join(f"round {k}: drift {score:.2f} dB" for k, score in enumerate(result.scores)))
     print(f"trained in {monotonic() - began:.1f} s", file=sys.stderr)
     print(out)
+
+
+def _check_place(out: str) -> None:
+    """Check before the work that a training, or a predictor, written there would take the place of nothing else."""
+    from lesa import training
+    from lesa.predictor import check_place
+
+    rounds = Path(out) / "rounds"
+    begun = training.begun(rounds) is not None or (rounds / "recorded").exists()
+    check_place(out, begun, also=[CURVE])
+    check_place(Path(out) / "ground-truth", begun)
 
 
 def _digest(predictor: Any, lesson: Any) -> str:
@@ -552,6 +590,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     from time import monotonic
 
     began = monotonic()
+    _check_place(options.out)
     runs = Path(options.out) / "runs"
     at = "feature" if options.tap == "output" else options.tap
     few = argparse.Namespace(**{**vars(options), "out": runs, "seeds": None, "tokens": None, "tap": at})
@@ -647,9 +686,11 @@ def _convert(options: argparse.Namespace) -> None:
     import torch
 
     from lesa import convert, models
+    from lesa.predictor import check_place
     from lesa.schedule import Schedule
     from lesa.tap import tap_of
 
+    check_place(options.out)
     weights = convert.read(options.file)
     if options.pipeline:
         model = models.read(options.pipeline)
@@ -697,12 +738,12 @@ def _pipeline(options: argparse.Namespace) -> Any:
     import torch
     from transformers.utils import logging
 
-    from lesa import ranks
-    from lesa.offload import place
+    from lesa import offload, ranks
     from lesa.pipelines import call_of, load, with_call
 
     if options.dtype and not isinstance(getattr(torch, options.dtype, None), torch.dtype):
         raise ValueError(f"a dtype is one of torch's, such as bfloat16, got {options.dtype!r}.")
+    offload.check(options.device, options.offload)
     logging.disable_progress_bar()  # of the weights of each component; that of the components stays
     steps = call_of(options.model, options.lora).get("num_inference_steps", 50)
     options.steps = options.steps or options.call.pop("num_inference_steps", None) or steps
@@ -714,7 +755,7 @@ def _pipeline(options: argparse.Namespace) -> Any:
     if options.vae_tiling:
         pipe.vae.enable_tiling()
     try:
-        place(pipe, ranks.device(options.device), options.offload)
+        offload.place(pipe, ranks.device(options.device), options.offload)
     except AssertionError as error:  # what torch raises for a device that it was not built for
         raise ValueError(f"the device {options.device!r} cannot be used here: {error}") from error
     pipe.set_progress_bar_config(disable=True)
@@ -845,7 +886,7 @@ def _add_comparisons(commands: Any) -> None:
     )
     bench.add_argument("--fine", type=_count, metavar="STEPS", help="measure PSNR against a run of more steps, too")
     bench.add_argument("--only", nargs="+", metavar="METHOD", help="the methods of these names alone")
-    bench.add_argument("--anew", action="store_true", help="remove the records of the folder first")
+    bench.add_argument("--anew", action="store_true", help="remove the folder's records first, of the same setting")
     bench.add_argument("--no-bound", dest="bound", action="store_false", help="leave out the bound, which records runs")
     sizes = ((demo, 32, 4, "6", "out/demo"), (bench, 200, 10, "10,8,6,5,4", "out/bench"))
     for command, pairs, timed, budgets, out in sizes:

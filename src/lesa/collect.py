@@ -282,7 +282,7 @@ def record_kept(
     found: list[Trajectory] = []
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
-        paths = [Path(folder) / f"{start + k:05d}-{seed}.safetensors" for k, seed in enumerate(seeds[batch])]
+        paths = kept_paths(folder, seeds)[batch]
         try:
             runs = [Trajectory.load(path) for path in paths]
         except (FileNotFoundError, ValueError):
@@ -293,6 +293,11 @@ def record_kept(
                 run.save(path)
         found += runs
     return found
+
+
+def kept_paths(folder: str | Path, seeds: Sequence[int]) -> list[Path]:
+    """Return the files in which `record_kept` keeps the runs of these seeds."""
+    return [Path(folder) / f"{number:05d}-{seed}.safetensors" for number, seed in enumerate(seeds)]
 
 
 def _describe(

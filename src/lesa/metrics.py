@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lesa import needs
+
 MOST_PSNR = 60.0
 """The PSNR in dB of identical pictures, and the most that any pair can have: of those that have it many differ."""
 MOST_DRIFT = 120.0
@@ -102,6 +104,7 @@ def ssim(picture: np.ndarray, reference: np.ndarray) -> float:
 
     Raises: ValueError as `psnr` does; ImportError without scikit-image (the extra `bench`).
     """
+    needs.check("SSIM", "comparison")
     from skimage.metrics import structural_similarity
 
     _check_pictures(picture, reference)

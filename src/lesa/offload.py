@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lesa import needs
 from lesa.tap import NORM, PROJECTION
 
 OFFLOADS = ("none", "model", "sequential", "group")
@@ -19,15 +20,9 @@ def place(pipe: Any, device: str, offload: str = "none") -> None:
     'sequential' and 'group' bring one layer at a time; the latter is diffusers' newer way. On a skipped step no block
     is brought over, as none runs. What follows the tap is small, and stays on the device: training differentiates it.
 
-    Raises: ValueError if there is no such way, or none for the device; ImportError if it needs accelerate and that is
-        not installed.
+    Raises: ValueError and ImportError as `check` does.
     """
-    if offload not in OFFLOADS:
-        raise ValueError(
-            f"a pipeline is offloaded in one of the ways {', '.join(OFFLOADS)}, got {offload!r}; name one."
-        )
-    if offload == "sequential" and torch.device(device).type == "cpu":
-        raise ValueError("accelerate brings layers over to another device than the CPU; take 'group' or 'model' there.")
+    check(device, offload)
     if offload == "none":
         pipe.to(device)
     elif offload == "model":
@@ -37,6 +32,22 @@ def place(pipe: Any, device: str, offload: str = "none") -> None:
         _keep_head(pipe.transformer, device)
     else:
         pipe.enable_group_offload(device, offload_type="leaf_level")
+
+
+def check(device: str, offload: str) -> None:
+    """Check that a pipeline can be put on a device in this way.
+
+    Raises: ValueError if there is no such way, or none for the device; ImportError if weights are to be brought
+        over and accelerate, which does so, is not installed.
+    """
+    if offload not in OFFLOADS:
+        raise ValueError(
+            f"a pipeline is offloaded in one of the ways {', '.join(OFFLOADS)}, got {offload!r}; name one."
+        )
+    if offload == "sequential" and torch.device(device).type == "cpu":
+        raise ValueError("accelerate brings layers over to another device than the CPU; take 'group' or 'model' there.")
+    if offload != "none":  # diffusers' own way, too, moves tensors by accelerate's calls
+        needs.check(f"offloading ({offload})", "offload")
 
 
 def _keep_head(transformer: nn.Module, device: str) -> None:

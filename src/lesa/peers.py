@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import lru_cache, partial
-from importlib import import_module
 from io import StringIO
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lesa import needs
 from lesa.benchmark import Method
 from lesa.runtime import SchedulerClock
 from lesa.tap import attach, tap_of
@@ -237,7 +237,7 @@ def dbcache(runs: Runs) -> list[Method]:
     """
 
     def by_mask(policy: str) -> dict[str, Any]:
-        mask = import_module("cache_dit").steps_mask(mask_policy=policy, total_steps=runs.steps)
+        mask = needs.module("cache-dit", "DBCache").steps_mask(mask_policy=policy, total_steps=runs.steps)
         return dict(steps_computation_mask=mask, steps_computation_policy="static")
 
     thresholds: list[tuple[str, Options]] = [
@@ -266,7 +266,7 @@ def _dbcache(runs: Runs, options: Options, calibrator: str) -> Switch:
     @contextmanager
     def switch(pipe: Any) -> Iterator[None]:
         os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
-        cache_dit = import_module("cache_dit")
+        cache_dit = needs.module("cache-dit", "DBCache")
         config = cache_dit.DBCacheConfig(
             Fn_compute_blocks=1, max_warmup_steps=DBCACHE_WARMUP, num_inference_steps=runs.steps, **options()
         )
@@ -290,7 +290,7 @@ class HiCache:
     """
 
     def __init__(self, pipe: Any, backend: str, interval: int, steps: int):
-        self._its = hicache_pp = import_module("hicache_pp")
+        self._its = hicache_pp = needs.module("hicache-pp", "HiCache++")
         self._clock = SchedulerClock(pipe)
         self._run: object = None
         options = dict(first_enhance=HICACHE_WARMUP, history=HICACHE_HISTORY, backend=backend)

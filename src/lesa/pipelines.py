@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lesa import needs
+
 CALL_FILE, SCHEDULER_FOLDER = "call.json", "scheduler"
 HOME = "_lesa_home"
 """A loaded pipeline's attribute: the folder whose predictors are shipped for it, where that is not its own."""
@@ -27,8 +29,11 @@ def load(path: str | Path, *, lora: str | Path | None = None, **options: Any) ->
     `scheduler` in that folder win over the model's, as a LoRA for few steps needs, and the predictors shipped for the
     pipeline are those that lie there.
 
-    Raises: ValueError if a file holds no arguments of this pipeline's call.
+    Raises: ValueError if a file holds no arguments of this pipeline's call; ImportError if a LoRA needs peft and that
+        is not installed.
     """
+    if lora is not None:
+        needs.check("a LoRA", "lora")
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(str(path), **options)
@@ -112,17 +117,24 @@ def pictures_of(result: Any) -> list[Any]:
     return list(result.frames if hasattr(result, "frames") else result.images)
 
 
-def save_picture(picture: Any, path: str | Path) -> None:
-    """Write a PIL picture, or the frames of a clip: as GIF, WebP, PNG that moves, or MP4.
+def is_mp4(path: str | Path) -> bool:
+    """Tell whether a file is to be an MP4, by its name."""
+    return Path(path).suffix.lower() == ".mp4"
 
-    Raises: ImportError if an MP4 is to be written and neither imageio (with ffmpeg) nor opencv is installed.
+
+def save_picture(picture: Any, path: str | Path) -> None:
+    """Write a PIL picture, or the frames of a clip: as GIF, WebP, PNG that moves, or MP4; a picture as one frame of it.
+
+    Raises: ImportError if an MP4 is to be written and imageio or its ffmpeg is not installed (the extra `video`).
     """
-    if not isinstance(picture, (list, tuple)):
-        picture.save(path)
-    elif Path(path).suffix.lower() == ".mp4":
+    if is_mp4(path):
+        needs.check("an MP4", "mp4")
         from diffusers.utils import export_to_video
 
-        export_to_video(list(picture), str(path), fps=FRAMES_A_SECOND)
+        frames = list(picture) if isinstance(picture, (list, tuple)) else [picture]
+        export_to_video(frames, str(path), fps=FRAMES_A_SECOND)
+    elif not isinstance(picture, (list, tuple)):
+        picture.save(path)
     else:
         first, *others = picture
         first.save(path, save_all=True, append_images=others, duration=1000 // FRAMES_A_SECOND, loop=0)

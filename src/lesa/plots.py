@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lesa import needs
 from lesa.plan import Plan
 from lesa.records import REFERENCE, Comparison, Key, Record, Result
 from lesa.training import Curve
@@ -30,6 +31,7 @@ COLOURS, LINES, MARKERS = 10, ("-", "--", ":", "-."), "os^v"
 @contextmanager
 def _axes(path: str | Path, xlabel: str, ylabel: str, **more: Any) -> Iterator[Any]:
     """Give axes to draw curves in, and save them."""
+    needs.check("a plot", "plots")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -145,6 +147,7 @@ def coefficients(plan: Plan) -> np.ndarray:
 
 def _panels(count: int, width: float, height: float, columns: int) -> tuple[Any, list[Any]]:
     """Make a figure of so many panels; none is left empty."""
+    needs.check("a plot", "plots")
     from matplotlib.figure import Figure
 
     columns = max(1, min(columns, count))

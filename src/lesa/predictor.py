@@ -21,6 +21,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lesa import disk
 from lesa.forecasters import Forecaster, Lagrange
 from lesa.grid import matches, stage_of, validate
 from lesa.kan import KAN, KANLayer, bspline_basis
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 FORMAT = "lesa-predictor-1"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+FILES, CARD_FILE = (CONFIG_FILE, WEIGHTS_FILE), "README.md"
 SHIPPED_FOLDER = "lesa"
 """A pipeline's own folder holds its predictors in this one; each is named by its method and schedule."""
 
@@ -255,6 +257,14 @@ class Predictor(
         """Return what the two files hold."""
         weights = to_bytes({name: _without_loss(t) for name, t in sorted(self.state_dict().items())})
         return dict(format=FORMAT, method=self.method, options=self.options(), **asdict(self.origin)), weights
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write the predictor into a folder, in the place of one that is there; options are huggingface_hub's.
+
+        Raises: ValueError if the folder holds another model's configuration, which would be lost.
+        """
+        check_place(save_directory, begun=True)
+        return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         entries, weights = self._contents()
@@ -710,6 +720,23 @@ def shipped_for(pipe: Any, schedule: Schedule | None = None, budget: int | None 
         return isinstance(p, ContinuousLESA), isinstance(p, LESA), len(p.full), p.schedule.rule == "at", -drift
 
     return max(loaded, key=merits)
+
+
+def check_place(folder: str | Path, begun: bool = False, also: Sequence[str] = ()) -> None:
+    """Check that a folder holds a predictor, or nothing in the place of one or of what is written `also`.
+
+    Where that has `begun`, a kill may have left anything but a configuration.
+
+    Raises: ValueError if it holds something else there.
+    """
+    try:
+        entries = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return disk.check_free(folder, [] if begun else [*FILES, *also], "a predictor")
+    except ValueError:
+        entries = None
+    if not isinstance(entries, dict) or entries.get("format") != FORMAT:
+        disk.check_free(folder, FILES, "a predictor")
 
 
 def _read(source: str, config: bytes, weights: bytes) -> Predictor:

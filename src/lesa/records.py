@@ -12,11 +12,11 @@ import json
 import os
 import re
 import reprlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple, cast
@@ -27,12 +27,16 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lesa import metrics
+from lesa import disk, metrics
 from lesa.metrics import Interval
 from lesa.trajectory import write_atomically
 
 FORMAT = "lesa-records-1"
 FILES, PICTURES, FRAMES, PLANNED = "records*.jsonl", "pictures", "frames", "planned.json"
+REPORT, SHEET, MOVING = "report.md", "pictures.png", "clips.gif"
+PLOTS = ("psnr-over-ratio.png", "psnr-over-speedup.png", "error-per-step.png", "rows.png")
+WRITTEN = (REPORT, SHEET, MOVING, *PLOTS, PLANNED, f"{PICTURES}/*/{'[0-9]' * 5}.png")
+"""What a run writes beside its records, as patterns."""
 REFERENCE = ("all full", "every:1")
 """The run that all others are measured against."""
 DRIFT = "drift"
@@ -140,6 +144,8 @@ class Failure:
 Line = Start | Record | Time | Cost | Failure
 KINDS: dict[str, type[Line]] = {"start": Start, "picture": Record, "time": Time, "cost": Cost, "failure": Failure}
 NAMES = {kind: name for name, kind in KINDS.items()}
+BEGINNING = {"kind": "run", "format": FORMAT}
+"""What the first line of a file begins with."""
 
 
 def to_text(line: Line) -> str:
@@ -381,34 +387,75 @@ class Log:
 def writing(folder: str | Path, setting: Mapping[str, Any], shard: int = 0) -> Iterator[Log]:
     """Open a run's folder to measure on: a new one, or one that holds the same setting.
 
-    The last line of this process's file is removed if a kill tore it.
+    The last line of this process's file is removed if a kill tore it. In a folder without records nothing may have the
+    name of what a run writes.
 
-    Raises: ValueError if the folder holds another setting, or a damaged file; RuntimeError if another process writes
-        the same file.
+    Raises: ValueError if the folder holds another setting, a damaged file, or one that is none of ours in the place of
+        one of a run; RuntimeError if another process writes the same file.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     log = Log(folder, shard)
     assert log.path is not None
-    setting = json.loads(json.dumps({"format": FORMAT, **setting}))
+    with _alone(folder, shard):
+        if not any([_check_same(path, setting) for path in sorted(folder.glob(FILES))]):
+            disk.check_free(folder, WRITTEN, "a run of its own")
+        planned(folder)
+        _repair(log.path)
+        if not log.path.exists():
+            _append(log.path, _header(setting))
+        log.refresh()
+        yield log
+
+
+def clear(folder: str | Path, setting: Mapping[str, Any]) -> None:
+    """Begin a run's records anew: remove the pictures that they name, the schedules planned, and all their lines.
+
+    Whatever else the folder holds stays. A folder without records is left as it is.
+
+    Raises: ValueError and RuntimeError as `writing` does; nothing is removed then.
+    """
+    folder = Path(folder)
+    paths = sorted(folder.glob(FILES))
+    with ExitStack() as locks:
+        for shard in sorted(shard for path in paths if (shard := _shard(path)) is not None):
+            locks.enter_context(_alone(folder, shard))
+        begun = [path for path in paths if _check_same(path, setting)]
+        if not begun:
+            return
+        planned(folder)
+        keys = {key for path in begun for key in _keys(path)}
+        numbers = range(len(setting.get("pairs", ())))
+        disk.remove([*(picture_path(folder, *of) for of in product(keys, numbers)), folder / PLANNED], folder)
+        write_atomically(folder / _file(0), _header(setting).encode())  # not before: the lines name what is removed
+        disk.remove([path for path in paths if path != folder / _file(0)], folder)
+
+
+@contextmanager
+def _alone(folder: Path, shard: int) -> Iterator[None]:
+    """Keep other processes from measuring into the same file."""
     try:
         with FileLock(folder / f".lock-{shard}", timeout=0):
-            _repair(log.path)
-            for path in sorted(folder.glob(FILES)):
-                _check_same(path, setting)
-            if not log.path.exists():
-                _append(log.path, json.dumps({"kind": "run", **setting}, ensure_ascii=False) + "\n")
-            log.refresh()
-            yield log
+            yield
     except Timeout as error:
-        raise RuntimeError(f"another process measures into {log.path}; wait for it, or end it.") from error
+        raise RuntimeError(f"another process measures into {folder / _file(shard)}; wait for it, or end it.") from error
 
 
-def clear(folder: str | Path) -> None:
-    """Remove what was measured into a folder, and nothing else of it."""
-    for path in [*Path(folder).glob(FILES), Path(folder) / PLANNED]:
-        path.unlink(missing_ok=True)
-    shutil.rmtree(Path(folder) / PICTURES, ignore_errors=True)
+def planned(folder: str | Path) -> dict[str, Any]:
+    """Read the schedules that were planned for a run, by what they were planned for, with their `grid`.
+
+    Raises: ValueError if the file holds something else.
+    """
+    path = Path(folder) / PLANNED
+    if not path.exists():
+        return {}
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(value, list if name == "grid" else str) for name, value in known.items()):
+            raise ValueError("it holds something else")
+        return {"grid": known.pop("grid"), **known}
+    except (ValueError, LookupError, AttributeError) as error:
+        raise ValueError(f"{path} holds no planned schedules ({error!r}); measure into another folder.") from error
 
 
 def load(folder: str | Path) -> Comparison:
@@ -429,9 +476,10 @@ def load(folder: str | Path) -> Comparison:
                 raise ValueError(f"{path}, line {number}: {error}; remove the line, and measure it again.") from error
     comparison.sort()
     for key in comparison.records:
-        pictures = sorted(picture_path(Path(folder), key, 0).parent.glob("*.png"))
-        if pictures:
-            comparison.pictures[key] = [_read_picture(path) for path in pictures]
+        numbers = range(len(comparison.setting.get("pairs", ())))
+        pictures = [picture_path(Path(folder), key, number) for number in numbers]
+        if kept := [_read_picture(path) for path in pictures if path.exists()]:
+            comparison.pictures[key] = kept
     return comparison
 
 
@@ -473,6 +521,12 @@ def _file(shard: int) -> str:
     return f"records-{shard}.jsonl" if shard else "records.jsonl"
 
 
+def _shard(path: Path) -> int | None:
+    """Return the process whose file this is, None if it was brought from elsewhere."""
+    number = path.stem.removeprefix("records").removeprefix("-") or "0"
+    return int(number) if number.isdecimal() and path.name == _file(int(number)) else None
+
+
 def _append(path: Path, text: str) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.write(text)
@@ -506,14 +560,46 @@ def _setting(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not begin as records do ({error!r}); measure into another folder.") from error
 
 
-def _check_same(path: Path, setting: Mapping[str, Any]) -> None:
+def _header(setting: Mapping[str, Any]) -> str:
+    """Return the first line of a file of records."""
+    return json.dumps({**BEGINNING, **setting}, ensure_ascii=False) + "\n"
+
+
+def _check_same(path: Path, setting: Mapping[str, Any]) -> bool:
+    """Check that a file is one of records of this setting; returns whether it has its first line yet.
+
+    Raises: ValueError if it is another.
+    """
     if not _lines(path):
-        return
-    there = _setting(path)
-    for name in {**there, **setting}:
-        if there.get(name) != setting.get(name):
-            shown = f"{reprlib.repr(there.get(name))} there, {reprlib.repr(setting.get(name))} here"
+        if not _may_be_torn(path.read_text(encoding="utf-8", errors="replace")):
+            raise ValueError(f"{path} does not begin as records do; measure into another folder.")
+        return False
+    there, here = _setting(path), json.loads(_header(setting))
+    del here["kind"]
+    for name in {**there, **here}:
+        if there.get(name) != here.get(name):
+            shown = f"{reprlib.repr(there.get(name))} there, {reprlib.repr(here.get(name))} here"
             raise ValueError(
-                f"{path} holds records of another {name}: {shown}; measure into another folder, or with what it was "
-                "begun with."
+                f"{path} holds records of another {name}: {shown}; measure into another folder (--out), or with what "
+                "it was begun with. Records of another setting are never removed: move them away to use their folder."
             )
+    return True
+
+
+def _may_be_torn(text: str) -> bool:
+    """Tell whether a kill may have left this of a first line."""
+    start = json.dumps(BEGINNING).removesuffix("}")
+    return text.startswith(start) or start.startswith(text)
+
+
+def _keys(path: Path) -> Iterator[Key]:
+    """Yield the methods that a file of records names; a damaged line names none."""
+    for text in _lines(path)[1:]:
+        try:
+            line = from_text(text)
+        except ValueError:
+            continue
+        if isinstance(line, Start):
+            yield from ((method["name"], method["schedule"]) for method in line.methods)
+        else:
+            yield line.method, line.schedule

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from lesa import metrics
+from lesa import metrics, needs
 
 Score = Callable[[Sequence[str], Sequence[np.ndarray], Sequence[np.ndarray]], list[float]]
 """(prompts, pictures, those of the reference run) -> one number for each"""
@@ -56,7 +56,7 @@ def _ms_ssim() -> Score:
 
 def _lpips() -> Score:
     """LPIPS (Zhang et al., 2018) of AlexNet, 0 for identical pictures; by torchmetrics, weights by torchvision."""
-    functional = import_module("torchmetrics.functional.image")
+    functional = needs.module("LPIPS")
 
     def between(picture: np.ndarray, reference: np.ndarray) -> float:
         with torch.no_grad():
@@ -77,7 +77,7 @@ def _lpips() -> Score:
 
 def _clip() -> Score:
     """100 times the cosine between a picture and its prompt in CLIP (Hessel et al., 2021), by torchmetrics."""
-    metric = import_module("torchmetrics.multimodal").CLIPScore("openai/clip-vit-base-patch16")
+    metric = needs.module("CLIP").CLIPScore("openai/clip-vit-base-patch16")
 
     def score(prompts: Sequence[str], pictures: Sequence[np.ndarray], _references: Any) -> list[float]:
         with torch.no_grad():
@@ -91,13 +91,12 @@ def _clip() -> Score:
 
 def _image_reward() -> Score:
     """ImageReward (Xu et al., 2023): what people would prefer, by its own package."""
-    model = import_module("ImageReward").load("ImageReward-v1.0")
-    image = import_module("PIL.Image")
+    model = needs.module("ImageReward").load("ImageReward-v1.0")
 
     def score(prompts: Sequence[str], pictures: Sequence[np.ndarray], _references: Any) -> list[float]:
         with torch.no_grad():
             return [
-                float(model.score(prompt, image.fromarray(picture)))
+                float(model.score(prompt, Image.fromarray(picture)))
                 for prompt, picture in zip(prompts, pictures, strict=True)
             ]
 

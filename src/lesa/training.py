@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from lesa import metrics
+from lesa import disk, metrics
 from lesa.grid import matches
 from lesa.guidance import Guidance
 from lesa.plan import histories
-from lesa.predictor import L2P, LESA, Predictor
+from lesa.predictor import CARD_FILE, FILES, L2P, LESA, Predictor
 from lesa.row import Row
 from lesa.schedule import Schedule
 from lesa.tap import Projection, Tap
@@ -37,7 +36,7 @@ Head = Callable[[Tensor, Tensor], Tensor]
 """(features (..., n, C), conditioning (..., D)) -> outputs (..., n, C_out)"""
 LOSSES = ("latents", "features")
 TINY = 1e-12
-CURVE_FILE, SETTINGS_FILE = "curve.json", "training.json"
+CURVE_FILE, SETTINGS_FILE, PART = "curve.json", "training.json", "part"
 
 
 @dataclass(frozen=True)
@@ -538,12 +537,11 @@ class _Rounds:
         self._folder = folder
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / SETTINGS_FILE
-        there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else settings
+        there = begun(folder) or settings
         if other := sorted(name for name in {*there, *settings} if there.get(name) != settings.get(name)):
             raise ValueError(f"{folder} holds a training with other {', '.join(other)}; name another, or delete it.")
-        write_atomically(file, json.dumps(settings, indent=1).encode())
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / SETTINGS_FILE, json.dumps(settings, indent=1).encode())
 
     def load(self, round_: int, predictor: Predictor, curve: Curve) -> bool:
         """Set predictor and curve to what they were after a round; False if it or one before it is not there whole."""
@@ -555,7 +553,7 @@ class _Rounds:
             predictor.load_state_dict(Predictor.from_pretrained(place).state_dict())
             curve.entries = entries
         except (FileNotFoundError, ValueError):
-            shutil.rmtree(self._place(round_ + 1), ignore_errors=True)  # what follows is of no use
+            self._remove(self._place(round_ + 1))  # what follows is of no use
             return False
         return True
 
@@ -563,16 +561,42 @@ class _Rounds:
         """Keep a round: its folder gets its name when it is whole."""
         if self._folder is None:
             return
-        part = self._folder / "part"
+        part = self._folder / PART
         for place in (part, self._place(round_)):
-            shutil.rmtree(place, ignore_errors=True)
+            self._remove(place)
         predictor.save_pretrained(part)
         write_atomically(part / CURVE_FILE, json.dumps(curve.entries).encode())
         part.rename(self._place(round_))
 
+    def _remove(self, place: Path) -> None:
+        """Remove what `save` wrote into a folder, and the folder.
+
+        Raises: ValueError if it holds something else: that stays.
+        """
+        assert self._folder is not None
+        disk.remove([place / name for name in (*FILES, CARD_FILE, CURVE_FILE)], self._folder)
+        disk.check_free(place, ["*"], "a round of a training")
+
     def _place(self, round_: int) -> Path:
         assert self._folder is not None
         return self._folder / f"round-{round_}"
+
+
+def begun(folder: Path) -> dict[str, Any] | None:
+    """Read the settings of the training whose rounds a folder holds; None if it holds none yet.
+
+    Raises: ValueError if something else has the name of a round or of the settings.
+    """
+    file = folder / SETTINGS_FILE
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("they are no JSON object")
+    except FileNotFoundError:
+        return disk.check_free(folder, [PART, "round-*"], "the rounds of a training")
+    except ValueError as error:
+        raise ValueError(f"{file} holds no settings of a training ({error}); name another folder.") from error
+    return settings
 
 
 def _settings(predictor: Predictor, lessons: Sequence[Lesson], config: Config) -> dict[str, Any]:

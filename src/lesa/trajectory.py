@@ -18,7 +18,7 @@ from torch import Tensor
 
 COLLECTION = "collection.json"
 _GROUPS = ("features", "outputs", "conditioning")
-_PARTIAL = ".partial"
+PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +212,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     Raises: OSError if it cannot be written; nothing of it is left then.
     """
-    partial = path.with_name(path.name + _PARTIAL)
+    partial = path.with_name(path.name + PARTIAL)
     try:
         with open(partial, "wb") as file:
             file.write(data)

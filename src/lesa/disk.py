@@ -1,0 +1,44 @@
+"""Whose files are whose: a run writes over and removes what runs of ours wrote, and nothing else.
+
+A folder is ours if it holds what every run begins with: the records of a benchmark, the settings of a training, the
+configuration of a predictor. In any other folder the names of what a run would write must be free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from lesa.trajectory import PARTIAL
+
+
+def check_free(folder: str | Path, patterns: Iterable[str], what: str) -> None:
+    """Check that nothing in a folder has a name of `what` is to be written there, where the folder is none of ours.
+
+    `patterns` are those of `Path.glob`.
+
+    Raises: ValueError if something has.
+    """
+    found = sorted({str(path.relative_to(folder)) for pattern in patterns for path in Path(folder).glob(pattern)})
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ValueError(
+            f"{folder} is to hold {what}, which would write over what is none of it: {', '.join(found[:3])}{more}; "
+            "name another folder, or move that away."
+        )
+
+
+def remove(files: Iterable[Path], within: Path) -> None:
+    """Remove these files, with what a kill left half written of them, and the folders in `within` that are empty then.
+
+    What is not there is passed over.
+    """
+    folders: dict[Path, None] = {}
+    for file in files:
+        for path in (file, file.with_name(file.name + PARTIAL)):
+            path.unlink(missing_ok=True)
+        folders |= dict.fromkeys(folder for folder in file.parents if within in folder.parents)
+    for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
+        with suppress(OSError):
+            folder.rmdir()
