@@ -8,9 +8,11 @@ import pytest
 import lesa
 
 LAYERS = [
+    {"needs"},
     {"grid", "schedule", "kan", "row", "tap", "metrics", "emoji", "pipelines", "ranks"},
-    {"forecasters", "trajectory", "detour", "models", "scores", "clips", "offload"},
-    {"predictor", "plan", "guidance"},
+    {"caller", "forecasters", "trajectory", "detour", "models", "scores", "clips", "offload"},
+    {"disk", "plan", "guidance"},
+    {"predictor"},
     {"runtime", "collect", "flops", "convert", "records", "cost"},
     {"training"},
     {"planning"},
