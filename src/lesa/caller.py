@@ -50,7 +50,7 @@ class Caller:
         if self._loop is None and not self._find_loop(here):
             return False
         admitted = _way(here, self._loop) in self._ways
-        if step == self._last:
+        if admitted and step == self._last:
             self._held = []  # no later call can be taken for one of this run, and the loop's variables are let go
         return admitted
 

@@ -506,13 +506,16 @@ def accelerate(
     of a byte an element ('int8', 'fp8'); or the same in the CPU's memory ('cpu', 'int8-cpu', 'fp8-cpu'). In each,
     features that no later step uses are not held.
 
+    A run belongs to the call that makes it: the pipeline's, that of another one with its transformer and scheduler, or
+    a loop of one's own over its scheduler. Who else calls the transformer is refused, during a run and after it.
+
     `detours` say at which full steps a run may turn out to be unusual, and which schedule it then goes on with (see
     `lesa.planning.detours`). They need a forecaster that is not bound to one schedule.
 
     Raises: ValueError if the schedule, the grid or the tap is missing or does not fit, if there is no such history, or
         if the transformer is accelerated already; LookupError if no predictor is shipped for the pipeline. The
         pipeline's first call raises ValueError, before its first step is done, if its grid, schedule or streams do not
-        fit the predictor.
+        fit the predictor. Calls of the transformer that belong to no run raise RuntimeError.
     """
     transformer = _transformer_of(pipe)
     if (transformer is pipe) != (grid is not None):
