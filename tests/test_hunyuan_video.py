@@ -82,10 +82,16 @@ def test_swapped_prompts_swap_the_streams(tiny_hunyuan):
     given = [torch.randn(1, 4, 2, 4, 6, generator=generator) for _ in range(STEPS)]
 
     def held(prompt: str, negative_prompt: str) -> dict[str, Tensor]:
-        forced = dict(callback_on_step_end=lambda _pipe, step, *_: {"latents": given[step]})
+        def force(_pipe, step, *_):
+            if step == STEPS - 2:  # later they are freed
+                found.update((name, s.history._features.clone()) for name, s in run._executor.streams.items())
+            return {"latents": given[step]}
+
+        found: dict[str, Tensor] = {}
+        guided = dict(negative_prompt=negative_prompt, true_cfg_scale=3.0)
         with accelerate(tiny_hunyuan, Taylor(2), schedule=EVERY) as run:
-            draw(tiny_hunyuan, prompt, negative_prompt=negative_prompt, true_cfg_scale=3.0, **forced)
-            return {name: stream.history._features.clone() for name, stream in run._executor.streams.items()}
+            draw(tiny_hunyuan, prompt, **guided, callback_on_step_end=force)
+        return found
 
     ours, theirs = held(PROMPT, OTHER), held(OTHER, PROMPT)
     assert torch.equal(ours["cond"], theirs["uncond"]) and torch.equal(ours["uncond"], theirs["cond"])

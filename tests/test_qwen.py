@@ -51,7 +51,14 @@ def test_swapped_prompts_swap_the_histories(tiny_qwen, place):
     given = [torch.randn(1, 16, 16, generator=generator) for _ in range(STEPS)]
 
     def histories(prompt: str, negative_prompt: str) -> tuple[dict, dict]:
-        forced = dict(callback_on_step_end=lambda _pipe, step, *_: {"latents": given[step]})
+        def force(_pipe, step, *_):
+            if step == STEPS - 2:  # later they are freed
+                histories = {name: stream.history for name, stream in run._executor.streams.items()}
+                assert histories["cond"]._shape[-1] == (16 if tap.module is None else 24)
+                held.update((name, history._features.clone()) for name, history in histories.items())
+            return {"latents": given[step]}
+
+        held: dict = {}
         tap = tap_of(tiny_qwen.transformer, place)
         with accelerate(tiny_qwen, Taylor(2), schedule=EVERY, tap=place) as run:
             outputs: dict = {"cond": [], "uncond": []}
@@ -59,10 +66,8 @@ def test_swapped_prompts_swap_the_histories(tiny_qwen, place):
             hook = tiny_qwen.transformer.register_forward_hook(
                 lambda _module, _args, output: outputs[next(names)].append(output[0].clone())
             )
-            draw(tiny_qwen, prompt, negative_prompt=negative_prompt, true_cfg_scale=3.0, **forced)
+            draw(tiny_qwen, prompt, negative_prompt=negative_prompt, true_cfg_scale=3.0, callback_on_step_end=force)
             hook.remove()
-            held = {name: stream.history._features.clone() for name, stream in run._executor.streams.items()}
-            assert run._executor.streams["cond"].history._kind[0][-1] == (16 if tap.module is None else 24)
         return held, outputs
 
     held, outputs = histories(PROMPT, OTHER)

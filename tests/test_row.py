@@ -106,6 +106,25 @@ def test_a_history_fits_features_of_its_shape_and_dtype_only():
     assert not history.fits(3, torch.empty(SHAPE, dtype=torch.bfloat16, device="meta"))
 
 
+@each_storage
+def test_a_history_takes_features_of_another_dtype_and_loses_nothing(name):
+    """The storage is as wide as the widest of them."""
+    narrow, wide = random_features(1, dtype=torch.bfloat16)[0], random_features(2)[1]
+    history = filled(3, [narrow, wide, wide], name)
+    assert history.takes(wide) and not history.fits(3, narrow)
+    assert held(history)[-1].dtype == torch.float32
+    if name in PLAIN:
+        assert torch.equal(held(history)[0], narrow.float())
+    assert torch.equal(held(history)[-1], wide)
+    assert history.nbytes > filled(3, [narrow] * 3, name).nbytes or name.endswith("cpu")
+
+
+def test_a_history_takes_no_features_of_another_shape_or_device():
+    history = make(3, torch.empty(SHAPE))
+    assert not history.takes(torch.empty(2, 5, 6))
+    assert not history.takes(torch.empty(SHAPE, device="meta"))
+
+
 @pytest.mark.parametrize(("tokens", "scratch"), [(12, 2400), (100, 16_200), (2048, 51_200), (11_000, 262_000)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @each_storage
@@ -207,6 +226,39 @@ def test_a_history_keeps_no_graph(name):
     history = filled(3, [feature, feature * 3], name)
     assert not any(tensor.requires_grad for tensor in history._tensors())
     assert not history.forecast([0, 1], [1.0, 1.0], 0.0).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@each_storage
+def test_a_forecast_may_have_another_dtype_than_the_features(name, dtype):
+    features, coefficients = random_features(3), [100.25, -202.5, 103.25]
+    history = filled(3, features, name)
+    forecast = history.forecast([0, 1, 2], coefficients, 0.125, dtype)
+    assert torch.equal(forecast, history.forecast([0, 1, 2], coefficients, 0.125).to(dtype)), "rounded once"
+    assert forecast.dtype == dtype and not history.clamped
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (1, 3000, 40)], ids=["one piece", "several"])
+@each_storage
+def test_a_forecast_beyond_its_dtypes_range_is_clamped_and_said(name, shape):
+    features = [torch.full(shape, value, dtype=torch.float16) for value in (-100.0, 60_000.0)]
+    features[-1][0, -1, -1] = -60_000.0
+    history = filled(2, features, name)
+    forecast = history.forecast([0, 1], [0.0, 2.0], 0.0)
+    assert set(forecast.unique().tolist()) == {65_504.0, -65_504.0} and history.clamped
+    assert history.forecast([0, 1], [0.0, 1.0], 0.0).max() == 60_000.0 and not history.clamped
+    assert history.forecast([0, 1], [0.0, 2.0], 0.0, torch.float32).max() == 120_000.0 and not history.clamped
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@each_plain
+def test_what_came_in_spoiled_is_not_clamped(name, value):
+    features = random_features(2, dtype=torch.float16)
+    features[0][1, 2, 3] = value
+    history = filled(2, features, name)
+    forecast = history.forecast([0, 1], [1.0, 1.0], 0.0)
+    assert not forecast[1, 2, 3].isfinite() and forecast.isfinite().sum() == forecast.numel() - 1
+    assert not history.clamped
 
 
 # --- differences

@@ -1,5 +1,6 @@
 import copy
 import gc
+import inspect
 import threading
 import weakref
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lesa.detour import Detour
 from lesa.forecasters import Forecaster, Lagrange, LinearRows, Reuse, Taylor
+from lesa.pipelines import with_call
 from lesa.plan import Plan
 from lesa.plan import compile as compile_plan
 from lesa.predictor import LESA, Origin, configuration
@@ -535,13 +537,65 @@ def test_an_ended_acceleration_does_not_end_the_next(pipe):
     disable(pipe)
 
 
-def test_histories_are_freed_on_leaving(pipe):
+def held_by(run) -> list:
+    """The histories that are held, each by a weak reference."""
+    return [weakref.ref(s.history) for s in run._executor.streams.values() if s.history is not None]
+
+
+@pytest.mark.parametrize("call", [{}, GUIDED], ids=["one stream", "two streams"])
+def test_histories_are_freed_when_the_run_ends(pipe, call):
+    seen = []
     with accelerate(pipe, Taylor(1), schedule=EVERY) as run:
-        draw(pipe)
-        held = weakref.ref(run._executor.streams["cond"].history)
+        draw(pipe, **call, callback_on_step_end=at_step(4, lambda _: seen.extend(held_by(run))))
+        assert len(seen) == 1 + bool(call) and not any(history() for history in seen)
+        assert held_by(run) == []
+        assert all(done.bytes_held > 0 for done in run.summary().values())
+
+
+def test_histories_are_freed_when_a_run_is_stopped(pipe):
+    def stop(_pipe):
+        seen.extend(held_by(run))
+        raise ZeroDivisionError
+
+    seen = []
+    with accelerate(pipe, Taylor(1), schedule=EVERY) as run:
+        with pytest.raises(ZeroDivisionError):
+            draw(pipe, callback_on_step_end=at_step(4, stop))
+        assert len(seen) == 1 and held_by(run) == []
+
+
+def test_histories_of_a_stream_that_is_gone_are_freed_with_the_next_run():
+    transformer = build_transformer()
+    with accelerate(transformer, Taylor(1), schedule=EVERY, grid=GRID) as run:
+        for step in range(5):
+            call_at(transformer, run, step, "cond")
+            call_at(transformer, run, step, "uncond")
+        assert len(held_by(run)) == 2
+        call_at(transformer, run, 0, "cond")
+        assert len(held_by(run)) == 1
+
+
+def test_histories_are_freed_on_leaving():
+    transformer = build_transformer()
+    with accelerate(transformer, Taylor(1), schedule=EVERY, grid=GRID) as run:
+        call_at(transformer, run, 0)
+        (held,) = held_by(run)
         assert held() is not None
     assert held() is None
     assert run.summary()["cond"].bytes_held > 0
+
+
+def test_an_acceleration_that_has_ended_does_not_begin_again(pipe):
+    transformer = build_transformer()
+    for accelerated, options in ((pipe, {}), (transformer, dict(grid=GRID))):
+        with accelerate(accelerated, Taylor(1), schedule=EVERY, **options) as run:
+            pass
+        with pytest.raises(RuntimeError, match=r"call lesa\.accelerate anew"):
+            run.__enter__()
+        with pytest.raises(RuntimeError, match=r"call lesa\.accelerate anew"):
+            run.at(0)
+        run.close()
+        assert run.summary() == {}
 
 
 def test_a_forgotten_acceleration_keeps_no_model_alive(pipe):
@@ -679,6 +733,269 @@ def test_a_call_without_a_name_is_of_the_first_stream(pipe):
         draw(pipe, **GUIDED)  # its last call is named "uncond"
         repaint(FluxImg2ImgPipeline.from_pipe(pipe))
     assert {name: done.runs for name, done in run.summary().items()} == {"cond": 2, "uncond": 1}
+
+
+# --- stopped runs
+
+
+def probe(pipe, time: float = 0.5) -> Tensor:
+    """What the transformer answers to a call that belongs to no run."""
+    with torch.no_grad():
+        return pipe.transformer(torch.full((1, 16, 16), 0.3), **step_inputs(time))[0]
+
+
+def drawn_by_hand(pipe):
+    """A loop of one's own over the pipeline's scheduler; a generator of the latents."""
+    x = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(0))
+    pipe.scheduler.set_timesteps(STEPS, mu=0.8)
+    for time in pipe.scheduler.timesteps:
+        with torch.no_grad():
+            velocity = pipe.transformer(x, **step_inputs(float(time) / 1000))[0]
+        x = pipe.scheduler.step(velocity, time, x, return_dict=False)[0]
+        yield x
+
+
+def one_step_on(pipe, x, time) -> Tensor:
+    with torch.no_grad():
+        velocity = pipe.transformer(x, **step_inputs(float(time) / 1000))[0]
+    return pipe.scheduler.step(velocity, time, x, return_dict=False)[0]
+
+
+def drawn_step_by_step(pipe):
+    """Such a loop with a function for each step."""
+    x = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(0))
+    pipe.scheduler.set_timesteps(STEPS, mu=0.8)
+    for time in pipe.scheduler.timesteps:
+        x = one_step_on(pipe, x, time)
+        yield x
+
+
+def stop_the_pipeline(pipe, step, failure):
+    def fail(_pipe):
+        raise failure
+
+    with pytest.raises(type(failure)):
+        draw(pipe, callback_on_step_end=at_step(step, fail))
+
+
+STOPS = {
+    "exception": lambda pipe, step: stop_the_pipeline(pipe, step, ZeroDivisionError()),
+    "interruption": lambda pipe, step: stop_the_pipeline(pipe, step, KeyboardInterrupt()),
+    "interrupt": lambda pipe, step: draw(
+        pipe, callback_on_step_end=at_step(step, lambda p: setattr(p, "_interrupt", True))
+    ),
+    "another class": lambda pipe, step: stop_the_pipeline(another(pipe, scheduler=pipe.scheduler), step, KeyError()),
+    "loop": lambda pipe, step: [x for x, _ in zip(drawn_by_hand(pipe), range(step + 1), strict=False)],
+    "steps": lambda pipe, step: [x for x, _ in zip(drawn_step_by_step(pipe), range(step + 1), strict=False)],
+}
+NEXT = {
+    "probe": probe,
+    "pipeline": lambda pipe: draw(another(pipe)),
+    "pipeline of one step": lambda pipe: draw(another(pipe), num_inference_steps=1),
+    "image to image of one step": lambda pipe: repaint(another(pipe, FluxImg2ImgPipeline), strength=1 / STEPS),
+    "loop": lambda pipe: list(drawn_by_hand(another(pipe))),
+    "steps": lambda pipe: list(drawn_step_by_step(another(pipe))),
+}
+
+
+@pytest.mark.parametrize("tap", ["feature", "output"])
+@pytest.mark.parametrize("who", NEXT)
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_stopped_run_answers_no_other_caller(pipe, stop, who, tap):
+    with accelerate(pipe, Taylor(1), schedule=EVERY, tap=tap) as run:
+        expected = draw(pipe)
+        for step in (0, 3):  # the next ones are skipped
+            STOPS[stop](pipe, step)
+            done = run.summary()["cond"].skipped_steps
+            for _ in range(2):
+                with pytest.raises(
+                    RuntimeError, match=r"is in no run; call the pipeline|come from one loop, got one from"
+                ):
+                    NEXT[who](pipe)
+            assert run.summary()["cond"].skipped_steps == done
+            assert torch.equal(draw(pipe), expected)
+
+
+def test_a_generator_that_waits_answers_no_other_caller_and_goes_on(pipe):
+    with accelerate(pipe, Taylor(1), schedule=EVERY) as run:
+        expected = list(drawn_by_hand(pipe))[-1]
+        loop = drawn_by_hand(pipe)
+        for x in loop:
+            if not torch.equal(x, expected):
+                with pytest.raises(RuntimeError, match=r"come from one loop|is in no run"):
+                    probe(pipe)
+                break
+        del loop
+        assert torch.equal(list(drawn_by_hand(pipe))[-1], expected)
+    assert run.summary()["cond"].full_steps == 3 + 1 + 3
+
+
+@pytest.mark.parametrize("intruder", ["probe", "pipeline of one step", "image to image of one step"])
+def test_who_calls_during_a_run_is_refused_and_does_not_disturb_it(pipe, intruder):
+    def intrude(_pipe, _step, _time, tensors):
+        with pytest.raises(RuntimeError, match=r"come from one loop|is in no run"):
+            NEXT[intruder](pipe)
+        return tensors
+
+    with accelerate(pipe, Taylor(1), schedule=EVERY):
+        expected = draw(pipe)
+        assert torch.equal(draw(pipe, callback_on_step_end=intrude), expected)
+
+
+@pytest.mark.parametrize("loop", [drawn_by_hand, drawn_step_by_step], ids=["at once", "a function for each step"])
+def test_a_loop_over_the_pipelines_scheduler_is_accelerated(pipe, loop):
+    with accelerate(pipe, Taylor(1), schedule=EVERY), counted(pipe.transformer) as counts:
+        first, second = list(loop(pipe)), list(loop(pipe))
+    assert counts == [4, 0, 0, 4, 0, 0, 4, 0] * 2
+    assert torch.equal(first[-1], second[-1])
+
+
+def test_a_call_that_fails_before_its_run_begins_ends_no_other(pipe):
+    def fail(_pipe):
+        with pytest.raises(ValueError, match=r"divisible|prompt"):
+            pipe(None)
+
+    with accelerate(pipe, Taylor(1), schedule=EVERY):
+        expected = draw(pipe)
+        assert torch.equal(draw(pipe, callback_on_step_end=at_step(4, fail)), expected)
+
+
+def test_what_a_loop_held_is_let_go_with_its_last_step(pipe):
+    class Large:
+        pass
+
+    def loop():
+        large = Large()
+        seen.append(weakref.ref(large))
+        list(drawn_by_hand(pipe))
+
+    seen = []
+    with accelerate(pipe, Taylor(1), schedule=EVERY) as run:
+        loop()
+        assert seen[0]() is None and held_by(run) == []
+
+
+def test_an_accelerated_pipeline_is_of_its_class_and_then_as_it_was(pipe):
+    kind, signature = type(pipe), inspect.signature(pipe.__call__)
+    with accelerate(pipe, Taylor(1), schedule=EVERY):
+        assert isinstance(pipe, kind) and type(pipe).__name__ == kind.__name__
+        assert inspect.signature(pipe.__call__) == signature
+    assert type(pipe) is kind
+
+
+def test_a_pipeline_that_got_a_class_of_its_own_since_keeps_it(pipe):
+    mine = another(pipe)
+    expected = draw(mine, num_inference_steps=4)
+    with accelerate(mine, Taylor(1), schedule=Schedule.every(2)):
+        accelerated = draw(mine, num_inference_steps=4)
+        with_call(mine, {"num_inference_steps": 4})
+        assert torch.equal(draw_as_set(mine), accelerated)
+        assert held_by(mine.transformer._lesa_run) == []
+    assert torch.equal(draw_as_set(mine), expected)
+
+
+def draw_as_set(pipe) -> Tensor:
+    call = dict(height=32, width=32, max_sequence_length=16, output_type="latent")
+    return pipe(PROMPT, **call, generator=torch.Generator().manual_seed(0)).images
+
+
+# --- dtypes
+
+
+def autocast():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("history", STORED)
+@pytest.mark.parametrize("tap", ["feature", "output"])
+def test_under_autocast_latents_may_change_their_dtype(pipe, tap, history):
+    """They are float32 in the first step, and bfloat16 as the outputs are in the others."""
+    with autocast(), accelerate(pipe, Taylor(1), schedule=EVERY, tap=tap, history=history) as run:
+        with returned(pipe.transformer) as outputs:
+            drawn = draw(pipe)
+        assert torch.equal(draw(pipe), drawn)
+    assert drawn.isfinite().all()
+    assert {output.dtype for output in outputs} == {torch.bfloat16}
+    assert run.summary()["cond"].skipped_steps == 10
+
+
+class Cast(nn.Module):
+    """Its blocks and its output have a dtype that is not that of what goes in, nor always the same."""
+
+    def __init__(self, *dtypes):
+        super().__init__()
+        self.blocks, self.norm_out, self.dtypes = nn.ModuleList([nn.Tanh()]), nn.Identity(), dtypes
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.double()
+        for block in self.blocks:
+            x = block(x).to(self.dtypes[self.calls % len(self.dtypes)])
+            self.calls += 1
+        return self.norm_out(x)
+
+
+@pytest.mark.parametrize("history", STORED)
+@pytest.mark.parametrize("module", ["norm_out", None])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+        (torch.float32, torch.float64),
+    ],
+    ids=str,
+)
+def test_a_forecast_has_the_dtype_of_the_newest_full_step(dtypes, module, history):
+    transformer = Cast(*dtypes)
+    options = dict(schedule=Schedule.at([0, 3]), grid=GRID, tap=Tap(("blocks",), module), history=history)
+    x = torch.linspace(-1, 1, 12).reshape(1, 3, 4)
+    with accelerate(transformer, Taylor(1), **options) as run:
+        answers = []
+        for step in range(6):
+            run.at(step)
+            answers.append(transformer(x * (1 + step)))
+    assert [answer.dtype for answer in answers] == [dtypes[0]] * 3 + [dtypes[1]] * 3
+    line = answers[3].double() + (answers[3].double() - answers[0].double()) / 3
+    torch.testing.assert_close(answers[4].double(), line, rtol=0, atol=2e-2)
+
+
+class Loud(nn.Module):
+    """Its feature grows by a fixed number a step, up to the largest that float16 holds."""
+
+    def __init__(self, growth: float):
+        super().__init__()
+        self.blocks, self.norm_out, self.growth, self.calls = nn.ModuleList([nn.Identity()]), nn.Identity(), growth, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x) + self.calls * self.growth
+            self.calls += 1
+        return self.norm_out(x)
+
+
+@pytest.mark.parametrize("history", STORED)
+@pytest.mark.parametrize("module", ["norm_out", None])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_forecasts_beyond_the_range_of_float16_are_clamped_and_counted(module, history, sign):
+    transformer, x = Loud(sign * 30_000.0), torch.full((1, 3, 4), sign * 30_000.0, dtype=torch.float16)
+    options = dict(schedule=Schedule.at([0, 1]), grid=GRID, tap=Tap(("blocks",), module), history=history)
+    with accelerate(transformer, Taylor(1), **options) as run:
+        for step in range(4):
+            run.at(step)
+            answer = transformer(x)
+            assert answer.dtype == torch.float16
+            assert float(answer[0, 0, 0]) == sign * min(30_000 * (1 + step), 65_504)
+        assert run.summary()["cond"].clamped == 2
+        assert "2 forecasts were beyond the range of their dtype and clamped to it" in str(run.summary())
+        assert run.summary()["cond"].clamped == 2
+
+
+def test_forecasts_within_the_range_are_not_counted(pipe):
+    with accelerate(pipe, Taylor(1), schedule=EVERY) as run:
+        draw(pipe)
+    assert run.summary()["cond"].clamped == 0 and "range" not in str(run.summary())
 
 
 # --- side by side

@@ -209,6 +209,55 @@ def test_at_the_output_each_kind_of_call_has_its_own_answer(toy):
     Toy.forward = original
 
 
+class Heard(Ear):
+    """Keeps the dtypes that pass, and the features."""
+
+    def __init__(self):
+        super().__init__(full=True)
+        self.dtypes = []
+
+    def exchange(self, feature):
+        self.dtypes.append(feature.dtype)
+        return feature
+
+
+@pytest.mark.parametrize("tap", [TAP, OUTPUT])
+def test_on_a_skipped_step_what_passes_has_the_dtype_of_a_full_one(toy, tap):
+    """Here the blocks change it."""
+    hook = toy.blocks[2].register_forward_hook(lambda _module, _args, output: output.to(torch.bfloat16))
+    detach = attach(toy, tap, ear := Heard())
+    full = toy(torch.ones(2))
+    ear.full = False
+    skipped = toy(torch.ones(2))
+    assert ear.dtypes == [torch.bfloat16] * 2 and full.dtype == skipped.dtype == torch.bfloat16
+    hook.remove()
+    detach()
+
+
+def test_at_the_output_an_input_of_another_dtype_is_answered_where_the_outputs_dtype_is_not_its():
+    casting = Toy()
+    casting.blocks[2].register_forward_hook(lambda _module, _args, output: output.to(torch.bfloat16))
+    detach = attach(casting, OUTPUT, ear := Heard())
+    casting(torch.ones(2))
+    ear.full = False
+    assert casting(torch.ones(2, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert casting(torch.ones(2, dtype=torch.float64)).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="none such on a full one"):
+        casting(torch.ones(3, dtype=torch.bfloat16))
+    detach()
+
+
+def test_at_the_output_an_input_of_another_dtype_is_answered_under_autocast(toy):
+    detach = attach(toy, OUTPUT, ear := Heard())
+    toy(torch.ones(2, dtype=torch.bfloat16))
+    ear.full = False
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert toy(torch.ones(2)).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="none such on a full one"):
+        toy(torch.ones(2))
+    detach()
+
+
 def test_what_stands_in_for_an_output_has_its_shape_and_holds_one_number(toy):
     passed = []
 

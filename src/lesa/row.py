@@ -33,12 +33,18 @@ class Term(NamedTuple):
     scale: Tensor | None = None
 
 
-def combine(terms: Sequence[Term], offset: float, forecast: Tensor, scratch: Tensor) -> None:
+def combine(terms: Sequence[Term], offset: float, forecast: Tensor, scratch: Tensor) -> Tensor | int:
     """Write the sum of the terms + offset to `forecast`, (tokens, channels) as all values are; scales are (tokens, 1).
 
     Accumulates in the dtype of `scratch`, whatever that of the values is (`sum |c|` reaches the hundreds), in pieces of
     its tokens, and reads each term once. Values on another device are brought over piece by piece.
+
+    Sums beyond the range of the forecast's dtype are clamped to it, as infinities would soon be NaN; those that come of
+    infinite values stay infinite. Returns 1 if there were such sums, else 0: a number on the forecast's device where
+    the range is so narrow that it has to be looked at.
     """
+    most, clamped = torch.finfo(forecast.dtype).max, 0
+    is_narrow = most < torch.finfo(scratch.dtype).max / 2  # bfloat16 has the range of float32
     for start in range(0, len(forecast), len(scratch)):
         piece = slice(start, start + len(scratch))
         total = scratch[: len(forecast[piece])].fill_(offset)
@@ -48,7 +54,12 @@ def combine(terms: Sequence[Term], offset: float, forecast: Tensor, scratch: Ten
                 total.add_(part, alpha=coefficient)
             else:
                 total.addcmul_(part.to(total.dtype), scale[piece].to(total.device), value=coefficient)
+        if is_narrow:
+            beyond = (total.abs() > most) & total.isfinite()
+            clamped = clamped | beyond.any()
+            total = torch.where(beyond, total.clamp(-most, most), total)
         forecast[piece] = total
+    return clamped
 
 
 class Storage(NamedTuple):
@@ -89,11 +100,16 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 class History:
-    """The past features that later forecasts use: at most `slots` of one shape and dtype, in storage made once."""
+    """The past features that later forecasts use: at most `slots` of one shape, in storage made once.
+
+    The storage has the dtype of the first one, and is made wider if one comes that this cannot hold (under autocast,
+    dtypes change between steps). `clamped` is 1 if the newest forecast was beyond the range of its dtype, else 0.
+    """
 
     def __init__(self, slots: int, like: Tensor, storage: Storage = STORAGES["model"]):
         self.slots, self.storage = slots, storage
-        self._kind = (like.shape, like.dtype, like.device)
+        self._shape, self._dtype, self._device = like.shape, like.dtype, like.device
+        self.clamped: Tensor | int = 0
         self._slot_of: dict[int, int] = {}  # by step, oldest first
         self._wide = torch.promote_types(like.dtype, torch.float32)
         self._channels = like.shape[-1]
@@ -106,13 +122,12 @@ class History:
             self._allocate()
 
     def _allocate(self) -> None:
-        self._features = self._empty(self.slots, self._channels, self._kind[1])
+        self._features = self._empty(self.slots, self._channels, self._dtype)
 
     def _empty(self, slots: int, channels: int, dtype: torch.dtype) -> Tensor:
         """Make storage; on the CPU it is pinned where a GPU reads it."""
-        device = self._kind[2]
-        away = self.storage.on_cpu and device.type == "cuda"
-        place = torch.device("cpu") if self.storage.on_cpu else device
+        away = self.storage.on_cpu and self._device.type == "cuda"
+        place = torch.device("cpu") if self.storage.on_cpu else self._device
         return torch.empty((slots, self._tokens, channels), dtype=dtype, device=place, pin_memory=away)
 
     @property
@@ -123,14 +138,18 @@ class History:
     @property
     def nbytes(self) -> int:
         """Bytes held of the features' device memory, the scratch included."""
-        return sum(tensor.nbytes for tensor in self._tensors() if tensor.device == self._kind[2])
+        return sum(tensor.nbytes for tensor in self._tensors() if tensor.device == self._device)
 
     def _tensors(self) -> list[Tensor]:
         return [self._features, self._scratch]
 
     def fits(self, slots: int, like: Tensor) -> bool:
         """Tell whether this is the storage of so many features like this one."""
-        return self.slots == slots and self._kind == (like.shape, like.dtype, like.device)
+        return self.slots == slots and self._dtype == like.dtype and self.takes(like)
+
+    def takes(self, feature: Tensor) -> bool:
+        """Tell whether a feature has the shape and device of those held; its dtype may be another."""
+        return (self._shape, self._device) == (feature.shape, feature.device)
 
     def clear(self) -> None:
         """Forget all steps; the storage stays."""
@@ -146,7 +165,17 @@ class History:
         Raises: IndexError if all slots are taken.
         """
         with torch.no_grad():
+            self._widen(torch.promote_types(self._dtype, feature.dtype))
             self._slot_of[step] = self._store(feature.reshape(self._tokens, self._channels))
+
+    def _widen(self, dtype: torch.dtype) -> None:
+        """Store the features as they are in a wider dtype."""
+        if dtype == self._dtype:
+            return
+        with torch.inference_mode(False):
+            narrow, self._dtype = self._features, dtype
+            self._features = self._empty(len(narrow), self._channels, dtype).copy_(narrow)
+            self._scratch = self._scratch.to(torch.promote_types(self._scratch.dtype, dtype))
 
     def _store(self, feature: Tensor) -> int:
         """Copy a feature to a free slot and return that."""
@@ -158,17 +187,21 @@ class History:
         return sorted(set(range(slots)).difference(self._slot_of.values()))[0]
 
     @torch.no_grad()
-    def forecast(self, past: Sequence[int], coefficients: Sequence[float], offset: float) -> Tensor:
+    def forecast(
+        self, past: Sequence[int], coefficients: Sequence[float], offset: float, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Combine the features of past steps into a new one; where a coefficient is zero, none need be held.
+
+        It has the dtype of the storage if none is given.
 
         Raises: ValueError if there is not one coefficient for each past step; KeyError if one that counts is not held.
         """
         counting = {step: c for step, c in zip(past, coefficients, strict=True) if c != 0.0}
         if missing := sorted(counting.keys() - self._slot_of.keys()):
             raise KeyError(f"the steps {missing} count and are not held, but {self.steps}; keep them.")
-        shape, dtype, device = self._kind
-        forecast = torch.empty(shape, dtype=dtype, device=device)
-        combine(self._terms(counting), offset, forecast.view(self._tokens, self._channels), self._scratch)
+        forecast = torch.empty(self._shape, dtype=dtype or self._dtype, device=self._device)
+        flat = forecast.view(self._tokens, self._channels)
+        self.clamped = combine(self._terms(counting), offset, flat, self._scratch)
         return forecast
 
     def _terms(self, coefficients: dict[int, float]) -> list[Term]:
@@ -190,7 +223,7 @@ class Differences(History):
     def _allocate(self) -> None:
         older = max(self.slots - 1, 0)
         assert self.storage.dtype is not None
-        self._features = self._empty(min(self.slots, 1), self._channels, self._kind[1])
+        self._features = self._empty(min(self.slots, 1), self._channels, self._dtype)
         self._codes = self._empty(older, self._channels, self.storage.dtype)
         self._scales = self._empty(older, 1, self._wide)
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lesa import grid as grids
 from lesa import plan as plans
 from lesa import predictor as predictors
+from lesa.caller import Caller, watch_calls
 from lesa.detour import Detour, Detours
 from lesa.forecasters import Forecaster
 from lesa.plan import Plan
@@ -28,31 +30,57 @@ ScheduleFor = Callable[[Sequence[float], int], Schedule]
 """(times of the grid, first step of the run) -> which steps are full"""
 PLANS_KEPT = 64
 
+_OWN = (
+    "call the pipeline that was accelerated, set its scheduler's time steps anew, or, for a loop of your own, "
+    "lesa.accelerate(transformer, ..., grid=grid)."
+)
+
 
 class SchedulerClock:
-    """Reads run, step and grid from a pipeline's scheduler; a run lasts until its sigmas are set anew."""
+    """Reads run, step and grid from a pipeline's scheduler; a run lasts until its call ends or sigmas are set anew.
+
+    `run` is what differs between runs, None while none is known to go on.
+    """
 
     def __init__(self, pipe: Any):
         self._pipe = pipe
+        self.run: object = None
+        self._sigmas: object = None  # of the newest run, whether it goes on or not
+        self._caller: Caller | None = None
 
     def now(self) -> tuple[object, int]:
         """Return an object that differs between runs, and the step.
 
-        Raises: RuntimeError if the scheduler is in no run.
+        Raises: RuntimeError if the scheduler is in no run, or the call is none of the run that it is in.
         """
         scheduler = self._pipe.scheduler
         step = grids.step_of(scheduler)
         if step is None and getattr(scheduler, "num_inference_steps", None):
             step = 0  # the pipeline has set its sigmas and says nothing of where it begins
-        if step is None or step >= len(scheduler.sigmas) - 1:
+        if step is None or step > (last := len(scheduler.sigmas) - 2):
+            self.end()
+        elif self._sigmas is not scheduler.sigmas:
+            self.run = self._sigmas = scheduler.sigmas
+            self._caller = Caller(step, last)
+        if step is None or self._caller is None:
             raise RuntimeError(
-                "the accelerated transformer was called while its pipeline's scheduler is in no run; call the pipeline "
-                "that was accelerated, or, for a loop of your own, lesa.accelerate(transformer, ..., grid=grid)."
+                f"the accelerated transformer was called while its pipeline's scheduler is in no run; {_OWN}"
             )
-        return scheduler.sigmas, step
+        if self._caller.thread == threading.get_ident() and not self._caller.admits(step):
+            if self._caller.over():
+                self.end()
+            raise RuntimeError(
+                "a run's calls of the accelerated transformer come from one loop, got one from elsewhere at step "
+                f"{step}; if that run was stopped it does not go on: {_OWN}"
+            )
+        return self.run, step
 
     def grid(self) -> Tensor:
         return grids.from_scheduler(self._pipe.scheduler)
+
+    def end(self) -> None:
+        """Let the run be over, wherever the scheduler is."""
+        self.run = self._caller = None
 
 
 class LoopClock:
@@ -62,20 +90,20 @@ class LoopClock:
         self._grid = grids.validate(grid)
         self._step: int | None = None
         self._first: tuple[int, str] | None = None
-        self._run = object()
+        self.run: object = None
 
     def set(self, step: int, stream: str) -> None:
         step, steps = operator.index(step), len(self._grid) - 1
         if not 0 <= step < steps:
             raise ValueError(f"the grid has steps 0 to {steps - 1}, got step {step}.")
         if self._step is None or step < self._step or (step, stream) == self._first:
-            self._run, self._first = object(), (step, stream)
+            self.run, self._first = object(), (step, stream)
         self._step = step
 
     def now(self) -> tuple[object, int]:
         if self._step is None:
             raise RuntimeError("the loop says which step it is at before each call of the transformer: run.at(step).")
-        return self._run, self._step
+        return self.run, self._step
 
     def grid(self) -> Tensor:
         return self._grid
@@ -86,8 +114,10 @@ class StreamSummary:
     """What one stream did in all runs so far.
 
     Steps are counted over all runs; `short_rows` are the forecasts that had fewer past features than they are made for;
-    `detours` the runs that left their schedule because they were unusual; `bytes_held` is the history's memory on the
-    transformer's device; `forecast_seconds` is host time (a GPU may still be at work after it).
+    `detours` the runs that left their schedule because they were unusual; `clamped` the forecasts that were beyond the
+    range of their dtype (65504 in float16) somewhere, and were brought back to it; `bytes_held` is the memory on the
+    transformer's device of the newest run's history, freed as the run ends; `forecast_seconds` is host time (a GPU may
+    still be at work after it).
     """
 
     runs: int = 0
@@ -95,6 +125,7 @@ class StreamSummary:
     skipped_steps: int = 0
     short_rows: int = 0
     detours: int = 0
+    clamped: int = 0
     bytes_held: int = 0
     forecast_seconds: float = 0.0
 
@@ -120,6 +151,8 @@ class Summary(dict[str, StreamSummary]):
                 lines.append(f"{'':<10} {s.short_rows} forecasts had fewer past features than they are made for")
             if s.detours:
                 lines.append(f"{'':<10} {s.detours} runs were unusual and took a detour")
+            if s.clamped:
+                lines.append(f"{'':<10} {s.clamped} forecasts were beyond the range of their dtype and clamped to it")
         return "\n".join(lines)
 
 
@@ -137,6 +170,7 @@ class Stream:
         self._slots = 0
         self._step = -1
         self._thread = 0
+        self._clamped: Tensor | int = 0  # stays on its device until it is asked for
 
     @property
     def step(self) -> int:
@@ -154,6 +188,14 @@ class Stream:
         if self.history is not None:
             self.history.clear()
 
+    def end(self) -> None:
+        """Forget the run, and free its history."""
+        self.run = self.history = None
+
+    def summary(self) -> StreamSummary:
+        """Return what was done so far."""
+        return replace(self.done, clamped=int(self._clamped))
+
     def follow(self, plan: Plan) -> None:
         """Go on with another plan, that is the same up to here."""
         self.plan, self._live = plan, plan.live(self.storage.of_differences)
@@ -162,7 +204,7 @@ class Stream:
     def error(self, row: Row, past: Sequence[int], feature: Tensor) -> float:
         """Return how far a row's forecast is from the feature that is known: |forecast - feature| / |feature|."""
         assert self.history is not None, "a run begins with a full step"
-        forecast = self.history.forecast(past, row.coefficients.tolist(), float(row.offset)).float()
+        forecast = self.history.forecast(past, row.coefficients.tolist(), float(row.offset), torch.float32)
         return float((forecast - feature.float()).norm() / feature.float().norm())
 
     def enter(self, step: int) -> bool:
@@ -184,26 +226,34 @@ class Stream:
     def exchange(self, feature: Tensor) -> Tensor:
         """Keep the feature of a full step and pass it on; on a skipped step return the forecast in its place.
 
-        Raises: RuntimeError if the feature changed its kind since the run began, or the run is another thread's.
+        The feature has the dtype that it has in a full step, and so has the forecast. After the last step the history
+        is freed.
+
+        Raises: RuntimeError if the feature changed its shape or device since the run began, or the run has ended or is
+            another thread's.
         """
         self._check_thread()
-        if self._step in self.plan.rows:
-            return self._forecast(feature)
-        self.done.full_steps += 1
-        if self.plan.rows:
+        skipped = self._step in self.plan.rows
+        self.done.full_steps += not skipped
+        if skipped:
+            feature = self._forecast(feature)
+        elif self.plan.rows:
             self._remember(self._history_for(feature), feature)
+        if self._step == self.plan.steps - 1:
+            self.history = None
         return feature
 
     def _forecast(self, feature: Tensor) -> Tensor:
         began = time.perf_counter()
         history = self.history
         assert history is not None, "a run begins with a full step"
-        forecast = history.forecast(*self.plan.rows[self._step])
+        forecast = history.forecast(*self.plan.rows[self._step], feature.dtype)
         if forecast.shape != feature.shape or forecast.device != feature.device:
             raise self._changed(feature)
         if self.plan.remembers_forecasts:
             self._remember(history, forecast)
         self.done.skipped_steps += 1
+        self._clamped = self._clamped + history.clamped
         self.done.short_rows += self._step in self.plan.truncated
         self.done.forecast_seconds += time.perf_counter() - began
         return forecast
@@ -214,23 +264,27 @@ class Stream:
         history.keep(live)
         if self._step in live:
             history.append(self._step, feature)
+        self.done.bytes_held = history.nbytes
 
     def _history_for(self, feature: Tensor) -> History:
-        if self.history is None or not self.history.fits(self._slots, feature):
-            if self._step > self.plan.start:
-                raise self._changed(feature)
+        if self._step == self.plan.start and not (self.history and self.history.fits(self._slots, feature)):
             self.history = None  # gone before the next one is made
             self.history = self.storage.history(self._slots, like=feature)
-            self.done.bytes_held = self.history.nbytes
+        if self.history is None or not self.history.takes(feature):
+            raise self._changed(feature)
         return self.history
 
     def _changed(self, feature: Tensor) -> RuntimeError:
         return RuntimeError(
-            f"a feature keeps its shape, dtype and device during a run, got {tuple(feature.shape)}, {feature.dtype}, "
-            f"{feature.device} at step {self._step} of stream {self.name!r}; start the run anew."
+            f"a feature keeps its shape and device during a run, got {tuple(feature.shape)}, {feature.device} at step "
+            f"{self._step} of stream {self.name!r}; start the run anew."
         )
 
     def _check_thread(self) -> None:
+        if self.run is None:
+            raise RuntimeError(
+                f"the run of stream {self.name!r} ended during a call of the transformer; start it anew."
+            )
         if self._thread != threading.get_ident():
             raise RuntimeError(
                 f"stream {self.name!r} is in a run of another thread; give each thread a pipeline, with a transformer, "
@@ -277,15 +331,45 @@ class Executor:
 
     def begin(self) -> bool:
         with self._lock:
-            (run, step), name = self.clock.now(), self.here.name
+            (run, step), name = self._now(), self.here.name
             stream = self.streams.get(name) or Stream(name, self.storage)
             if stream.run is not run:
                 times = tuple(self.clock.grid().tolist())
                 others = [self._compiled(name, step, times, detour) for detour in self.detours.values()]
                 stream.start(run, self._compiled(name, step, times), others)
                 self.streams[name] = stream
+                self._forget_all_but(run)
             self.here.stream = stream
             return stream.enter(step)
+
+    def _now(self) -> tuple[object, int]:
+        """Ask the clock, and free what a run held that goes on no more."""
+        try:
+            return self.clock.now()
+        except RuntimeError:
+            self._forget_all_but(self.clock.run)
+            raise
+
+    def _forget_all_but(self, run: object) -> None:
+        for stream in self.streams.values():
+            if stream.run is not run:
+                stream.end()
+
+    def forget(self) -> None:
+        """End the streams' runs, and free their histories."""
+        self._forget_all_but(object())
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """End, with a call of the pipeline, the run that began in it."""
+        before = self.clock.run
+        try:
+            yield
+        finally:
+            with self._lock:
+                if isinstance(self.clock, SchedulerClock) and self.clock.run is not before:
+                    self.clock.end()
+                    self.forget()
 
     def exchange(self, feature: Tensor) -> Tensor:
         with self._lock:
@@ -324,12 +408,15 @@ class Executor:
 class Run:
     """An accelerated transformer; what `accelerate` returns. As a context manager it ends the acceleration."""
 
-    def __init__(self, transformer: nn.Module, executor: Executor, tap: Tap):
+    def __init__(self, pipe: Any, transformer: nn.Module, executor: Executor, tap: Tap):
         self._transformer = transformer
         self._executor = executor
+        self._closed = False
         with ExitStack() as undo:
             undo.callback(attach(transformer, tap, executor))
             undo.callback(hear_streams(transformer, executor.within))
+            if pipe is not transformer:
+                undo.callback(watch_calls(pipe, executor.call))
             self._undo = undo.pop_all()
 
     def at(self, step: int, stream: str = DEFAULT_STREAM) -> None:
@@ -337,8 +424,10 @@ class Run:
 
         A new run begins when the step falls, or when the call that began the present one is said again.
 
-        Raises: ValueError if the grid has no such step; RuntimeError if a pipeline's scheduler tells the step.
+        Raises: ValueError if the grid has no such step; RuntimeError if a pipeline's scheduler tells the step, or the
+            acceleration has ended.
         """
+        self._check_open()
         if not isinstance(self._executor.clock, LoopClock):
             raise RuntimeError("the pipeline's scheduler tells the step; run.at(...) is for loops without a pipeline.")
         self._executor.clock.set(step, stream)
@@ -356,7 +445,7 @@ class Run:
 
     def summary(self) -> Summary:
         """Return, per stream, what was done since the acceleration began."""
-        return Summary({name: replace(stream.done) for name, stream in self._executor.streams.items()})
+        return Summary({name: stream.summary() for name, stream in self._executor.streams.items()})
 
     def close(self) -> None:
         """Leave the transformer as it was, and free the histories; does nothing the second time."""
@@ -364,10 +453,15 @@ class Run:
             if self._transformer.__dict__.get(_RUN) is self:
                 del self._transformer.__dict__[_RUN]
             self._undo.close()
-        for stream in self._executor.streams.values():
-            stream.history = None
+            self._closed = True
+        self._executor.forget()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("an acceleration that has ended does not begin again; call lesa.accelerate anew.")
 
     def __enter__(self) -> Run:
+        self._check_open()
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -413,13 +507,16 @@ def accelerate(
     of a byte an element ('int8', 'fp8'); or the same in the CPU's memory ('cpu', 'int8-cpu', 'fp8-cpu'). In each,
     features that no later step uses are not held.
 
+    A run belongs to the call that makes it: the pipeline's, that of another one with its transformer and scheduler, or
+    a loop of one's own over its scheduler. Who else calls the transformer is refused, during a run and after it.
+
     `detours` say at which full steps a run may turn out to be unusual, and which schedule it then goes on with (see
     `lesa.planning.detours`). They need a forecaster that is not bound to one schedule.
 
     Raises: ValueError if the schedule, the grid or the tap is missing or does not fit, if there is no such history, or
         if the transformer is accelerated already; LookupError if no predictor is shipped for the pipeline. The
         pipeline's first call raises ValueError, before its first step is done, if its grid, schedule or streams do not
-        fit the predictor.
+        fit the predictor. Calls of the transformer that belong to no run raise RuntimeError.
     """
     transformer = _transformer_of(pipe)
     if (transformer is pipe) != (grid is not None):
@@ -440,7 +537,7 @@ def accelerate(
     with _lock:
         if _RUN in transformer.__dict__:
             raise ValueError("a transformer is accelerated once, but this one is already; call lesa.disable first.")
-        run = Run(transformer, Executor(clock, forecaster, schedule_for, strict, storage, detours or {}), tap)
+        run = Run(pipe, transformer, Executor(clock, forecaster, schedule_for, strict, storage, detours or {}), tap)
         transformer.__dict__[_RUN] = run
     return run
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -187,7 +188,10 @@ class Listener(Protocol):
         ...
 
     def exchange(self, feature: Tensor) -> Tensor:
-        """Take the feature that passes and return the one that goes on."""
+        """Take the feature that passes and return the one that goes on, in the same shape, dtype and device.
+
+        On a skipped step its values count for nothing; its dtype is that of a full step.
+        """
         ...
 
 
@@ -237,6 +241,7 @@ class _AtModule:
     def __init__(self, transformer: nn.Module, name: str, listener: Listener, here: _Passage):
         self._transformer, self._name, self._listener, self._here = transformer, name, listener, here
         self._module: nn.Module | None = None
+        self._dtype: torch.dtype | None = None  # of the newest full step; without the blocks it may be another
         self.close: Callable[[], None] = lambda: None
 
     def follow(self) -> None:
@@ -249,11 +254,19 @@ class _AtModule:
     def _before(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if not self._here.awaited:  # called by someone else than the transformer's forward
             return None
+        exchange = self._of_full_step if self._here.blocks_run else self._of_skipped_step
         self._here.reset()
         if args:
-            return (self._listener.exchange(args[0]), *args[1:]), kwargs
+            return (exchange(args[0]), *args[1:]), kwargs
         name, feature = next(iter(kwargs.items()))
-        return args, {**kwargs, name: self._listener.exchange(feature)}
+        return args, {**kwargs, name: exchange(feature)}
+
+    def _of_full_step(self, feature: Tensor) -> Tensor:
+        self._dtype = feature.dtype
+        return self._listener.exchange(feature)
+
+    def _of_skipped_step(self, feature: Tensor) -> Tensor:
+        return self._listener.exchange(feature.to(self._dtype or feature.dtype))
 
 
 class _AtOutput:
@@ -266,7 +279,7 @@ class _AtOutput:
 
     def __init__(self, transformer: nn.Module, listener: Listener, here: _Passage):
         self._transformer, self._listener, self._here = transformer, listener, here
-        self._returned: dict[tuple, tuple[Tensor, Callable[[Tensor], Any]]] = {}  # by kind of call: of a full step
+        self._returned: dict[_Kind, tuple[Tensor, Callable[[Tensor], Any]]] = {}  # by kind of call: of a full step
         self.close: Callable[[], None] = lambda: None
 
     def follow(self) -> None:
@@ -301,20 +314,42 @@ class _AtOutput:
         kind = _kind_of_call(*args, **kwargs)
         if output is not None:
             feature, wrap = _unwrap(output)
+            self._returned.pop(kind, None)  # the newest is the last
             self._returned[kind] = feature.detach().new_empty(()).expand(feature.shape), wrap  # holds one number
-        elif kind in self._returned:
-            feature, wrap = self._returned[kind]
         else:
-            raise RuntimeError(
-                "the calls of a run keep the shape, dtype and device of their input and their return_dict, got "
-                f"{', '.join(map(str, kind))} on a skipped step and none such on a full one; start the run anew."
-            )
+            feature, wrap = self._known(kind)
         return wrap(self._listener.exchange(feature))
 
+    def _known(self, kind: _Kind) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        """Return what stands in for the output of a full step of such a call.
 
-def _kind_of_call(*args: Any, **kwargs: Any) -> tuple:
+        Latents may change their dtype between steps where the output's is not theirs: with autocast, or a transformer
+        that goes its own way, it is known from a step with other latents.
+        """
+        if kind in self._returned:
+            return self._returned[kind]
+        autocast = torch.is_autocast_enabled(kind.device.type)
+        for other, (feature, wrap) in reversed(self._returned.items()):
+            if other._replace(dtype=kind.dtype) == kind and (autocast or feature.dtype != other.dtype):
+                return feature, wrap
+        raise RuntimeError(
+            "the calls of a run keep the shape, dtype and device of their input and their return_dict, got "
+            f"{', '.join(map(str, kind))} on a skipped step and none such on a full one; start the run anew."
+        )
+
+
+class _Kind(NamedTuple):
+    """What the output of a call goes by: the latents' shape, dtype and device, and `return_dict`."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    answer: str
+
+
+def _kind_of_call(*args: Any, **kwargs: Any) -> _Kind:
     latents = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-    return tuple(latents.shape), latents.dtype, latents.device, f"return_dict={kwargs.get('return_dict')}"
+    return _Kind(tuple(latents.shape), latents.dtype, latents.device, f"return_dict={kwargs.get('return_dict')}")
 
 
 def _unwrap(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
