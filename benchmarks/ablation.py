@@ -22,16 +22,16 @@ import torch
 from torch import nn
 
 import lesa
-from lesa.benchmark import Method, compare, fewer_steps, forecast
+from lesa.bench.benchmark import Method, compare, fewer_steps, forecast
+from lesa.bench.report import markdown
 from lesa.cli import VALIDATION_SEED
-from lesa.collect import read_prompts, record
-from lesa.forecasters import Taylor
-from lesa.metrics import interval
-from lesa.predictor import LESA, Origin, configuration
-from lesa.report import markdown
-from lesa.tap import head, tap_of
-from lesa.training import Config, Lesson, train
-from lesa.trajectory import Store, Trajectory
+from lesa.host.tap import head, tap_of
+from lesa.learn.collect import read_prompts, record
+from lesa.learn.metrics import interval
+from lesa.learn.training import Config, Lesson, train
+from lesa.learn.trajectory import Store, Trajectory
+from lesa.predictors.predictor import LESA, Origin, configuration
+from lesa.rows.forecasters import Taylor
 
 MODEL = "models/emoji-flux"
 MEMORY = 8  # of the newest features that one expert for all stages combines

@@ -19,10 +19,10 @@ next to that (above 59 dB), in drift. Bootstrap 95 % intervals; everything comes
 import argparse
 from collections.abc import Iterator, Sequence
 
-from lesa import records
-from lesa.metrics import Interval
-from lesa.records import DRIFT, Comparison, Result
-from lesa.report import markdown
+from lesa.bench import records
+from lesa.bench.records import DRIFT, Comparison, Result
+from lesa.bench.report import markdown
+from lesa.learn.metrics import Interval
 
 HEADS = (
     "claim",

@@ -28,10 +28,10 @@ from gpu_loops import Loop, Moved, chosen, flux_call, materialise, peak, pipelin
 from gpu_table import ALL_FULL, OUTPUT, NoTime, Report, Row
 
 import lesa
-from lesa import cost, peers
-from lesa.models import Model
-from lesa.offload import place
-from lesa.runtime import Run
+from lesa.bench import cost, peers
+from lesa.bench.models import Model
+from lesa.host.offload import place
+from lesa.host.runtime import Run
 
 BUDGET = 510
 """Seconds; with what Python needs to start, less than nine minutes."""
@@ -49,7 +49,7 @@ PEERS = (
     ("TaylorSeer lite, order 1 (diffusers)", "interval 7"),
     ("DBCache (cache-dit)", "mask ultra"),
 )
-"""Settings of `lesa.peers` that do not look at features: those of random weights would tell nothing."""
+"""Settings of `lesa.bench.peers` that do not look at features: those of random weights would tell nothing."""
 EXTRAS = ("accelerate", "torchao", "cache-dit")
 
 
@@ -233,7 +233,7 @@ def compile_whole(loop: Loop) -> None:
 
 
 def offload(way: str, loop: Loop) -> Callable[[], None]:
-    """Offload in one of the ways of `lesa.offload`; a pipeline ends its runs with the call that is returned."""
+    """Offload in one of the ways of `lesa.host.offload`; a pipeline ends its runs with the call that is returned."""
     pipe = pipeline_of(loop)
     place(pipe, str(loop.device), way)
     return pipe.maybe_free_model_hooks

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lesa
-from lesa.flops import INPUTS
-from lesa.grid import from_scheduler
-from lesa.models import MODELS, Model, Size, scheduler_of
-from lesa.predictor import Origin, configuration
-from lesa.runtime import Run
-from lesa.tap import tap_of
+from lesa.bench.flops import INPUTS
+from lesa.bench.models import MODELS, Model, Size, scheduler_of
+from lesa.host.runtime import Run
+from lesa.host.tap import tap_of
+from lesa.predictors.predictor import Origin, configuration
+from lesa.rows.grid import from_scheduler
 
 DTYPE, STD = torch.bfloat16, 0.02
 GUIDANCE = 4.0

@@ -24,14 +24,14 @@ import torch
 from tqdm import tqdm
 
 import lesa
-from lesa.benchmark import Pair, batches, pair_up
+from lesa.bench.benchmark import Pair, batches, pair_up
+from lesa.bench.report import markdown
 from lesa.cli import TRAINING_SEED
-from lesa.collect import read_prompts, record
-from lesa.metrics import drift, interval, paired_interval, psnr
-from lesa.planning import PLANNED_ON, Planner
-from lesa.report import markdown
-from lesa.tap import Tap
-from lesa.trajectory import draw_tokens
+from lesa.host.tap import Tap
+from lesa.learn.collect import read_prompts, record
+from lesa.learn.metrics import drift, interval, paired_interval, psnr
+from lesa.learn.planning import PLANNED_ON, Planner
+from lesa.learn.trajectory import draw_tokens
 
 MODEL = "models/emoji-flux"
 HEADS = ("grid", "schedule", "method", "PSNR, dB [95 %]", "drift, dB", "one - specialist, dB [95 %]")

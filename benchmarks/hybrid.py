@@ -2,7 +2,7 @@
 
     python benchmarks/hybrid.py
 
-Plans a schedule for a forecaster from recorded runs, and detours from it (`lesa.planning.detours`), then draws held-out
+Plans a schedule for a forecaster from recorded runs, and detours from it (`lesa.learn.planning.detours`), then draws held-out
 prompts one by one: on the schedule, with the detours, with a full step more in every run, and with detours taken at
 random as often. PSNR and drift are against the same model's runs with every step full; the worst are the runs that end
 furthest off on the fixed schedule. Bootstrap 95 % intervals.
@@ -21,15 +21,15 @@ import torch
 from tqdm import tqdm
 
 import lesa
-from lesa.benchmark import Pair, pair_up
+from lesa.bench.benchmark import Pair, pair_up
+from lesa.bench.report import markdown
 from lesa.cli import TRAINING_SEED
-from lesa.collect import read_prompts, record
-from lesa.detour import Detour
-from lesa.metrics import drift, interval, psnr
-from lesa.planning import Planner, detours
-from lesa.report import markdown
-from lesa.runtime import Run
-from lesa.trajectory import draw_tokens
+from lesa.host.runtime import Run
+from lesa.learn.collect import read_prompts, record
+from lesa.learn.metrics import drift, interval, psnr
+from lesa.learn.planning import Planner, detours
+from lesa.learn.trajectory import draw_tokens
+from lesa.rows.detour import Detour
 
 MODEL = "models/emoji-flux"
 

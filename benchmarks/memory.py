@@ -20,10 +20,10 @@ import torch
 from tqdm import tqdm
 
 import lesa
-from lesa.benchmark import REFERENCE, Method, Pair, batches, draw, label, pair_up
-from lesa.collect import read_prompts
-from lesa.metrics import interval, paired_interval, psnr
-from lesa.tap import PLACES, place_of, tap_of
+from lesa.bench.benchmark import REFERENCE, Method, Pair, batches, draw, label, pair_up
+from lesa.host.tap import PLACES, place_of, tap_of
+from lesa.learn.collect import read_prompts
+from lesa.learn.metrics import interval, paired_interval, psnr
 
 MODEL = "models/emoji-flux"
 AUTHORS_FEATURES = 16

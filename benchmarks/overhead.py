@@ -22,9 +22,9 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 import lesa
-from lesa.grid import from_scheduler
-from lesa.predictor import Origin, configuration
-from lesa.tap import tap_of
+from lesa.host.tap import tap_of
+from lesa.predictors.predictor import Origin, configuration
+from lesa.rows.grid import from_scheduler
 
 HEAD_CHANNELS, TEXT_CHANNELS, POOLED_CHANNELS = 128, 4096, 768
 PARTS = ("x_embedder", "time_text_embed", "context_embedder", "pos_embed", "norm_out", "proj_out")

@@ -15,8 +15,8 @@ from statistics import fmean
 import numpy as np
 from skimage import data
 
-from lesa.metrics import psnr, psnr_as_published
-from lesa.report import markdown
+from lesa.bench.report import markdown
+from lesa.learn.metrics import psnr, psnr_as_published
 
 HEADS = ("pairs", "PSNR, dB", "as published, dB", "lowest", "highest")
 TARGETS = (10, 15, 20, 22, 25, 28, 30, 33, 36, 40)

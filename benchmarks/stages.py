@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 import lesa
-from lesa.benchmark import compare, forecast
+from lesa.bench.benchmark import compare, forecast
+from lesa.bench.report import markdown
 from lesa.cli import VALIDATION_SEED
 from lesa.cli import main as command
-from lesa.collect import read_prompts, record
-from lesa.metrics import interval
-from lesa.report import markdown
-from lesa.training import drift
-from lesa.trajectory import Store
+from lesa.learn.collect import read_prompts, record
+from lesa.learn.metrics import interval
+from lesa.learn.training import drift
+from lesa.learn.trajectory import Store
 
 MODEL = "models/emoji-flux"
 PAPER = (0.9, 0.5)

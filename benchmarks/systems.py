@@ -12,9 +12,9 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from lesa import records
-from lesa.records import REFERENCE, Comparison, Result
-from lesa.report import markdown
+from lesa.bench import records
+from lesa.bench.records import REFERENCE, Comparison, Result
+from lesa.bench.report import markdown
 
 HEADS = (
     "model",
@@ -58,7 +58,7 @@ def rows(comparison: Comparison) -> Iterator[list[str]]:
     for full_steps in budgets:
         for line, lesa in chosen(results, full_steps):
             cost = comparison.costs.get((line.method, line.schedule))
-            gain = comparison.difference((lesa.method, lesa.schedule), (line.method, line.schedule))
+            gain = comparison.difference((lesa.method, lesa.rows.schedule), (line.method, line.schedule))
             yield [
                 *(name, str(full_steps), line.method, line.schedule),
                 f"{line.psnr:.2f} [{line.psnr_low:.2f}, {line.psnr_high:.2f}]",

@@ -27,14 +27,14 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 import lesa
-from lesa.benchmark import REFERENCE, Method, Pair, batches, draw, forecast, pair_up, untrained
-from lesa.collect import read_prompts
+from lesa.bench.benchmark import REFERENCE, Method, Pair, batches, draw, forecast, pair_up, untrained
+from lesa.bench.report import markdown
 from lesa.emoji import Atlas, parse
-from lesa.forecasters import LinearRows
-from lesa.grid import from_scheduler
-from lesa.metrics import interval, paired_interval, psnr
-from lesa.plan import compile
-from lesa.report import markdown
+from lesa.learn.collect import read_prompts
+from lesa.learn.metrics import interval, paired_interval, psnr
+from lesa.rows.forecasters import LinearRows
+from lesa.rows.grid import from_scheduler
+from lesa.rows.plan import compile
 
 MODEL = "models/emoji-flux"
 LORA_LAYERS = r".*blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)|proj_mlp|proj_out)"

@@ -33,8 +33,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import lesa
-from lesa import metrics
 from lesa.emoji import Atlas
+from lesa.learn import metrics
 
 MODELS = Path(__file__).parent
 WINDOWS_SHARE = 0.4  # of the training's time, before the runs are unrolled

@@ -17,9 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import lesa
-from lesa.benchmark import recogniser
+from lesa.bench.benchmark import recogniser
 from lesa.emoji import Atlas, parse
-from lesa.pipelines import pictures_of
+from lesa.host.pipelines import pictures_of
 
 IMAGE_TOKENS = 64
 CHECKPOINT_SECONDS = 240

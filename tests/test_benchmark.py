@@ -13,18 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-from lesa import benchmark, cost, metrics, plan, records
-from lesa.benchmark import BOUND, REFERENCE, Method
-from lesa.collect import record
-from lesa.cost import Watch
+from lesa.bench import benchmark, cost, records
+from lesa.bench.benchmark import BOUND, REFERENCE, Method
+from lesa.bench.cost import Watch
+from lesa.bench.records import Comparison, Log, Pair, Record, Result, Time
 from lesa.emoji import COMPOSITIONS, Atlas, caption
-from lesa.forecasters import Reuse, Taylor
-from lesa.metrics import psnr, relative_error
-from lesa.pipelines import with_call
-from lesa.predictor import L2P, LESA, Origin, Predictor
-from lesa.records import Comparison, Log, Pair, Record, Result, Time
-from lesa.schedule import Schedule
-from lesa.tap import Tap
+from lesa.host.pipelines import with_call
+from lesa.host.tap import Tap
+from lesa.learn import metrics
+from lesa.learn.collect import record
+from lesa.learn.metrics import psnr, relative_error
+from lesa.predictors.predictor import L2P, LESA, Origin, Predictor
+from lesa.rows import plan
+from lesa.rows.forecasters import Reuse, Taylor
+from lesa.rows.schedule import Schedule
 
 PROMPTS = ["small red apple on white, left", "large blue fish on grey, right", "large green pear on white, left"]
 SEEDS = [0, 1, 5]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lesa import records
-from lesa.records import REFERENCE, Record, Start
+from lesa.bench import records
+from lesa.bench.records import REFERENCE, Record, Start
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "claims.py"
 PAIRS = [["a red apple", 0], ["a blue fish", 1]]

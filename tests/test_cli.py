@@ -12,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from lesa import benchmark, cli, offload, pipelines, records, tap
+from lesa import cli
+from lesa.bench import benchmark, records
 from lesa.cli import main
-from lesa.predictor import L2P, Predictor
-from lesa.schedule import Schedule
+from lesa.host import offload, pipelines, tap
+from lesa.predictors.predictor import L2P, Predictor
+from lesa.rows.schedule import Schedule
 
 STEPS = 10
 CALL = dict(height=32, width=32, num_inference_steps=STEPS, max_sequence_length=16)

@@ -15,14 +15,14 @@ import torch
 from diffusers import FluxImg2ImgPipeline
 from filelock import FileLock
 
-import lesa.collect
-import lesa.trajectory
-from lesa.collect import collect, read_prompts, record
-from lesa.forecasters import Reuse
-from lesa.runtime import accelerate
-from lesa.schedule import Schedule
-from lesa.tap import tap_of
-from lesa.trajectory import COLLECTION, Store
+import lesa.learn.collect
+import lesa.learn.trajectory
+from lesa.host.runtime import accelerate
+from lesa.host.tap import tap_of
+from lesa.learn.collect import collect, read_prompts, record
+from lesa.learn.trajectory import COLLECTION, Store
+from lesa.rows.forecasters import Reuse
+from lesa.rows.schedule import Schedule
 
 CALL = dict(height=32, width=32, num_inference_steps=4, max_sequence_length=16)
 ALL = torch.arange(16)
@@ -177,7 +177,7 @@ def test_a_collection_holds_each_prompt_with_each_seed(tiny_flux, reference):
 
 def test_a_whole_collection_is_not_run_again(tiny_flux, reference, monkeypatch):
     before = contents(reference)
-    monkeypatch.setattr(lesa.collect, "record", None)
+    monkeypatch.setattr(lesa.learn.collect, "record", None)
     assert len(collect(tiny_flux, folder=reference, **RUNS)) == 6
     assert contents(reference) == before
 
@@ -325,7 +325,7 @@ def watched(pipe, happens: Callable[[str], None]) -> Iterator[None]:
     hook = pipe.transformer.register_forward_pre_hook(lambda *_: happens("transformer"))
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(lesa.trajectory, "open", lambda *args: WatchedFile(*args, happens), raising=False)
+            patch.setattr(lesa.learn.trajectory, "open", lambda *args: WatchedFile(*args, happens), raising=False)
             patch.setattr(os, "fsync", around("fsync"))
             patch.setattr(os, "replace", around("replace"))
             yield

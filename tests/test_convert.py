@@ -15,13 +15,14 @@ import torch
 from scipy.interpolate import BSpline
 
 import lesa
-from lesa import plan, tap
+from lesa.bench.models import MODELS, grid_of
 from lesa.cli import main
-from lesa.convert import convert, read
-from lesa.models import MODELS, grid_of
-from lesa.predictor import LESA, Predictor
-from lesa.schedule import Schedule
-from lesa.tap import Tap
+from lesa.host import tap
+from lesa.host.tap import Tap
+from lesa.predictors.convert import convert, read
+from lesa.predictors.predictor import LESA, Predictor
+from lesa.rows import plan
+from lesa.rows.schedule import Schedule
 
 BY_NAME = {model.name.split("/")[1]: model for model in MODELS}
 HERE = Tap(("transformer_blocks",), "norm_out")

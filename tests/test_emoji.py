@@ -9,12 +9,12 @@ import torch
 from diffusers import FluxPipeline
 
 import lesa
-from lesa.collect import record
 from lesa.emoji import COMPOSITIONS, PIXELS, Atlas, Composition, caption, parse
-from lesa.grid import from_scheduler
-from lesa.metrics import psnr
-from lesa.planning import PLANNED_ON, Planner
-from lesa.trajectory import draw_tokens
+from lesa.learn.collect import record
+from lesa.learn.metrics import psnr
+from lesa.learn.planning import PLANNED_ON, Planner
+from lesa.learn.trajectory import draw_tokens
+from lesa.rows.grid import from_scheduler
 
 MODEL = Path(__file__).parent.parent / "models" / "emoji-flux"
 SPLITS = {

@@ -11,11 +11,11 @@ import torch
 from diffusers import QwenImagePipeline
 
 import lesa
-from lesa.collect import record
 from lesa.emoji import PIXELS, Atlas
-from lesa.grid import from_scheduler
-from lesa.metrics import psnr
-from lesa.training import drift
+from lesa.learn.collect import record
+from lesa.learn.metrics import psnr
+from lesa.learn.training import drift
+from lesa.rows.grid import from_scheduler
 
 MODEL = Path(__file__).parent.parent / "models" / "emoji-qwen"
 HELD_OUT = (MODEL / "prompts" / "heldout.txt").read_text().splitlines()

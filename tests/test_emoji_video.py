@@ -10,9 +10,9 @@ from diffusers import HunyuanVideoPipeline
 
 import lesa
 from lesa.clips import FRAMES, PIXELS, Reel
-from lesa.grid import from_scheduler
-from lesa.pipelines import pictures_of
-from lesa.predictor import shipped_for
+from lesa.host.pipelines import pictures_of
+from lesa.predictors.predictor import shipped_for
+from lesa.rows.grid import from_scheduler
 
 MODEL = Path(__file__).parent.parent / "models" / "emoji-video"
 HELD_OUT = (MODEL / "prompts" / "heldout.txt").read_text().splitlines()

@@ -12,11 +12,11 @@ from peft import LoraConfig
 import lesa
 from lesa.cli import main
 from lesa.emoji import Atlas
-from lesa.grid import from_scheduler
-from lesa.metrics import psnr
-from lesa.pipelines import with_call
-from lesa.plan import compile
-from lesa.predictor import LESA, Origin, Predictor
+from lesa.host.pipelines import with_call
+from lesa.learn.metrics import psnr
+from lesa.predictors.predictor import LESA, Origin, Predictor
+from lesa.rows.grid import from_scheduler
+from lesa.rows.plan import compile
 
 MODELS = Path(__file__).parent.parent / "models"
 FLUX, SCHNELL, QWEN = MODELS / "emoji-flux", MODELS / "emoji-schnell", MODELS / "emoji-qwen"

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lesa import flops, models, tap
+from lesa.bench import flops, models
+from lesa.bench.flops import Cost, count
+from lesa.bench.models import MODELS, Model, Size, build
 from lesa.cli import main
-from lesa.flops import Cost, count
-from lesa.models import MODELS, Model, Size, build
-from lesa.schedule import Schedule
+from lesa.host import tap
+from lesa.rows.schedule import Schedule
 
 ROOT = Path(__file__).parents[1]
 BY_NAME = {model.name: model for model in MODELS}

@@ -4,7 +4,7 @@ from diffusers.hooks.taylorseer_cache import TaylorSeerState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lesa.forecasters import Lagrange, LinearRows, PlannedRow, Reuse, Taylor
+from lesa.rows.forecasters import Lagrange, LinearRows, PlannedRow, Reuse, Taylor
 
 LAW = settings(deadline=None, derandomize=True, max_examples=50)
 GRID = 1 - torch.linspace(0, 1, 21, dtype=torch.float64) ** 1.5

@@ -17,9 +17,9 @@ from gpu_loops import Loop, Moved, chosen, flux_call, materialise, pipeline_of, 
 from gpu_table import ALL_FULL, HEAD, NOT_REACHED, NoTime, Report, Row, reason
 
 import lesa
-from lesa.flops import _one_block_each
-from lesa.models import build
-from lesa.tap import tap_of
+from lesa.bench.flops import _one_block_each
+from lesa.bench.models import build
+from lesa.host.tap import tap_of
 
 CPU = torch.device("cpu")
 FLUX, QWEN, VIDEO = chosen(tiny=True)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from lesa import grid
+from lesa.rows import grid
 
 
 def test_a_grid_keeps_its_times_in_float64():

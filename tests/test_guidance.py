@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_training import BOTH, World, bending
 
-from lesa.collect import record
-from lesa.guidance import Guidance
+from lesa.learn.collect import record
+from lesa.learn.guidance import Guidance
 
 PROMPT = "small red apple on white, left"
 CALL = dict(height=32, width=32, num_inference_steps=6)

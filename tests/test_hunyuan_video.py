@@ -10,19 +10,19 @@ from PIL import Image
 from tiny import build_hunyuan_pipeline, build_hunyuan_transformer
 from torch import Tensor
 
-from lesa import records
-from lesa.benchmark import REFERENCE, Pair, decode, label
-from lesa.benchmark import draw as draw_pairs
+from lesa.bench import records
+from lesa.bench.benchmark import REFERENCE, Pair, decode, label
+from lesa.bench.benchmark import draw as draw_pairs
 from lesa.cli import main
-from lesa.collect import record
-from lesa.forecasters import Taylor
-from lesa.grid import from_scheduler
-from lesa.pipelines import with_call
-from lesa.predictor import L2P, Origin, Predictor, configuration
-from lesa.runtime import accelerate
-from lesa.schedule import Schedule
-from lesa.tap import TAPS, Tap, from_tokens, head, place_of, tap_of, to_tokens
-from lesa.training import Problem, Runs
+from lesa.host.pipelines import with_call
+from lesa.host.runtime import accelerate
+from lesa.host.tap import TAPS, Tap, from_tokens, head, place_of, tap_of, to_tokens
+from lesa.learn.collect import record
+from lesa.learn.training import Problem, Runs
+from lesa.predictors.predictor import L2P, Origin, Predictor, configuration
+from lesa.rows.forecasters import Taylor
+from lesa.rows.grid import from_scheduler
+from lesa.rows.schedule import Schedule
 
 PROMPT, OTHER = "small red apple on white, left", "fish"
 STEPS, TOKENS = 8, torch.arange(12)

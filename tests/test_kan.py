@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.interpolate import BSpline
 
-from lesa import kan
-from lesa.kan import KAN, KANLayer, bspline_basis
+from lesa.predictors import kan
+from lesa.predictors.kan import KAN, KANLayer, bspline_basis
 
 LAW = settings(deadline=None, derandomize=True, max_examples=50)
 SIZES = st.tuples(st.integers(1, 8), st.integers(1, 4))  # grid size, order

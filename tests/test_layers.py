@@ -60,12 +60,12 @@ def test_schedules_need_no_torch():
 @pytest.mark.parametrize(
     "source",
     [
-        "import lesa.plan",
-        "from lesa.plan import Plan",
+        "import lesa.rows.plan",
+        "from lesa.rows.plan import Plan",
         "from lesa import plan as plans",
         "from .plan import Plan",
         "from . import plan",
-        "def f():\n    from lesa.plan import Plan",
+        "def f():\n    from lesa.rows.plan import Plan",
     ],
 )
 def test_every_way_to_import_a_room_is_seen(source):

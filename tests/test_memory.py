@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 import lesa
-from lesa.predictor import Origin, configuration
-from lesa.tap import tap_of
+from lesa.host.tap import tap_of
+from lesa.predictors.predictor import Origin, configuration
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "memory.py"
 PROMPTS = ["small red apple on white, left", "large blue fish on grey, right", "large green pear on white, left"]
@@ -27,7 +27,7 @@ def test_what_histories_hold_is_printed(tiny_flux, tmp_path, monkeypatch, capsys
         transformer=type(transformer).__name__,
         config=configuration(transformer),
         tap=tap_of(transformer, "output"),
-        grid=tuple(lesa.grid.from_scheduler(tiny_flux.scheduler).tolist()),
+        grid=tuple(lesa.rows.grid.from_scheduler(tiny_flux.scheduler).tolist()),
         schedule="paper:4",
     )
     lesa.L2P(origin, memory=2).save_pretrained(folder)

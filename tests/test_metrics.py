@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lesa.metrics import (
+from lesa.learn.metrics import (
     MOST_DRIFT,
     MOST_PSNR,
     SCALES,

@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
 
-from lesa import grid as grids
-from lesa import models
-from lesa.models import MODELS, Size, grid_of, read
-from lesa.pipelines import CALL_FILE
+from lesa.bench import models
+from lesa.bench.models import MODELS, Size, grid_of, read
+from lesa.host.pipelines import CALL_FILE
+from lesa.rows import grid as grids
 
 BY_NAME = {model.name: model for model in MODELS}
 

@@ -11,10 +11,13 @@ import pytest
 from PIL import Image
 from test_package import CORE, PROJECT, distributions
 
-from lesa import benchmark, cli, collect, needs, pipelines, scores
+from lesa import cli
+from lesa.bench import benchmark, scores
 from lesa.cli import main
-from lesa.offload import place
-from lesa.pipelines import save_picture
+from lesa.host import needs, pipelines
+from lesa.host.offload import place
+from lesa.host.pipelines import save_picture
+from lesa.learn import collect
 
 EXTRAS = PROJECT["optional-dependencies"]
 BENCH = "(pip install 'lesa-cache[bench]')"
@@ -213,7 +216,10 @@ class Hide:
         if name.split(".")[0] in {hidden}:
             raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Hide())
-from lesa import benchmark, cli, collect, peers, plots, report, runtime, training, needs
+from lesa.bench import benchmark, peers, plots, report
+from lesa import cli
+from lesa.learn import collect, training
+from lesa.host import runtime, needs
 assert not [name for name in needs.NEEDS if not needs.lacking(name)]
 sys.exit(cli.main(["generate", "nowhere", "x", "--out", "c.mp4"]))
 """

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 import lesa
-from lesa import cli, offload
-from lesa.collect import fingerprint, record
-from lesa.offload import OFFLOADS, place
-from lesa.tap import head, tap_of
+from lesa import cli
+from lesa.host import offload
+from lesa.host.offload import OFFLOADS, place
+from lesa.host.tap import head, tap_of
+from lesa.learn.collect import fingerprint, record
 
 CALL = dict(height=32, width=32, num_inference_steps=4, max_sequence_length=16)
 PLACES = ("feature", "output", "feature")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from lesa import benchmark, peers
-from lesa.benchmark import REFERENCE, Pair
-from lesa.cost import Watch
-from lesa.pipelines import with_call
+from lesa.bench import benchmark, peers
+from lesa.bench.benchmark import REFERENCE, Pair
+from lesa.bench.cost import Watch
+from lesa.host.pipelines import with_call
 
 PROMPT = "small red apple on white, left"
 PAIRS = [Pair("large blue fish on grey, right", 3), Pair("large green pear on white, left", 4)]

@@ -5,10 +5,10 @@ import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image, FluxImg2ImgPipeline, FluxPipeline, QwenImagePipeline
 
-from lesa.forecasters import Reuse
-from lesa.pipelines import CALL_FILE, load, with_call
-from lesa.runtime import accelerate
-from lesa.schedule import Schedule
+from lesa.host.pipelines import CALL_FILE, load, with_call
+from lesa.host.runtime import accelerate
+from lesa.rows.forecasters import Reuse
+from lesa.rows.schedule import Schedule
 
 CALL = dict(height=32, width=32, num_inference_steps=3, max_sequence_length=16, output_type="latent")
 PROMPT = "small red apple on white, left"

@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lesa import plan as plans
-from lesa.forecasters import Forecaster, Lagrange, PlannedRow, Reuse, Taylor
-from lesa.grid import stage_of
-from lesa.plan import Plan, compile
-from lesa.row import Row
-from lesa.schedule import Schedule
+from lesa.rows import plan as plans
+from lesa.rows.forecasters import Forecaster, Lagrange, PlannedRow, Reuse, Taylor
+from lesa.rows.grid import stage_of
+from lesa.rows.plan import Plan, compile
+from lesa.rows.row import Row
+from lesa.rows.schedule import Schedule
 
 LAW = settings(deadline=None, derandomize=True, max_examples=50)
 BOUNDS = (0.91, 0.51)

@@ -6,18 +6,18 @@ import pytest
 import torch
 from test_training import BOTH, CHANNELS, OUT, STEPS, TOKENS, WEIGHTS, World, bending, head, origin
 
-from lesa.collect import record
-from lesa.forecasters import Lagrange, LinearRows, PlannedRow, Reuse, Taylor
-from lesa.guidance import Guidance
-from lesa.plan import compile, histories
-from lesa.planning import CAUTIONS, Planner, detours, disturbance, responses
-from lesa.predictor import L2P
-from lesa.row import Row
-from lesa.runtime import accelerate
-from lesa.schedule import Schedule
-from lesa.tap import tap_of
-from lesa.training import Problem, Runs, drift, response
-from lesa.trajectory import draw_tokens
+from lesa.host.runtime import accelerate
+from lesa.host.tap import tap_of
+from lesa.learn.collect import record
+from lesa.learn.guidance import Guidance
+from lesa.learn.planning import CAUTIONS, Planner, detours, disturbance, responses
+from lesa.learn.training import Problem, Runs, drift, response
+from lesa.learn.trajectory import draw_tokens
+from lesa.predictors.predictor import L2P
+from lesa.rows.forecasters import Lagrange, LinearRows, PlannedRow, Reuse, Taylor
+from lesa.rows.plan import compile, histories
+from lesa.rows.row import Row
+from lesa.rows.schedule import Schedule
 
 ANSWER = 0.8
 BACK = torch.linalg.pinv(WEIGHTS / 2)  # from outputs to features

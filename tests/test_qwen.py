@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lesa import records
+from lesa.bench import records
 from lesa.cli import main
-from lesa.collect import record
-from lesa.forecasters import Reuse, Taylor
-from lesa.planning import Planner
-from lesa.predictor import LESA, Origin, configuration
-from lesa.runtime import accelerate
-from lesa.schedule import Schedule
-from lesa.tap import head, tap_of
-from lesa.training import drift
+from lesa.host.runtime import accelerate
+from lesa.host.tap import head, tap_of
+from lesa.learn.collect import record
+from lesa.learn.planning import Planner
+from lesa.learn.training import drift
+from lesa.predictors.predictor import LESA, Origin, configuration
+from lesa.rows.forecasters import Reuse, Taylor
+from lesa.rows.schedule import Schedule
 
 PROMPT, OTHER = "small red apple on white, left", "fish"
 STEPS, TOKENS = 8, torch.arange(16)

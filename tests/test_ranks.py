@@ -12,9 +12,10 @@ import pytest
 import torch.distributed
 from torch.distributed import HashStore
 
-from lesa import ranks, records
+from lesa.bench import records
 from lesa.cli import main
-from lesa.ranks import Ranks
+from lesa.learn import ranks
+from lesa.learn.ranks import Ranks
 
 PROMPTS = [
     f"{size} {colour} apple on white, left" for size in ("small", "large") for colour in ("red", "green", "blue")
@@ -23,7 +24,7 @@ CALL = dict(height=32, width=32, num_inference_steps=4, max_sequence_length=16)
 SCRIPT = """
 import json, sys
 import torch.distributed
-from lesa import ranks
+from lesa.learn import ranks
 from lesa.cli import main
 
 with ranks.together() as at:

@@ -15,10 +15,11 @@ from peft.utils import get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 import lesa
-from lesa import collect, models
+from lesa.bench import models
 from lesa.cli import main
-from lesa.predictor import Predictor
-from lesa.trajectory import Store, Trajectory
+from lesa.learn import collect
+from lesa.learn.trajectory import Store, Trajectory
+from lesa.predictors.predictor import Predictor
 
 FORK = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="a warm process must be forked")
 CONFIGS = {model.name: dict(model.config) for model in models.MODELS}

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lesa import plots, report
-from lesa.forecasters import PlannedRow
-from lesa.plan import Plan
-from lesa.records import DIFFERING, REFERENCE, Comparison, Cost, Failure, Pair, Record, Start, Time
-from lesa.training import Curve
+from lesa.bench import plots, report
+from lesa.bench.records import DIFFERING, REFERENCE, Comparison, Cost, Failure, Pair, Record, Start, Time
+from lesa.learn.training import Curve
+from lesa.rows.forecasters import PlannedRow
+from lesa.rows.plan import Plan
 
 PAIRS = [Pair("small red apple on blue, left", 0), Pair("large fish on grey, right", 1)]
 WIDTH = 64

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lesa.row import CPU_SCRATCH, STORAGES, History, Storage, Term, combine
+from lesa.rows.row import CPU_SCRATCH, STORAGES, History, Storage, Term, combine
 
 SHAPE = (2, 5, 7)
 PLAIN = ["model", "cpu"]
@@ -321,8 +321,8 @@ def test_pieces_change_nothing(name, shape, monkeypatch):
     """Also where a single token is larger than the scratch would be."""
     features = random_features(3, shape)
     forecast = filled(3, features, name).forecast([0, 1, 2], [1.0, -3.0, 3.0], 0.5)
-    monkeypatch.setattr("lesa.row.CPU_SCRATCH", 1 << 21)
-    monkeypatch.setattr("lesa.row.LEAST", 1 << 21)
+    monkeypatch.setattr("lesa.rows.row.CPU_SCRATCH", 1 << 21)
+    monkeypatch.setattr("lesa.rows.row.LEAST", 1 << 21)
     whole = filled(3, features, name)
     assert torch.equal(whole.forecast([0, 1, 2], [1.0, -3.0, 3.0], 0.5), forecast)
 

@@ -13,16 +13,16 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from tiny import build_transformer
 from torch import Tensor, nn
 
-from lesa.detour import Detour
-from lesa.forecasters import Forecaster, Lagrange, LinearRows, Reuse, Taylor
-from lesa.pipelines import with_call
-from lesa.plan import Plan
-from lesa.plan import compile as compile_plan
-from lesa.predictor import LESA, Origin, configuration
-from lesa.row import Row
-from lesa.runtime import StreamSummary, Summary, accelerate, disable, enable
-from lesa.schedule import Schedule
-from lesa.tap import Tap, tap_of
+from lesa.host.pipelines import with_call
+from lesa.host.runtime import StreamSummary, Summary, accelerate, disable, enable
+from lesa.host.tap import Tap, tap_of
+from lesa.predictors.predictor import LESA, Origin, configuration
+from lesa.rows.detour import Detour
+from lesa.rows.forecasters import Forecaster, Lagrange, LinearRows, Reuse, Taylor
+from lesa.rows.plan import Plan
+from lesa.rows.plan import compile as compile_plan
+from lesa.rows.row import Row
+from lesa.rows.schedule import Schedule
 
 PROMPT, OTHER = "small red apple on white, left", "large green fish on grey, right"
 STEPS = 8

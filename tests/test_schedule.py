@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lesa import schedule
-from lesa.schedule import Schedule
+from lesa.rows import schedule
+from lesa.rows.schedule import Schedule
 
 LAW = settings(deadline=None, derandomize=True, max_examples=50)
 PAPER = {

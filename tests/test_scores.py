@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lesa import scores
-from lesa.metrics import ms_ssim
+from lesa.bench import scores
+from lesa.learn.metrics import ms_ssim
 
 PROMPTS = ["a red apple", "a blue fish"]
 PICTURES = [np.full((64, 64, 3), level, dtype=np.uint8) for level in (0, 255)]

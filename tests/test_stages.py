@@ -8,10 +8,10 @@ import torch
 from test_planning import answering, plain_world
 from test_training import GRID, STEPS, head
 
-from lesa import stages
-from lesa.plan import histories
-from lesa.planning import Planner
-from lesa.stages import Squares, choose, learn
+from lesa.learn import stages
+from lesa.learn.planning import Planner
+from lesa.learn.stages import Squares, choose, learn
+from lesa.rows.plan import histories
 
 FULL = (0, 1, 2, 9)
 PASTS = dict(histories(STEPS, FULL, 0, 3, False))

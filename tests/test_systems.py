@@ -2,8 +2,8 @@ import runpy
 import sys
 from pathlib import Path
 
-from lesa import records
-from lesa.records import REFERENCE, Cost, Record, Start
+from lesa.bench import records
+from lesa.bench.records import REFERENCE, Cost, Record, Start
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "systems.py"
 PAIRS = [["a red apple", 0], ["a blue fish", 1]]

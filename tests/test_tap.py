@@ -8,7 +8,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from tiny import build_qwen_transformer, build_transformer
 from torch import Tensor, nn
 
-from lesa.tap import Tap, attach, head, hear_streams, place_of, tap_of
+from lesa.host.tap import Tap, attach, head, hear_streams, place_of, tap_of
 
 TAP = Tap(("blocks",), "norm_out")
 OUTPUT = Tap(("blocks",), None)

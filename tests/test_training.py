@@ -15,17 +15,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lesa import predictor as predictors
-from lesa import training
-from lesa.forecasters import Lagrange, Reuse, Taylor
-from lesa.guidance import Guidance
-from lesa.metrics import MOST_DRIFT
-from lesa.plan import compile
-from lesa.predictor import L2P, LESA, Origin
-from lesa.schedule import Schedule
-from lesa.tap import Projection, Tap
-from lesa.training import Config, Lesson, Problem, Runs, drift, least_squares, train
-from lesa.trajectory import Trajectory
+from lesa.host.tap import Projection, Tap
+from lesa.learn import training
+from lesa.learn.guidance import Guidance
+from lesa.learn.metrics import MOST_DRIFT
+from lesa.learn.training import Config, Lesson, Problem, Runs, drift, least_squares, train
+from lesa.learn.trajectory import Trajectory
+from lesa.predictors import predictor as predictors
+from lesa.predictors.predictor import L2P, LESA, Origin
+from lesa.rows.forecasters import Lagrange, Reuse, Taylor
+from lesa.rows.plan import compile
+from lesa.rows.schedule import Schedule
 
 STEPS, TOKENS, CHANNELS, OUT = 16, 5, 6, 3
 GRID = torch.linspace(1, 0, STEPS + 1, dtype=torch.float64)

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 import lesa
-from lesa.grid import from_scheduler
-from lesa.predictor import Origin, configuration
-from lesa.tap import tap_of
+from lesa.host.tap import tap_of
+from lesa.predictors.predictor import Origin, configuration
+from lesa.rows.grid import from_scheduler
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "transfer.py"
 PROMPTS = ["small red apple on white, left", "large blue fish on grey, right"]

@@ -5,14 +5,14 @@ with lesa.accelerate(pipe, predictor) as run:
 print(run.summary())
 """
 
-from lesa.forecasters import Forecaster, Lagrange, LinearRows, Reuse, Taylor
-from lesa.pipelines import load
-from lesa.plan import Plan
-from lesa.predictor import L2P, LESA, Predictor
-from lesa.row import Row
-from lesa.runtime import accelerate, disable, enable
-from lesa.schedule import Schedule
-from lesa.tap import Tap
+from lesa.host.pipelines import load
+from lesa.host.runtime import accelerate, disable, enable
+from lesa.host.tap import Tap
+from lesa.predictors.predictor import L2P, LESA, Predictor
+from lesa.rows.forecasters import Forecaster, Lagrange, LinearRows, Reuse, Taylor
+from lesa.rows.plan import Plan
+from lesa.rows.row import Row
+from lesa.rows.schedule import Schedule
 
 __version__ = "0.1.0"
 

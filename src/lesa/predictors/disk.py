@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from lesa.trajectory import PARTIAL
+from lesa.learn.trajectory import PARTIAL
 
 
 def check_free(folder: str | Path, patterns: Iterable[str], what: str) -> None:

@@ -1,7 +1,7 @@
 """Choose the bounds between LESA's stages, and how many there are, from recorded runs.
 
 A stage is a run of skipped steps that share the weights w of past features; each step has its own alpha. With E_ks the
-error that reusing the feature of step k leaves in the output of step s (`lesa.planning`), and `new` the newest feature
+error that reusing the feature of step k leaves in the output of step s (`lesa.learn.planning`), and `new` the newest feature
 held, the forecast h_new + alpha_s sum_k w_k (h_k - h_new) leaves
 
     E_new,s + alpha_s sum_k w_k (E_ks - E_new,s)
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lesa.planning import Planner
+from lesa.learn.planning import Planner
 
 MOST = 6
 ENOUGH = 0.9
@@ -31,7 +31,7 @@ TURNS = 30
 RIDGE = 1e-9
 
 Pasts = Mapping[int, Sequence[int]]
-"""For every skipped step the steps in its history, oldest first (`lesa.plan.histories`)."""
+"""For every skipped step the steps in its history, oldest first (`lesa.rows.plan.histories`)."""
 
 
 def learn(planner: Planner, pasts: Pasts, count: int) -> tuple[float, ...]:

@@ -22,11 +22,11 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lesa import grid as grids
-from lesa.pipelines import for_each
-from lesa.ranks import ALONE, Ranks
-from lesa.tap import Tap, hear_streams, tap_of, to_tokens
-from lesa.trajectory import COLLECTION, Collection, Store, Trajectory, draw_tokens
+from lesa.host.pipelines import for_each
+from lesa.host.tap import Tap, hear_streams, tap_of, to_tokens
+from lesa.learn.ranks import ALONE, Ranks
+from lesa.learn.trajectory import COLLECTION, Collection, Store, Trajectory, draw_tokens
+from lesa.rows import grid as grids
 
 DEFAULT_STREAM = "cond"
 _OURS = (

@@ -17,21 +17,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lesa import metrics, needs, ranks
-from lesa import records as kept
+from lesa.bench import records as kept
+from lesa.bench.cost import Memory, Watch, flops, machine
+from lesa.bench.records import DRIFT, TRAINING, Comparison, Cost, Failure, Key, Line, Log, Pair, Record, Start, Time
+from lesa.bench.scores import Score
 from lesa.clips import NAMES, Reel
-from lesa.collect import record
-from lesa.cost import Memory, Watch, flops, machine
 from lesa.emoji import Atlas
-from lesa.forecasters import Forecaster, Lagrange, Reuse, Taylor
-from lesa.pipelines import for_each, pictures_of
-from lesa.predictor import LESA, ContinuousLESA, Predictor
-from lesa.ranks import Ranks
-from lesa.records import DRIFT, TRAINING, Comparison, Cost, Failure, Key, Line, Log, Pair, Record, Start, Time
-from lesa.runtime import Run, accelerate
-from lesa.schedule import Schedule
-from lesa.scores import Score
-from lesa.tap import from_tokens, place_of
+from lesa.host import needs
+from lesa.host.pipelines import for_each, pictures_of
+from lesa.host.runtime import Run, accelerate
+from lesa.host.tap import from_tokens, place_of
+from lesa.learn import metrics, ranks
+from lesa.learn.collect import record
+from lesa.learn.ranks import Ranks
+from lesa.predictors.predictor import LESA, ContinuousLESA, Predictor
+from lesa.rows.forecasters import Forecaster, Lagrange, Reuse, Taylor
+from lesa.rows.schedule import Schedule
 
 PAIRS_A_TURN = 2
 FEATURE = "feature"
@@ -582,7 +583,7 @@ def add_bounds(
 
     The velocities are taken from the latents, so that guidance is in them. A bound that the log holds is left as it is.
 
-    Raises: ValueError as `pair_up` and `lesa.collect.record` do.
+    Raises: ValueError as `pair_up` and `lesa.learn.collect.record` do.
     """
     pairs = pair_up(prompts, seeds)
     lacking = [one for one in schedules if not log.comparison.holds((BOUND, str(one)), pairs)]

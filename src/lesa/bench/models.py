@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lesa import grid as grids
-from lesa.pipelines import CALL_FILE
-from lesa.schedule import Schedule
+from lesa.host.pipelines import CALL_FILE
+from lesa.rows import grid as grids
+from lesa.rows.schedule import Schedule
 
 QWEN_TEXT = 23
 """The text tokens of Qwen-Image's published FLOPs."""

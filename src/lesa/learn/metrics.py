@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lesa import needs
+from lesa.host import needs
 
 MOST_PSNR = 60.0
 """The PSNR in dB of identical pictures, and the most that any pair can have: of those that have it many differ."""

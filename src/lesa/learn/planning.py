@@ -26,15 +26,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lesa.collect import record
-from lesa.detour import Detour
-from lesa.forecasters import Forecaster, Reuse
-from lesa.guidance import Guidance
-from lesa.runtime import accelerate
-from lesa.schedule import Schedule
-from lesa.tap import Tap, head, tap_of
-from lesa.training import TINY, Answers, Head, Runs, drift, response
-from lesa.trajectory import Trajectory
+from lesa.host.runtime import accelerate
+from lesa.host.tap import Tap, head, tap_of
+from lesa.learn.collect import record
+from lesa.learn.guidance import Guidance
+from lesa.learn.training import TINY, Answers, Head, Runs, drift, response
+from lesa.learn.trajectory import Trajectory
+from lesa.rows.detour import Detour
+from lesa.rows.forecasters import Forecaster, Reuse
+from lesa.rows.schedule import Schedule
 
 RANDOM_STARTS, TRIED_STARTS = 2, 4
 """How many of the search's starts are random, and from how many, the best ones, it goes on."""
@@ -146,7 +146,7 @@ class Planner:
     def of(cls, pipe: Any, reference: Sequence[Trajectory], tap: Tap | None = None, **call: Any) -> Planner:
         """Plan for a pipeline: its reference runs are given, and some of them are run once more, disturbed.
 
-        Raises: ValueError as the constructor and `lesa.collect.record` do.
+        Raises: ValueError as the constructor and `lesa.learn.collect.record` do.
         """
         if not reference:
             raise ValueError("planning needs recorded runs, got none; collect some first.")

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lesa import grid as grids
-from lesa import plan as plans
-from lesa import predictor as predictors
-from lesa.caller import Caller, watch_calls
-from lesa.detour import Detour, Detours
-from lesa.forecasters import Forecaster
-from lesa.plan import Plan
-from lesa.row import History, Row, Storage
-from lesa.schedule import Schedule
-from lesa.tap import Tap, attach, hear_streams, tap_of
+from lesa.host.caller import Caller, watch_calls
+from lesa.host.tap import Tap, attach, hear_streams, tap_of
+from lesa.predictors import predictor as predictors
+from lesa.rows import grid as grids
+from lesa.rows import plan as plans
+from lesa.rows.detour import Detour, Detours
+from lesa.rows.forecasters import Forecaster
+from lesa.rows.plan import Plan
+from lesa.rows.row import History, Row, Storage
+from lesa.rows.schedule import Schedule
 
 DEFAULT_STREAM = "cond"
 ScheduleFor = Callable[[Sequence[float], int], Schedule]
@@ -511,7 +511,7 @@ def accelerate(
     a loop of one's own over its scheduler. Who else calls the transformer is refused, during a run and after it.
 
     `detours` say at which full steps a run may turn out to be unusual, and which schedule it then goes on with (see
-    `lesa.planning.detours`). They need a forecaster that is not bound to one schedule.
+    `lesa.learn.planning.detours`). They need a forecaster that is not bound to one schedule.
 
     Raises: ValueError if the schedule, the grid or the tap is missing or does not fit, if there is no such history, or
         if the transformer is accelerated already; LookupError if no predictor is shipped for the pipeline. The

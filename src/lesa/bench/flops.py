@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lesa.models import Model, build
-from lesa.schedule import Schedule
-from lesa.tap import NORM, Tap, attach
+from lesa.bench.models import Model, build
+from lesa.host.tap import NORM, Tap, attach
+from lesa.rows.schedule import Schedule
 
 PLACES = {"norm": NORM, "output": None}
 """Where a skipped step takes its forecast: before the final norm, or in place of what the transformer returns."""

@@ -22,15 +22,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from lesa import disk, metrics
-from lesa.grid import matches
-from lesa.guidance import Guidance
-from lesa.plan import histories
-from lesa.predictor import CARD_FILE, FILES, L2P, LESA, Predictor
-from lesa.row import Row
-from lesa.schedule import Schedule
-from lesa.tap import Projection, Tap
-from lesa.trajectory import Trajectory, write_atomically
+from lesa.host.tap import Projection, Tap
+from lesa.learn import metrics
+from lesa.learn.guidance import Guidance
+from lesa.learn.trajectory import Trajectory, write_atomically
+from lesa.predictors import disk
+from lesa.predictors.predictor import CARD_FILE, FILES, L2P, LESA, Predictor
+from lesa.rows.grid import matches
+from lesa.rows.plan import histories
+from lesa.rows.row import Row
+from lesa.rows.schedule import Schedule
 
 Head = Callable[[Tensor, Tensor], Tensor]
 """(features (..., n, C), conditioning (..., D)) -> outputs (..., n, C_out)"""

@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lesa.grid import matches, validate
-from lesa.row import Row
+from lesa.rows.grid import matches, validate
+from lesa.rows.row import Row
 
 
 class Forecaster(Protocol):

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from lesa.forecasters import Forecaster, LinearRows, PlannedRow
-from lesa.grid import validate
-from lesa.schedule import Schedule, draw
+from lesa.rows.forecasters import Forecaster, LinearRows, PlannedRow
+from lesa.rows.grid import validate
+from lesa.rows.schedule import Schedule, draw
 
 FORMAT = "lesa-plan-1"
 SHOWN_TERMS = 8
@@ -165,7 +165,7 @@ def compile(
     """Ask `forecaster` for the row of every step that `schedule` skips in a run on `grid` that begins at `start`.
 
     Example:
-        >>> from lesa.forecasters import Taylor
+        >>> from lesa.rows.forecasters import Taylor
         >>> compile(Taylor(), [1, 0.8, 0.6, 0.4, 0.2, 0], Schedule.every(3, warmup=2))
         Plan of 5 steps, 3 full (step ratio 1.67), noise gain up to 5, 0 rows with a short history
         ##..#

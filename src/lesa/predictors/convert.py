@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lesa.grid import validate
-from lesa.models import Model
-from lesa.predictor import LESA, Origin
-from lesa.schedule import Schedule
-from lesa.tap import Tap
+from lesa.bench.models import Model
+from lesa.host.tap import Tap
+from lesa.predictors.predictor import LESA, Origin
+from lesa.rows.grid import validate
+from lesa.rows.schedule import Schedule
 
 ORDERS = ("newest", "oldest")
 """Which past feature the first of a stage's weights belongs to."""

@@ -21,15 +21,15 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lesa import disk
-from lesa.forecasters import Forecaster, Lagrange
-from lesa.grid import matches, stage_of, validate
-from lesa.kan import KAN, KANLayer, bspline_basis
-from lesa.pipelines import HOME
-from lesa.row import Row
-from lesa.schedule import Schedule
-from lesa.tap import Tap
-from lesa.trajectory import write_atomically
+from lesa.host.pipelines import HOME
+from lesa.host.tap import Tap
+from lesa.learn.trajectory import write_atomically
+from lesa.predictors import disk
+from lesa.predictors.kan import KAN, KANLayer, bspline_basis
+from lesa.rows.forecasters import Forecaster, Lagrange
+from lesa.rows.grid import matches, stage_of, validate
+from lesa.rows.row import Row
+from lesa.rows.schedule import Schedule
 
 if TYPE_CHECKING:
     from typing_extensions import Self

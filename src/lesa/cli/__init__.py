@@ -61,7 +61,9 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace, reuse: bool) -> None:
-    from lesa import benchmark, needs, ranks, records, scores
+    from lesa.bench import benchmark, records, scores
+    from lesa.host import needs
+    from lesa.learn import ranks
 
     needs.check(f"lesa {'bench' if reuse else 'demo'}", "comparison", "plots")
     source = options.prompts or Path(options.model) / "prompts" / "heldout.txt"
@@ -97,8 +99,8 @@ def _setting(options: argparse.Namespace, pipe: Any, pairs: Sequence[Any], demo:
 
     A demo begins its records anew each time, and so it says that they are a demo's: it never removes a benchmark's.
     """
-    from lesa.collect import fingerprint
-    from lesa.pipelines import call_of
+    from lesa.host.pipelines import call_of
+    from lesa.learn.collect import fingerprint
 
     call = call_of(options.model, options.lora)
     return {
@@ -118,7 +120,7 @@ def _setting(options: argparse.Namespace, pipe: Any, pairs: Sequence[Any], demo:
 
 def _line_up(options: argparse.Namespace, pipe: Any, predictors: Sequence[Any], reuse: bool, at: Any) -> list[Any]:
     """Line up the methods asked for; of several processes the first plans, and the others read what it planned."""
-    from lesa import benchmark
+    from lesa.bench import benchmark
 
     methods = benchmark.line_up(options.steps, options.schedules, predictors, reuse=reuse)
     if options.budgets:
@@ -140,7 +142,7 @@ def _line_up(options: argparse.Namespace, pipe: Any, predictors: Sequence[Any], 
 
 
 def _peers(options: argparse.Namespace) -> list[Any]:
-    from lesa import peers
+    from lesa.bench import peers
 
     names = list(peers.FAMILIES) if options.peers == ["all"] else options.peers
     prompt = _prompts(Path(options.model) / "prompts" / "train.txt", 1)[0]
@@ -151,9 +153,9 @@ def _planned(options: argparse.Namespace, pipe: Any) -> tuple[Any, Callable[[Any
     """Return the grid, and the call that plans a forecaster's schedule at a tap; what was planned is kept in a file."""
     import torch
 
-    from lesa import records
-    from lesa.schedule import Schedule
-    from lesa.trajectory import write_atomically
+    from lesa.bench import records
+    from lesa.learn.trajectory import write_atomically
+    from lesa.rows.schedule import Schedule
 
     path, known = Path(options.out) / records.PLANNED, records.planned(options.out)
     planner = cache(lambda place: _planner(options, pipe, _opened(options.data), place))  # it records runs, once
@@ -171,7 +173,7 @@ def _planned(options: argparse.Namespace, pipe: Any) -> tuple[Any, Callable[[Any
 
 
 def _report(options: argparse.Namespace) -> None:
-    from lesa import needs
+    from lesa.host import needs
 
     needs.check("lesa report", "plots")
     _write_report(Path(options.run), options.differences)
@@ -179,8 +181,8 @@ def _report(options: argparse.Namespace) -> None:
 
 def _write_report(folder: Path, differences: str | None) -> None:
     """Make tables and plots of the records in a folder, and of nothing else."""
-    from lesa import plots, records, report
-    from lesa.pipelines import save_picture
+    from lesa.bench import plots, records, report
+    from lesa.host.pipelines import save_picture
 
     comparison = records.load(folder)
     named = differences in {method for method, _ in comparison.records} or differences != DIFFERENCES
@@ -198,7 +200,7 @@ def _write_report(folder: Path, differences: str | None) -> None:
 
 
 def _changes(options: argparse.Namespace) -> int:
-    from lesa import records, report
+    from lesa.bench import records, report
 
     before, after = records.load(options.first), records.load(options.second)
     found = report.changes(before, after, options.score)
@@ -209,8 +211,9 @@ def _changes(options: argparse.Namespace) -> int:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from lesa import benchmark, needs, peers, records, scores
-    from lesa.collect import fingerprint
+    from lesa.bench import benchmark, peers, records, scores
+    from lesa.host import needs
+    from lesa.learn.collect import fingerprint
 
     needs.check("lesa reproduce", "comparison")
     if options.steps:
@@ -248,9 +251,9 @@ def _generate(options: argparse.Namespace) -> None:
     import torch
     from PIL import Image
 
-    from lesa import needs
-    from lesa.pipelines import is_mp4, pictures_of, save_picture
-    from lesa.runtime import accelerate
+    from lesa.host import needs
+    from lesa.host.pipelines import is_mp4, pictures_of, save_picture
+    from lesa.host.runtime import accelerate
 
     if Path(options.out).suffix.lower() not in {*Image.registered_extensions(), ".mp4"}:
         raise ValueError(f"--out names a picture file such as picture.png, or clip.gif, got {options.out!r}.")
@@ -272,7 +275,7 @@ def _generate(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from time import monotonic
 
-    from lesa import needs
+    from lesa.host import needs
 
     if options.plot:
         needs.check("lesa plan --plot", "comparison", "plots")
@@ -295,8 +298,8 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _place(pipe: Any, forecaster: Any, store: Any) -> str:
     """Name the tap of forecasts that nobody named: a predictor's own, that of recorded runs, or the model's usual."""
-    from lesa.predictor import Predictor
-    from lesa.tap import place_of, tap_of
+    from lesa.host.tap import place_of, tap_of
+    from lesa.predictors.predictor import Predictor
 
     tap = tap_of(pipe.transformer)
     if isinstance(forecaster, Predictor):
@@ -308,7 +311,7 @@ def _place(pipe: Any, forecaster: Any, store: Any) -> str:
 
 def _verify(options: argparse.Namespace, pipe: Any, forecaster: Any, planned: Sequence[Any], place: str) -> None:
     """Draw held-out prompts on planned schedules: recorded runs do not drift, these do."""
-    from lesa import benchmark, plots, report
+    from lesa.bench import benchmark, plots, report
 
     prompts = _prompts(options.prompts or Path(options.model) / "prompts" / "heldout.txt", options.verify or 16)
     methods = [benchmark.forecast(repr(forecaster), forecaster, schedule, place) for schedule in planned]
@@ -322,10 +325,10 @@ def _verify(options: argparse.Namespace, pipe: Any, forecaster: Any, planned: Se
 
 def _planner(options: argparse.Namespace, pipe: Any, store: Any, place: str) -> Any:
     """Make a planner at a tap: of a store's runs, or of new ones of some prompts that the model was trained on."""
-    from lesa.collect import record
-    from lesa.planning import PLANNED_ON, Planner
-    from lesa.tap import tap_of
-    from lesa.trajectory import draw_tokens
+    from lesa.host.tap import tap_of
+    from lesa.learn.collect import record
+    from lesa.learn.planning import PLANNED_ON, Planner
+    from lesa.learn.trajectory import draw_tokens
 
     tap = tap_of(pipe.transformer, place)
     if store is not None:
@@ -344,7 +347,7 @@ def _planner(options: argparse.Namespace, pipe: Any, store: Any, place: str) -> 
 
 
 def _opened(folder: str | None) -> Any:
-    from lesa.trajectory import Store
+    from lesa.learn.trajectory import Store
 
     return Store.open(folder) if folder else None
 
@@ -366,8 +369,8 @@ def _recorded(store: Any, tap: Any) -> Any:
 
 
 def _rows(options: argparse.Namespace) -> None:
-    from lesa import plan
-    from lesa.predictor import Predictor
+    from lesa.predictors.predictor import Predictor
+    from lesa.rows import plan
 
     predictor = Predictor.from_pretrained(options.predictor)
     stream = options.stream or predictor.origin.streams[0]
@@ -375,9 +378,9 @@ def _rows(options: argparse.Namespace) -> None:
 
 
 def _collect(options: argparse.Namespace) -> None:
-    from lesa import ranks
-    from lesa.collect import collect
-    from lesa.tap import tap_of
+    from lesa.host.tap import tap_of
+    from lesa.learn import ranks
+    from lesa.learn.collect import collect
 
     prompts = _prompts(options.prompts, options.limit)
     pairs = [(prompt, seed) for k, prompt in enumerate(prompts) for seed in options.seeds or [TRAINING_SEED + k]]
@@ -403,10 +406,13 @@ def _collect(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from time import monotonic
 
-    from lesa import disk, needs, plots, tap, training
-    from lesa.collect import fingerprint, kept_paths, record_kept
-    from lesa.runtime import accelerate
-    from lesa.trajectory import Store, Trajectory
+    from lesa.bench import plots
+    from lesa.host import needs, tap
+    from lesa.host.runtime import accelerate
+    from lesa.learn import training
+    from lesa.learn.collect import fingerprint, kept_paths, record_kept
+    from lesa.learn.trajectory import Store, Trajectory
+    from lesa.predictors import disk
 
     _check_training(options)
     _check_place(options.out)
@@ -485,8 +491,8 @@ def _train(options: argparse.Namespace) -> None:
 
 def _check_place(out: str) -> None:
     """Check before the work that a training, or a predictor, written there would take the place of nothing else."""
-    from lesa import training
-    from lesa.predictor import check_place
+    from lesa.learn import training
+    from lesa.predictors.predictor import check_place
 
     rounds = Path(out) / "rounds"
     begun = training.begun(rounds) is not None or (rounds / "recorded").exists()
@@ -526,7 +532,7 @@ def _check_training(options: argparse.Namespace) -> None:
 
 def _begin_with(options: argparse.Namespace) -> None:
     """Take the method and the history of the predictor that training begins with."""
-    from lesa.tap import place_of
+    from lesa.host.tap import place_of
 
     start = _start(options)
     options.method, options.history = start.method, "all" if start.remembers_forecasts else "full"
@@ -567,9 +573,9 @@ def _schedules_to_learn(options: argparse.Namespace, pipe: Any, store: Any) -> l
 
 def _staged(predictor: Any, stages: Any, lesson: Any, head: Any) -> Any:
     """Make a LESA anew with other stages: with these bounds, with so many learned ones, or with as many as pay."""
-    from lesa.planning import PLANNED_ON, Planner
-    from lesa.predictor import LESA
-    from lesa.stages import choose, learn
+    from lesa.learn.planning import PLANNED_ON, Planner
+    from lesa.learn.stages import choose, learn
+    from lesa.predictors.predictor import LESA
 
     def planner(runs: Sequence[Any]) -> Any:
         return Planner(runs[:PLANNED_ON], head, tap=predictor.origin.tap)
@@ -610,8 +616,8 @@ def _untrained(
     import diffusers
     import torch
 
-    from lesa.predictor import L2P, LESA, ContinuousLESA, Origin, configuration
-    from lesa.tap import tap_of
+    from lesa.host.tap import tap_of
+    from lesa.predictors.predictor import L2P, LESA, ContinuousLESA, Origin, configuration
 
     names = ("loss", "rounds", "updates", "floor", "seed", "history", "paper")
     settings = {name: getattr(options, name) for name in names}
@@ -647,7 +653,7 @@ def _untrained(
 
 def _start(options: argparse.Namespace) -> Any:
     """Return the trained predictor that training begins with, if one was named."""
-    from lesa.predictor import Predictor
+    from lesa.predictors.predictor import Predictor
 
     return Predictor.from_pretrained(options.predictor) if options.predictor else None
 
@@ -669,7 +675,7 @@ def _like(start: Any, predictor: Any) -> Any:
 
 
 def _flops(options: argparse.Namespace) -> None:
-    from lesa import flops, models, report
+    from lesa.bench import flops, models, report
 
     chosen = models.MODELS
     if options.model:
@@ -685,10 +691,11 @@ def _flops(options: argparse.Namespace) -> None:
 def _convert(options: argparse.Namespace) -> None:
     import torch
 
-    from lesa import convert, models
-    from lesa.predictor import check_place
-    from lesa.schedule import Schedule
-    from lesa.tap import tap_of
+    from lesa.bench import models
+    from lesa.host.tap import tap_of
+    from lesa.predictors import convert
+    from lesa.predictors.predictor import check_place
+    from lesa.rows.schedule import Schedule
 
     check_place(options.out)
     weights = convert.read(options.file)
@@ -715,7 +722,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 def _grid(text: str, model: Any) -> Any:
     """Read a grid: a number of steps, times with commas between them, or a JSON file that has it."""
-    from lesa.models import grid_of
+    from lesa.bench.models import grid_of
 
     if text.isdigit():
         return grid_of(model, _count(text))
@@ -738,8 +745,9 @@ def _pipeline(options: argparse.Namespace) -> Any:
     import torch
     from transformers.utils import logging
 
-    from lesa import offload, ranks
-    from lesa.pipelines import call_of, load, with_call
+    from lesa.host import offload
+    from lesa.host.pipelines import call_of, load, with_call
+    from lesa.learn import ranks
 
     if options.dtype and not isinstance(getattr(torch, options.dtype, None), torch.dtype):
         raise ValueError(f"a dtype is one of torch's, such as bfloat16, got {options.dtype!r}.")
@@ -764,7 +772,7 @@ def _pipeline(options: argparse.Namespace) -> Any:
 
 def _predictors(model: str, named: Sequence[str] | None, variants: bool) -> list[Any]:
     """Load the predictors named, or else those shipped with the model; with the `variants` in their folders, or not."""
-    from lesa.predictor import CONFIG_FILE, SHIPPED_FOLDER, Predictor
+    from lesa.predictors.predictor import CONFIG_FILE, SHIPPED_FOLDER, Predictor
 
     places = [f"{SHIPPED_FOLDER}/*/{CONFIG_FILE}"] + [f"{SHIPPED_FOLDER}/*/*/{CONFIG_FILE}"] * variants
     found = [path.parent for place in places for path in Path(model).glob(place)]
@@ -777,8 +785,8 @@ def _predictors(model: str, named: Sequence[str] | None, variants: bool) -> list
 
 def _forecaster(options: argparse.Namespace) -> Any:
     """Return what is named: a predictor, or 'reuse', 'taylor:2' or 'lagrange:1'; None is the predictor shipped."""
-    from lesa.forecasters import Lagrange, Reuse, Taylor
-    from lesa.predictor import Predictor
+    from lesa.predictors.predictor import Predictor
+    from lesa.rows.forecasters import Lagrange, Reuse, Taylor
 
     if options.predictor:
         return Predictor.from_pretrained(options.predictor)
@@ -793,7 +801,7 @@ def _forecaster(options: argparse.Namespace) -> Any:
 
 
 def _prompts(path: str | Path, limit: int | None) -> list[str]:
-    from lesa.collect import read_prompts
+    from lesa.learn.collect import read_prompts
 
     return read_prompts(path)[:limit]
 
@@ -1083,7 +1091,7 @@ def _told(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 @_told
 def _schedule(text: str) -> Any:
-    from lesa.schedule import Schedule
+    from lesa.rows.schedule import Schedule
 
     return Schedule.parse(text)
 

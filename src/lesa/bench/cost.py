@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from lesa.tap import tap_of, to_tokens
-from lesa.trajectory import draw_tokens
+from lesa.host.tap import tap_of, to_tokens
+from lesa.learn.trajectory import draw_tokens
 
 PACKAGES = ("lesa-cache", "torch", "diffusers", "transformers", "numpy", "scikit-image")
 

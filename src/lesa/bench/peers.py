@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lesa import needs
-from lesa.benchmark import Method
-from lesa.runtime import SchedulerClock
-from lesa.tap import attach, tap_of
+from lesa.bench.benchmark import Method
+from lesa.host import needs
+from lesa.host.runtime import SchedulerClock
+from lesa.host.tap import attach, tap_of
 
 INTERVALS, RANGES = (4, 7, 10), (2, 6)
 FIRST_BLOCK_THRESHOLDS = (0.1, 0.2, 0.4)

@@ -27,9 +27,10 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lesa import disk, metrics
-from lesa.metrics import Interval
-from lesa.trajectory import write_atomically
+from lesa.learn import metrics
+from lesa.learn.metrics import Interval
+from lesa.learn.trajectory import write_atomically
+from lesa.predictors import disk
 
 FORMAT = "lesa-records-1"
 FILES, PICTURES, FRAMES, PLANNED = "records*.jsonl", "pictures", "frames", "planned.json"

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lesa import needs
-from lesa.tap import NORM, PROJECTION
+from lesa.host import needs
+from lesa.host.tap import NORM, PROJECTION
 
 OFFLOADS = ("none", "model", "sequential", "group")
 

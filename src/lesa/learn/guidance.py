@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lesa.trajectory import Trajectory
+from lesa.learn.trajectory import Trajectory
 
 UNEXPLAINED = 0.1
 """The share of a run's way that its outputs may leave unexplained; the rounding of bfloat16 leaves some."""

@@ -25,7 +25,7 @@ PARTIAL = ".partial"
 class Trajectory:
     """What one run of a prompt recorded at `n` of its tokens, in the dtypes that the model used.
 
-    Features, outputs and conditioning are kept per stream. The head (`lesa.tap.head`) turns a step's features and
+    Features, outputs and conditioning are kept per stream. The head (`lesa.host.tap.head`) turns a step's features and
     conditioning into its outputs, since it works on each token alone. In a run with skipped steps the features at those
     steps are the forecasts.
     """

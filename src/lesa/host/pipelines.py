@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lesa import needs
+from lesa.host import needs
 
 CALL_FILE, SCHEDULER_FOLDER = "call.json", "scheduler"
 HOME = "_lesa_home"

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lesa import metrics, needs
+from lesa.host import needs
+from lesa.learn import metrics
 
 Score = Callable[[Sequence[str], Sequence[np.ndarray], Sequence[np.ndarray]], list[float]]
 """(prompts, pictures, those of the reference run) -> one number for each"""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lesa.schedule import Schedule
+from lesa.rows.schedule import Schedule
 
 
 @dataclass(frozen=True)

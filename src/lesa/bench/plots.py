@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from lesa import needs
-from lesa.plan import Plan
-from lesa.records import REFERENCE, Comparison, Key, Record, Result
-from lesa.training import Curve
+from lesa.bench.records import REFERENCE, Comparison, Key, Record, Result
+from lesa.host import needs
+from lesa.learn.training import Curve
+from lesa.rows.plan import Plan
 
 STRONGEST = 2.0
 """The coefficient at which the colours of rows end."""

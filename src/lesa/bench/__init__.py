@@ -1,0 +1,1 @@
+"""Methods beside each other: scores, cost, other projects' caches, records, tables and plots."""

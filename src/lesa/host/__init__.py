@@ -1,0 +1,1 @@
+"""What touches a pipeline: the two seams, streams, taps, the executor."""

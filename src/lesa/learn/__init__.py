@@ -1,0 +1,1 @@
+"""From recorded runs to rows: recording, planning, fitting."""

@@ -1,0 +1,1 @@
+"""Forecasts as numbers: grid, schedule, rows, forecasters, plans, the sampler. No models, no pipelines, no disk."""
