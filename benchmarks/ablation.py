@@ -25,7 +25,8 @@ import lesa
 from lesa.bench.benchmark import Method, compare, fewer_steps, forecast
 from lesa.bench.report import markdown
 from lesa.cli import VALIDATION_SEED
-from lesa.host.tap import head, tap_of
+from lesa.host.head import head
+from lesa.host.tap import tap_of
 from lesa.learn.collect import read_prompts, record
 from lesa.learn.metrics import interval
 from lesa.learn.training import Config, Lesson, train

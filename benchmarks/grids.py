@@ -27,11 +27,11 @@ import lesa
 from lesa.bench.benchmark import Pair, batches, pair_up
 from lesa.bench.report import markdown
 from lesa.cli import TRAINING_SEED
-from lesa.host.tap import Tap
 from lesa.learn.collect import read_prompts, record
 from lesa.learn.metrics import drift, interval, paired_interval, psnr
 from lesa.learn.planning import PLANNED_ON, Planner
 from lesa.learn.trajectory import draw_tokens
+from lesa.rows.tap import Tap
 
 MODEL = "models/emoji-flux"
 HEADS = ("grid", "schedule", "method", "PSNR, dB [95 %]", "drift, dB", "one - specialist, dB [95 %]")

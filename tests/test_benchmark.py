@@ -19,7 +19,6 @@ from lesa.bench.cost import Watch
 from lesa.bench.records import Comparison, Log, Pair, Record, Result, Time
 from lesa.emoji import COMPOSITIONS, Atlas, caption
 from lesa.host.pipelines import with_call
-from lesa.host.tap import Tap
 from lesa.learn import metrics
 from lesa.learn.collect import record
 from lesa.learn.metrics import psnr, relative_error
@@ -27,6 +26,7 @@ from lesa.predictors.predictor import L2P, LESA, Origin, Predictor
 from lesa.rows import plan
 from lesa.rows.forecasters import Reuse, Taylor
 from lesa.rows.schedule import Schedule
+from lesa.rows.tap import Tap
 
 PROMPTS = ["small red apple on white, left", "large blue fish on grey, right", "large green pear on white, left"]
 SEEDS = [0, 1, 5]

@@ -18,11 +18,11 @@ import lesa
 from lesa.bench.models import MODELS, grid_of
 from lesa.cli import main
 from lesa.host import tap
-from lesa.host.tap import Tap
 from lesa.predictors.convert import convert, read
 from lesa.predictors.predictor import LESA, Predictor
 from lesa.rows import plan
 from lesa.rows.schedule import Schedule
+from lesa.rows.tap import Tap
 
 BY_NAME = {model.name.split("/")[1]: model for model in MODELS}
 HERE = Tap(("transformer_blocks",), "norm_out")

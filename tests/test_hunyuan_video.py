@@ -14,15 +14,17 @@ from lesa.bench import records
 from lesa.bench.benchmark import REFERENCE, Pair, decode, label
 from lesa.bench.benchmark import draw as draw_pairs
 from lesa.cli import main
+from lesa.host.head import from_tokens, head, to_tokens
 from lesa.host.pipelines import with_call
 from lesa.host.runtime import accelerate
-from lesa.host.tap import TAPS, Tap, from_tokens, head, place_of, tap_of, to_tokens
+from lesa.host.tap import TAPS, place_of, tap_of
 from lesa.learn.collect import record
 from lesa.learn.training import Problem, Runs
 from lesa.predictors.predictor import L2P, Origin, Predictor, configuration
 from lesa.rows.forecasters import Taylor
 from lesa.rows.grid import from_scheduler
 from lesa.rows.schedule import Schedule
+from lesa.rows.tap import Tap
 
 PROMPT, OTHER = "small red apple on white, left", "fish"
 STEPS, TOKENS = 8, torch.arange(12)

@@ -10,8 +10,9 @@ from torch import nn
 import lesa
 from lesa import cli
 from lesa.host import offload
+from lesa.host.head import head
 from lesa.host.offload import OFFLOADS, place
-from lesa.host.tap import head, tap_of
+from lesa.host.tap import tap_of
 from lesa.learn.collect import fingerprint, record
 
 CALL = dict(height=32, width=32, num_inference_steps=4, max_sequence_length=16)

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lesa.host.tap import Tap
 from lesa.predictors.predictor import L2P, LESA, ContinuousLESA, Origin, Predictor, configuration, shipped_for
 from lesa.rows.forecasters import Lagrange, Taylor
 from lesa.rows.plan import Plan, compile
 from lesa.rows.schedule import Schedule
+from lesa.rows.tap import Tap
 
 STEPS = 50
 BOUNDS = (0.9, 0.5)

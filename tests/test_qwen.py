@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lesa.bench import records
 from lesa.cli import main
+from lesa.host.head import head
 from lesa.host.runtime import accelerate
-from lesa.host.tap import head, tap_of
+from lesa.host.tap import tap_of
 from lesa.learn.collect import record
 from lesa.learn.planning import Planner
 from lesa.learn.training import drift

@@ -8,7 +8,11 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from tiny import build_qwen_transformer, build_transformer
 from torch import Tensor, nn
 
-from lesa.host.tap import Tap, attach, head, hear_streams, place_of, tap_of
+from lesa.host.denoiser import attach
+from lesa.host.head import head
+from lesa.host.streams import hear
+from lesa.host.tap import place_of, tap_of
+from lesa.rows.tap import Tap
 
 TAP = Tap(("blocks",), "norm_out")
 OUTPUT = Tap(("blocks",), None)
@@ -511,7 +515,7 @@ def test_streams_are_heard_where_they_are_named(toy):
         yield
         said.append(f"{name} ends")
 
-    undo = hear_streams(toy, within)
+    undo = hear(toy, within)
     with toy.cache_context("cond"):
         said.append("...")
     with pytest.raises(KeyboardInterrupt), toy.cache_context("uncond", step_index=3):
@@ -520,7 +524,7 @@ def test_streams_are_heard_where_they_are_named(toy):
     assert toy.said == ("uncond", {"step_index": 3}), "the transformer hears it too"
     undo()
     del toy.said
-    hear_streams(nn.Identity(), within)()  # names no streams: nothing to hear
+    hear(nn.Identity(), within)()  # names no streams: nothing to hear
 
 
 def test_hearing_streams_twice_unwinds_in_order(toy):
@@ -536,7 +540,7 @@ def test_hearing_streams_twice_unwinds_in_order(toy):
         said.append(f"second {name}")
         yield
 
-    undo_first, undo_second = hear_streams(toy, first), hear_streams(toy, second)
+    undo_first, undo_second = hear(toy, first), hear(toy, second)
     with toy.cache_context("cond"):
         pass
     undo_second()

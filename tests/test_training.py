@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lesa.host.tap import Projection, Tap
+from lesa.host.head import Projection
 from lesa.learn import training
 from lesa.learn.guidance import Guidance
 from lesa.learn.metrics import MOST_DRIFT
@@ -26,6 +26,7 @@ from lesa.predictors.predictor import L2P, LESA, Origin
 from lesa.rows.forecasters import Lagrange, Reuse, Taylor
 from lesa.rows.plan import compile
 from lesa.rows.schedule import Schedule
+from lesa.rows.tap import Tap
 
 STEPS, TOKENS, CHANNELS, OUT = 16, 5, 6, 3
 GRID = torch.linspace(1, 0, STEPS + 1, dtype=torch.float64)

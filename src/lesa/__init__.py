@@ -7,12 +7,12 @@ print(run.summary())
 
 from lesa.host.pipelines import load
 from lesa.host.runtime import accelerate, disable, enable
-from lesa.host.tap import Tap
 from lesa.predictors.predictor import L2P, LESA, Predictor
 from lesa.rows.forecasters import Forecaster, Lagrange, LinearRows, Reuse, Taylor
 from lesa.rows.plan import Plan
 from lesa.rows.row import Row
 from lesa.rows.schedule import Schedule
+from lesa.rows.tap import Tap
 
 __version__ = "0.1.0"
 

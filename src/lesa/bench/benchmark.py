@@ -24,9 +24,10 @@ from lesa.bench.scores import Score
 from lesa.clips import NAMES, Reel
 from lesa.emoji import Atlas
 from lesa.host import needs
+from lesa.host.head import from_tokens
 from lesa.host.pipelines import for_each, pictures_of
 from lesa.host.runtime import Run, accelerate
-from lesa.host.tap import from_tokens, place_of
+from lesa.host.tap import place_of
 from lesa.learn import metrics, ranks
 from lesa.learn.collect import record
 from lesa.learn.ranks import Ranks

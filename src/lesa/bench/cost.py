@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from lesa.host.tap import tap_of, to_tokens
+from lesa.host.head import to_tokens
+from lesa.host.intercept import intercept
+from lesa.host.tap import tap_of
 from lesa.learn.trajectory import draw_tokens
 
 PACKAGES = ("lesa-cache", "torch", "diffusers", "transformers", "numpy", "scikit-image")
@@ -68,20 +70,16 @@ class Watch:
     @contextmanager
     def counting_flops(self) -> Iterator[None]:
         """Set `flops`, those of the transformer, by the call made inside."""
-        transformer, counters = self._pipe.transformer, []
+        transformer = self._pipe.transformer
 
-        def begin(*_: Any) -> None:
-            counters.append(Flops())
-            counters[-1].__enter__()
-
-        def end(*_: Any) -> None:
-            counter = counters.pop()
-            counter.__exit__(None, None, None)
+        def counted(go_on: Callable, _transformer: Any, *args: Any, **kwargs: Any) -> Any:
+            with Flops() as counter:
+                output = go_on(*args, **kwargs)
             self.flops += counter.total
+            return output
 
         with ExitStack() as undo:
-            undo.callback(transformer.register_forward_pre_hook(begin).remove)
-            undo.callback(transformer.register_forward_hook(end, always_call=True).remove)
+            undo.callback(intercept(transformer, "__call__", counted))
             yield
 
     @contextmanager
@@ -92,14 +90,13 @@ class Watch:
         """
         transformer = self._pipe.transformer
         module = tap_of(transformer).module
-        if module is None:
-            hook = transformer.register_forward_hook(lambda _module, _args, output: self._keep(output[0]))
-        else:
-            hook = getattr(transformer, module).register_forward_pre_hook(self._pass, with_kwargs=True)
-        try:
+        with ExitStack() as undo:
+            if module is None:
+                undo.callback(intercept(transformer, "__call__", self._returned))
+            else:
+                hook = getattr(transformer, module).register_forward_pre_hook(self._pass, with_kwargs=True)
+                undo.callback(hook.remove)
             yield
-        finally:
-            hook.remove()
 
     @property
     def full_steps(self) -> int:
@@ -135,6 +132,11 @@ class Watch:
 
     def _see_block(self, _block: torch.nn.Module, _inputs: Any) -> None:
         self._ran = True
+
+    def _returned(self, go_on: Callable, _transformer: Any, *args: Any, **kwargs: Any) -> Any:
+        output = go_on(*args, **kwargs)
+        self._keep(output[0])
+        return output
 
     def _pass(self, _module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._keep(args[0] if args else next(iter(kwargs.values())))

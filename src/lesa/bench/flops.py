@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lesa.bench.models import Model, build
-from lesa.host.tap import NORM, Tap, attach
+from lesa.host.denoiser import attach
+from lesa.host.structure import leaves
+from lesa.host.tap import NORM
 from lesa.rows.schedule import Schedule
+from lesa.rows.tap import Tap
 
 PLACES = {"norm": NORM, "output": None}
 """Where a skipped step takes its forecast: before the final norm, or in place of what the transformer returns."""
@@ -56,7 +59,7 @@ def count(model: Model, place: str = "norm") -> Cost:
     names = tuple(name for name, child in transformer.named_children() if isinstance(child, nn.ModuleList))
     listener = _Listener()
     with _one_block_each(transformer, names) as repeats:
-        detach = attach(transformer, Tap(names, PLACES[place]), listener)
+        detach = attach(transformer, Tap(names, PLACES[place]), lambda _args, _kwargs: listener)
         with torch.no_grad():
             full = _counted(transformer, inputs, repeats)
             listener.full = False
@@ -66,16 +69,16 @@ def count(model: Model, place: str = "norm") -> Cost:
 
 
 class _Listener:
-    """Says which calls are full, and passes features on."""
+    """Says which calls are full, and passes their features on where they are not."""
 
     full, elements = True, 0
 
-    def begin(self) -> bool:
-        return self.full
+    def keep(self, feature: Any, part: int = 0) -> None:
+        self._feature = feature
+        self.elements = sum(x.numel() for _, x in leaves(feature))
 
-    def exchange(self, feature: Tensor) -> Tensor:
-        self.elements = feature.numel()
-        return feature
+    def forecast(self, part: int = 0) -> Any:
+        return self._feature
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import lru_cache, partial
 from io import StringIO
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from lesa.bench.benchmark import Method
-from lesa.host import needs
-from lesa.host.runtime import SchedulerClock
-from lesa.host.tap import attach, tap_of
+from lesa.host import needs, structure
+from lesa.host.clock import Moment, PipelineClock
+from lesa.host.denoiser import attach
+from lesa.host.tap import tap_of
 
 INTERVALS, RANGES = (4, 7, 10), (2, 6)
 FIRST_BLOCK_THRESHOLDS = (0.1, 0.2, 0.4)
@@ -291,8 +292,8 @@ class HiCache:
 
     def __init__(self, pipe: Any, backend: str, interval: int, steps: int):
         self._its = hicache_pp = needs.module("hicache-pp", "HiCache++")
-        self._clock = SchedulerClock(pipe)
-        self._run: object = None
+        self.clock = PipelineClock(pipe)
+        self._run: Moment | None = None
         options = dict(first_enhance=HICACHE_WARMUP, history=HICACHE_HISTORY, backend=backend)
         self._state = hicache_pp.hicache_init(num_steps=steps, interval=interval, **options)
         self._forecast = {
@@ -301,28 +302,35 @@ class HiCache:
             "auto": hicache_pp.auto_forecast_state,
         }[backend]
 
-    def begin(self) -> bool:
+    def begin(self, _args: tuple, _kwargs: dict) -> HiCache | None:
         """Decide on the step.
 
         Raises: RuntimeError if the transformer is called more than once a step: what is forecast is of one call.
         """
-        run, step = self._clock.now()
+        run = self.clock.now()
+        if run is None:
+            return None
         if run is not self._run:
             self._run = run
             self._its.hicache_reset(self._state)
-        if step != self._state["step"]:
-            raise RuntimeError(f"hicache-pp forecasts one call a step, got a second one at step {step}.")
-        return self._its.hicache_decide(self._state) == "full"
+        if run.step != self._state["step"]:
+            raise RuntimeError(f"hicache-pp forecasts one call a step, got a second one at step {run.step}.")
+        self.full = self._its.hicache_decide(self._state) == "full"
+        return self
 
-    def exchange(self, feature: Tensor) -> Tensor:
-        """Show it what the transformer returned, or take its forecast."""
-        if self._state["type"] == "full":
-            self._its.hicache_update_derivatives(self._state, feature.detach())
-            self._its.dmd_update_snapshots(self._state, feature.detach(), self._state["history"])
-        else:
-            feature = self._forecast(self._state)
+    def keep(self, feature: Any, part: int = 0) -> None:
+        """Show it what the transformer returned."""
+        output = feature[0].detach()
+        self._its.hicache_update_derivatives(self._state, output)
+        self._its.dmd_update_snapshots(self._state, output, self._state["history"])
+        self._like = feature
         self._state["step"] += 1
-        return feature
+
+    def forecast(self, part: int = 0) -> Any:
+        """Take its forecast."""
+        forecast = self._forecast(self._state)
+        self._state["step"] += 1
+        return structure.replace(self._like, Tensor, lambda _: forecast)
 
 
 def hicache(runs: Runs) -> list[Method]:
@@ -332,11 +340,10 @@ def hicache(runs: Runs) -> list[Method]:
         @contextmanager
         def on(pipe: Any) -> Iterator[None]:
             listener = HiCache(pipe, backend, interval, runs.steps)
-            undo = attach(pipe.transformer, tap_of(pipe.transformer, "output"), listener)
-            try:
+            with ExitStack() as undo:
+                undo.callback(listener.clock.attach())
+                undo.callback(attach(pipe.transformer, tap_of(pipe.transformer, "output"), listener.begin))
                 yield
-            finally:
-                undo()
 
         return on
 

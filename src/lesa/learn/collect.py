@@ -22,11 +22,15 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lesa.host.head import to_tokens
+from lesa.host.intercept import intercept
 from lesa.host.pipelines import for_each
-from lesa.host.tap import Tap, hear_streams, tap_of, to_tokens
+from lesa.host.streams import hear
+from lesa.host.tap import tap_of
 from lesa.learn.ranks import ALONE, Ranks
 from lesa.learn.trajectory import COLLECTION, Collection, Store, Trajectory, draw_tokens
 from lesa.rows import grid as grids
+from lesa.rows.tap import Tap
 
 DEFAULT_STREAM = "cond"
 _OURS = (
@@ -97,14 +101,15 @@ class _Recorder:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        # registered last, so that an acceleration's forecasts are seen and its bypass is known
+        # around an acceleration that is there, so that its forecasts are seen
         with ExitStack() as undo:
-            undo.callback(self._transformer.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+            undo.callback(intercept(self._transformer, "__call__", self._call))
+            for block in list(getattr(self._transformer, self._tap.blocks[0]))[:1]:
+                undo.callback(block.register_forward_pre_hook(self._see_block).remove)
             if self._tap.module is not None:
                 module = getattr(self._transformer, self._tap.module)
                 undo.callback(module.register_forward_pre_hook(self._pass, with_kwargs=True).remove)
-            undo.callback(self._transformer.register_forward_hook(self._leave).remove)
-            undo.callback(hear_streams(self._transformer, self._within))
+            undo.callback(hear(self._transformer, self._within))
             yield
 
     @contextmanager
@@ -114,6 +119,15 @@ class _Recorder:
             yield
         finally:
             self._stream = DEFAULT_STREAM
+
+    def _call(self, go_on: Callable, transformer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self._enter(transformer, args, kwargs)
+        output = go_on(*args, **kwargs)
+        self._leave(transformer, args, output)
+        return output
+
+    def _see_block(self, *_: Any) -> None:
+        self._full.add(self._step)
 
     def _enter(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         latents = args[0] if args else kwargs["hidden_states"]
@@ -130,8 +144,6 @@ class _Recorder:
                 "their streams with transformer.cache_context(...)."
             )
         self._latents[self._step] = self._keep(latents)
-        if any(True for _ in getattr(transformer, self._tap.blocks[0])):  # a bypassed list yields none
-            self._full.add(self._step)
 
     def _pass(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         feature, *rest = *args, *kwargs.values()

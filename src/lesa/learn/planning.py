@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lesa.host.head import head
 from lesa.host.runtime import accelerate
-from lesa.host.tap import Tap, head, tap_of
+from lesa.host.tap import tap_of
 from lesa.learn.collect import record
 from lesa.learn.guidance import Guidance
 from lesa.learn.training import TINY, Answers, Head, Runs, drift, response
@@ -35,6 +36,7 @@ from lesa.learn.trajectory import Trajectory
 from lesa.rows.detour import Detour
 from lesa.rows.forecasters import Forecaster, Reuse
 from lesa.rows.schedule import Schedule
+from lesa.rows.tap import Tap
 
 RANDOM_STARTS, TRIED_STARTS = 2, 4
 """How many of the search's starts are random, and from how many, the best ones, it goes on."""

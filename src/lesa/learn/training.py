@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from lesa.host.tap import Projection, Tap
+from lesa.host.head import Projection
 from lesa.learn import metrics
 from lesa.learn.guidance import Guidance
 from lesa.learn.trajectory import Trajectory, write_atomically
@@ -32,6 +32,7 @@ from lesa.rows.grid import matches
 from lesa.rows.plan import histories
 from lesa.rows.row import Row
 from lesa.rows.schedule import Schedule
+from lesa.rows.tap import Tap
 
 Head = Callable[[Tensor, Tensor], Tensor]
 """(features (..., n, C), conditioning (..., D)) -> outputs (..., n, C_out)"""

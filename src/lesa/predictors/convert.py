@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from lesa.bench.models import Model
-from lesa.host.tap import Tap
 from lesa.predictors.predictor import LESA, Origin
 from lesa.rows.grid import validate
 from lesa.rows.schedule import Schedule
+from lesa.rows.tap import Tap
 
 ORDERS = ("newest", "oldest")
 """Which past feature the first of a stage's weights belongs to."""

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lesa.host.pipelines import HOME
-from lesa.host.tap import Tap
 from lesa.learn.trajectory import write_atomically
 from lesa.predictors import disk
 from lesa.predictors.kan import KAN, KANLayer, bspline_basis
@@ -30,6 +29,7 @@ from lesa.rows.forecasters import Forecaster, Lagrange
 from lesa.rows.grid import matches, stage_of, validate
 from lesa.rows.row import Row
 from lesa.rows.schedule import Schedule
+from lesa.rows.tap import Tap
 
 if TYPE_CHECKING:
     from typing_extensions import Self

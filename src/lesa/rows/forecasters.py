@@ -102,15 +102,21 @@ class Lagrange(Forecaster):
 
     def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
         """Return the Lagrange weights; with fewer past steps than degree + 1 the degree drops."""
-        times = grid[list(past[-self.memory :])]
+        newest = _distinct(grid, past)[-self.memory :]
+        times = grid[newest]
         itself = torch.eye(len(times), dtype=torch.bool)
         ratios = (grid[step] - times) / (times[:, None] - times).masked_fill(itself, 1.0)
         coefficients = torch.zeros(len(past), dtype=torch.float64)
-        coefficients[-len(times) :] = ratios.masked_fill(itself, 1.0).prod(1)
+        coefficients[[list(past).index(step) for step in newest]] = ratios.masked_fill(itself, 1.0).prod(1)
         return Row(coefficients, _zero())
 
     def __repr__(self) -> str:
         return f"Lagrange(degree={self.degree})"
+
+
+def _distinct(grid: Tensor, past: Sequence[int]) -> list[int]:
+    """Return past steps of different times, oldest first: of those at one time (Heun's method has them) the newest."""
+    return list({float(grid[step]): step for step in past}.values())
 
 
 class PlannedRow(NamedTuple):

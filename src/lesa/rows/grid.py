@@ -17,6 +17,26 @@ def validate(times: Sequence[float] | Tensor) -> Tensor:
 
     Raises: ValueError if `times` is anything else.
     """
+    grid = times_in_order(times)
+    if grid[-1] != 0:
+        raise ValueError(f"the last time of a grid is 0, got {float(grid[-1]):g}; append the final 0.")
+    rising = (grid.diff() >= 0).nonzero()
+    if len(rising):
+        k = int(rising[0])
+        raise ValueError(
+            f"the times of a grid fall at every step, got {float(grid[k]):g} then {float(grid[k + 1]):g} at step {k}; "
+            "pass one time per step, falling."
+        )
+    return grid
+
+
+def times_in_order(times: Sequence[float] | Tensor) -> Tensor:
+    """Return times that a sampler walks, float64 on the CPU, (S + 1,): in [0, 1]; they may repeat and end above 0.
+
+    Heun's method calls the denoiser twice at a time, and some samplers end before 0.
+
+    Raises: ValueError if `times` are not S + 1 numbers in [0, 1].
+    """
     grid = torch.as_tensor(times, dtype=torch.float64, device="cpu").detach().clone()
     if grid.ndim != 1 or len(grid) < 2:
         raise ValueError(
@@ -26,15 +46,6 @@ def validate(times: Sequence[float] | Tensor) -> Tensor:
         raise ValueError(
             f"the times of a grid lie in [0, 1], got {float(grid.min()):g} to {float(grid.max()):g}; "
             "pass the noise levels of a flow-matching scheduler."
-        )
-    if grid[-1] != 0:
-        raise ValueError(f"the last time of a grid is 0, got {float(grid[-1]):g}; append the final 0.")
-    rising = (grid.diff() >= 0).nonzero()
-    if len(rising):
-        k = int(rising[0])
-        raise ValueError(
-            f"the times of a grid fall at every step, got {float(grid[k]):g} then {float(grid[k + 1]):g} at step {k}; "
-            "pass one time per step, falling."
         )
     return grid
 

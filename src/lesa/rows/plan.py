@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lesa.rows.forecasters import Forecaster, LinearRows, PlannedRow
-from lesa.rows.grid import validate
+from lesa.rows.grid import times_in_order
 from lesa.rows.schedule import Schedule, draw
 
 FORMAT = "lesa-plan-1"
@@ -40,7 +40,7 @@ class Plan:
     truncated: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        validate(self.times)
+        times_in_order(self.times)
         if Schedule.at(self.full).full_steps(self.steps, self.start)[0] != self.full[0]:
             raise ValueError(
                 f"the first full step is the run's first, {self.start}, got {self.full[0]}; compile it again."
@@ -175,7 +175,7 @@ def compile(
     Raises: ValueError if the grid or the schedule does not fit, a row has not one finite coefficient for each past
         step, or, with `strict`, a row has a shorter history than the forecaster wants.
     """
-    grid = validate(grid)
+    grid = times_in_order(grid)
     steps = len(grid) - 1
     full = schedule.full_steps(steps, start)
     rows: dict[int, PlannedRow] = {}

@@ -143,21 +143,17 @@ class History:
     def _tensors(self) -> list[Tensor]:
         return [self._features, self._scratch]
 
-    def fits(self, slots: int, like: Tensor) -> bool:
-        """Tell whether this is the storage of so many features like this one."""
-        return self.slots == slots and self._dtype == like.dtype and self.takes(like)
-
-    def takes(self, feature: Tensor) -> bool:
+    def fits(self, feature: Tensor) -> bool:
         """Tell whether a feature has the shape and device of those held; its dtype may be another."""
         return (self._shape, self._device) == (feature.shape, feature.device)
-
-    def clear(self) -> None:
-        """Forget all steps; the storage stays."""
-        self._slot_of = {}
 
     def keep(self, steps: Collection[int]) -> None:
         """Forget all steps but these."""
         self._slot_of = {step: slot for step, slot in self._slot_of.items() if step in steps}
+
+    def rename(self, step: int, other: int) -> None:
+        """Say that the feature of a step, the only one held, is another step's."""
+        self._slot_of = {other if held == step else held: slot for held, slot in self._slot_of.items()}
 
     def append(self, step: int, feature: Tensor) -> None:
         """Copy a feature in.

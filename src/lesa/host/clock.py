@@ -1,0 +1,202 @@
+"""The sampler seam: when a run begins and ends, and which step it is at.
+
+A step is a tick: the first `step` of any copy of the scheduler after a call of a denoiser. Some pipelines step several
+schedulers, or one twice, and classes count in ways of their own. A run opens at the first call of a denoiser after
+`set_timesteps`, and ends at the next such call or with the pipeline's call, whether it returned or raised: whoever
+calls the denoiser next is not answered by it. A tick is not taken from the denoiser's time argument: in bfloat16
+neighbours are the same, and in some models it rises.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lesa.host.intercept import intercept
+from lesa.rows import grid as grids
+from lesa.rows import sampler as samplers
+
+
+class Moment:
+    """The present run of a clock: where it began on its grid, how many ticks it made, and in whose thread it is."""
+
+    def __init__(self, times: Tensor, start: int):
+        self.times, self.start, self.ticks = times, start, 0
+        self.thread = threading.get_ident()
+        self.called = False  # a denoiser was, since the last tick
+
+    @property
+    def step(self) -> int:
+        return self.start + self.ticks
+
+    @property
+    def over(self) -> bool:
+        """Tell whether the grid is walked."""
+        return self.step >= len(self.times) - 1
+
+
+class LoopClock:
+    """Is told the step by a loop of one's own; a run lasts until the step falls or its first one is said again."""
+
+    def __init__(self, grid: Sequence[float] | Tensor):
+        self._times = grids.validate(grid)
+        self._first: tuple[int, str] | None = None
+        self.moment: Moment | None = None
+
+    def set(self, step: int, stream: str) -> None:
+        step, steps = operator.index(step), len(self._times) - 1
+        if not 0 <= step < steps:
+            raise ValueError(f"the grid has steps 0 to {steps - 1}, got step {step}.")
+        moment = self.moment
+        if moment is None or step < moment.step or (step, stream) == self._first:
+            moment = self.moment = Moment(self._times, step)
+            self._first = (step, stream)
+        moment.ticks = step - moment.start
+
+    def now(self) -> Moment:
+        """Return the present run.
+
+        Raises: RuntimeError if the loop has not said where it is.
+        """
+        if self.moment is None:
+            raise RuntimeError("the loop says which step it is at before each call of the transformer: run.at(step).")
+        self.moment.called = True
+        return self.moment
+
+    def attach(self) -> Callable[[], None]:
+        return lambda: None
+
+
+class PipelineClock:
+    """Listens to a pipeline's call and to its scheduler; copies of the scheduler made within a run count as it does.
+
+    `on_call` is called as the pipeline's call begins, `on_tick` after every tick, `on_end` as a run ends, and
+    `on_unheard` where a denoiser was called in a pipeline's call that made no tick.
+    """
+
+    def __init__(self, pipe: Any):
+        self._pipe = pipe
+        self._opens = _is_set(pipe.scheduler)
+        self._caller: int | None = None  # the thread that is in the pipeline's call
+        self._detach: Callable[[], None] = lambda: None
+        self._scheduler: Any = None
+        self.moment: Moment | None = None
+        self.on_call: Callable[[], None] = lambda: None
+        self.on_end: Callable[[], None] = lambda: None
+        self.on_tick: Callable[[], None] = lambda: None
+        self.on_unheard: Callable[[], None] = lambda: None
+        self._calls = self._ticks = 0  # within the pipeline's call
+
+    def attach(self) -> Callable[[], None]:
+        with ExitStack() as undo:
+            if callable(self._pipe):  # or its loop is its user's own
+                undo.callback(intercept(self._pipe, "__call__", self._call))
+            undo.callback(lambda: self._detach())
+            self._follow()
+            return undo.pop_all().close
+
+    def now(self) -> Moment | None:
+        """Return the run that a call of a denoiser belongs to, or None if it is of no run of this pipeline.
+
+        Raises: RuntimeError if the run is another thread's.
+        """
+        self._calls += 1
+        if self._opens:
+            self.end()
+            self._opens = False
+            self.moment = Moment(samplers.times_of(self._scheduler), _begin_of(self._scheduler))
+        moment, me = self.moment, threading.get_ident()
+        if moment is None or moment.over or (self._caller not in (None, me)):
+            return None
+        if moment.thread != me:
+            raise RuntimeError(
+                "a run goes on in the thread that began it, got a call from another one; give each thread a pipeline, "
+                "with a transformer, of its own."
+            )
+        moment.called = True
+        return moment
+
+    def end(self) -> None:
+        """End the present run."""
+        if self.moment is not None:
+            self.moment = None
+            self.on_end()
+
+    def _follow(self) -> None:
+        """Listen to the scheduler that the pipeline has now."""
+        scheduler = self._pipe.scheduler
+        if scheduler is self._scheduler:
+            return
+        self._detach()
+        copies = dict(of_copies=lambda: self.moment is not None or self._caller is not None)
+        with ExitStack() as undo:
+            undo.callback(intercept(scheduler, "set_timesteps", self._set, **copies))
+            undo.callback(intercept(scheduler, "step", self._step, **copies))
+            self._detach = undo.pop_all().close
+        self._scheduler = scheduler
+
+    def _call(self, go_on: Callable, _pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        me = threading.get_ident()
+        if self._caller not in (None, me):
+            raise RuntimeError(
+                "an accelerated pipeline is in one call at a time, got another one from a second thread; give each "
+                "thread a pipeline, with a transformer, of its own."
+            )
+        self.end()
+        self._follow()
+        self.on_call()
+        self._caller, self._opens = me, False
+        self._calls = self._ticks = 0
+        try:
+            result = go_on(*args, **kwargs)
+            if self._calls and not self._ticks:
+                self.on_unheard()
+            return result
+        finally:
+            self._caller, self._opens = None, False
+            self.end()
+
+    def _set(self, go_on: Callable, _scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        result = go_on(*args, **kwargs)
+        self._opens = True
+        return result
+
+    def _step(self, go_on: Callable, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        moment = self.moment
+        result = go_on(*args, **kwargs)
+        if moment is not None and moment.called and moment.thread == threading.get_ident():
+            if moment.ticks == 0:
+                moment.start = _place_of(scheduler, kwargs.get("timestep", args[1] if len(args) > 1 else None), moment)
+            moment.ticks, moment.called = moment.ticks + 1, False
+            self._ticks += 1
+            self.on_tick()
+        return result
+
+
+def _is_set(scheduler: Any) -> bool:
+    """Tell whether a scheduler's times are set and none of its steps is done."""
+    return bool(getattr(scheduler, "num_inference_steps", None)) and getattr(scheduler, "step_index", None) is None
+
+
+def _begin_of(scheduler: Any) -> int:
+    """Return where on its grid a scheduler will begin, as far as it knows."""
+    return getattr(scheduler, "begin_index", None) or 0
+
+
+def _place_of(scheduler: Any, timestep: Any, moment: Moment) -> int:
+    """Return the place on the grid of the step that a scheduler has just done: image to image begins in mid-grid.
+
+    Its time is the scheduler's own, in its own dtype; of times that repeat the first one counts.
+    """
+    times = torch.as_tensor(scheduler.timesteps).flatten().double().cpu()
+    if timestep is None or torch.as_tensor(timestep).numel() != 1:
+        return moment.start
+    distance = (times - float(timestep)).abs()
+    nearest = int(distance.argmin())
+    return moment.start if distance[moment.start] == distance[nearest] else nearest

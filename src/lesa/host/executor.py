@@ -1,0 +1,297 @@
+"""Apply plans at the denoisers: find run, step and stream of each call, keep what passed, make what is forecast."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lesa.host.clock import LoopClock, Moment, PipelineClock
+from lesa.host.streams import FIRST, Call, Stream, Streams
+from lesa.host.structure import leaves, replace
+from lesa.host.summary import StreamSummary
+from lesa.rows import plan as plans
+from lesa.rows.detour import Detour, Detours
+from lesa.rows.forecasters import Forecaster
+from lesa.rows.plan import Plan
+from lesa.rows.row import History, Row, Storage
+from lesa.rows.schedule import Schedule
+
+ScheduleFor = Callable[[Sequence[float], int], Schedule]
+"""(times of the grid, first step of the run) -> which steps are full"""
+StreamOf = Callable[[tuple, dict], "str | None"]
+"""(arguments, named arguments of a denoiser's call) -> the name of its stream"""
+PLANS_KEPT = 64
+
+
+class _Slot(NamedTuple):
+    """Stands for a tensor in what a denoiser returned."""
+
+    number: int
+    dtype: torch.dtype
+
+
+class Voice:
+    """One stream in the present run: its plan, and the histories of the tensors that make its feature.
+
+    A feature is any structure of tensors: what a denoiser returned, or what entered each of its final modules (its
+    parts). All of them have one row. What is no tensor of numbers is passed on from the last full step.
+    """
+
+    def __init__(self, name: str, storage: Storage, done: StreamSummary, step: int):
+        self.name, self.storage, self.done, self.step, self.began = name, storage, done, step, step
+        self.plan: Plan
+        self.full = True
+        self.parts: dict[int, tuple[Any, list[History]]] = {}
+        self._live: dict[int, tuple[int, ...]] = {}
+        self._slots = 0
+
+    def follow(self, plan: Plan, others: Sequence[Plan] = ()) -> None:
+        """Take a plan; the run may go on with one of the others later."""
+        lives = [one.live(self.storage.of_differences) for one in (plan, *others)]
+        self.plan, self._live = plan, lives[0]
+        self._slots = max(self._slots, *(len(held) for live in lives for held in live.values()))
+
+    def enter(self, step: int) -> None:
+        self.step, self.full = step, step not in self.plan.rows
+
+    def keep(self, feature: Any, part: int = 0) -> None:
+        """Keep the feature of a full step, if a later row combines it."""
+        self.done.full_steps += part == 0
+        if not self.plan.rows:
+            return
+        found = [x for _, x in leaves(feature) if _is_numbers(x)]
+        if not found:
+            raise RuntimeError(
+                f"a feature is made of tensors, got a {type(feature).__name__} without any in stream {self.name!r}; "
+                "accelerate the module that returns tensors (denoisers=...)."
+            )
+        numbers = iter(range(len(found)))
+        template = replace(feature, Tensor, lambda x: _Slot(next(numbers), x.dtype) if _is_numbers(x) else x)
+        held = self.parts[part][1] if part in self.parts else self._make(found)
+        for history, x in zip(held, found, strict=True):
+            if not history.fits(x):
+                raise RuntimeError(
+                    f"a feature keeps its shape and device during a run, got {tuple(x.shape)}, {x.device} at step "
+                    f"{self.step} of stream {self.name!r}; start the run anew."
+                )
+            self._remember(history, x)
+        self.parts[part] = template, held
+        self.done.bytes_held = sum(history.nbytes for _, some in self.parts.values() for history in some)
+
+    def _make(self, found: Sequence[Tensor]) -> list[History]:
+        return [self.storage.history(self._slots, like=x) for x in found]
+
+    def forecast(self, part: int = 0) -> Any:
+        """Return the forecast of a skipped step, in the place of what a full step gives."""
+        began = time.perf_counter()
+        template, held = self.parts[part]
+        forecasts = [self._forecast(history, slot) for history, slot in zip(held, _slots(template), strict=True)]
+        if part == 0:
+            self.done.skipped_steps += 1
+            self.done.short_rows += self.step in self.plan.truncated
+        self.done.forecast_seconds += time.perf_counter() - began
+        return replace(template, _Slot, lambda slot: forecasts[slot.number])
+
+    def _forecast(self, history: History, slot: _Slot) -> Tensor:
+        forecast = history.forecast(*self.plan.rows[self.step], slot.dtype)
+        self.done.clamped += int(history.clamped)
+        if self.plan.remembers_forecasts:
+            self._remember(history, forecast)
+        return forecast
+
+    def _remember(self, history: History, feature: Tensor) -> None:
+        """Keep a feature if a later row combines it, and in any case no others than such."""
+        live = self._live[self.step]
+        history.keep(live)
+        if self.step in live:
+            history.append(self.step, feature)
+
+    def error(self, row: Row, past: Sequence[int], feature: Any) -> float:
+        """Return how far a row's forecast is from the feature that is known: |forecast - feature| / |feature|."""
+        known = next(x for _, x in leaves(feature) if _is_numbers(x)).float()
+        history = self.parts[0][1][0]
+        forecast = history.forecast(past, row.coefficients.tolist(), float(row.offset)).float()
+        return float((forecast - known).norm() / known.norm())
+
+    def move(self, step: int) -> None:
+        """Say that the step at which the stream began was another one."""
+        for history in (history for _, held in self.parts.values() for history in held):
+            history.rename(self.step, step)
+        self.step = self.began = step
+
+
+def _is_numbers(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 0
+
+
+def _slots(template: Any) -> list[_Slot]:
+    """Return the slots of a template, which are tuples themselves, in order."""
+    found: list[_Slot] = []
+    replace(template, _Slot, found.append)
+    return found
+
+
+class Executor:
+    """Applies plans: finds the run, the step and the stream of each call of a denoiser, and its row."""
+
+    def __init__(
+        self,
+        clock: PipelineClock | LoopClock,
+        forecaster: Forecaster,
+        schedule_for: ScheduleFor,
+        strict: bool,
+        storage: Storage,
+        detours: Detours,
+        stream_of: StreamOf | None = None,
+    ):
+        self.clock, self.forecaster, self.storage, self.detours = clock, forecaster, storage, detours
+        self.done: dict[str, StreamSummary] = {}
+        self.plans: dict[str, Plan] = {}
+        self._stream_of = stream_of
+        self._name = threading.local()
+        self._lock = threading.Lock()
+        self._voices: dict[Stream, Voice] = {}
+        self._moment: Moment | None = None
+        self._runs: dict[str, Moment] = {}
+        self._judged, self._taken = 0, None
+
+        @lru_cache(PLANS_KEPT)
+        def compiled(name: str, start: int, began: int, times: tuple[float, ...], detour: Detour | None = None) -> Plan:
+            schedule = detour.schedule if detour else schedule_for(times, start)
+            if began > start:  # a stream that joins the run later begins with a full step of its own
+                later = [step for step in schedule.full_steps(len(times) - 1, start) if step > began]
+                schedule = Schedule.at([began, *later])
+            return plans.compile(forecaster.for_stream(name), times, schedule, began, strict)
+
+        self._compiled = compiled
+        if isinstance(clock, PipelineClock):
+            clock.on_end, clock.on_tick = self.forget, self._tick
+
+    def begin(self, denoiser: str, args: tuple, kwargs: dict) -> Any:
+        """Say what becomes of a call of a denoiser: a `Passage`, or None if it is of no run."""
+        with self._lock:
+            moment = self.clock.now()
+            if moment is None:
+                return None
+            if moment is not self._moment:
+                self.forget()
+                self._moment, self._streams, self._places, self._at = moment, Streams(), {}, moment.step
+                self._judged, self._taken = moment.start, None
+            if moment.step != self._at:
+                self._places, self._at = {}, moment.step
+            return _Judged(self, self._voice(moment, self._call_of(denoiser, args, kwargs)))
+
+    def _call_of(self, denoiser: str, args: tuple, kwargs: dict) -> Call:
+        name = getattr(self._name, "now", None)
+        if name is None and self._stream_of is not None:
+            name = self._stream_of(args, kwargs)
+        place = self._places[denoiser] = self._places.get(denoiser, -1) + 1
+        return Call(denoiser, name, args, kwargs, place, told=isinstance(self.clock, LoopClock))
+
+    def _voice(self, moment: Moment, call: Call) -> Voice:
+        step = moment.step
+        if isinstance(self.clock, LoopClock):
+            self._check_loop(call.name, step)
+        stream = self._streams.find(call, step)
+        self._voices = {one: voice for one, voice in self._voices.items() if one in self._streams}  # others are freed
+        if stream not in self._voices:
+            name = _name_of(call)
+            voice = self._voices[stream] = Voice(name, self.storage, self.done.setdefault(name, StreamSummary()), step)
+            if self._runs.get(name) is not moment:
+                voice.done.runs += 1
+                self._runs[name] = moment
+            self._plan(voice, moment)
+        voice = self._voices[stream]
+        voice.enter(step)
+        return voice
+
+    def _check_loop(self, name: str | None, step: int) -> None:
+        """Raise unless a loop that names its streams goes on with each of them step by step."""
+        mine = [voice for voice in self._voices.values() if voice.name == name]
+        voice = max(mine, key=lambda voice: voice.step, default=None)
+        if voice is not None and voice.step == step:
+            raise RuntimeError(
+                f"the transformer was called twice at step {step} of stream {name!r}; calls of one step are told apart "
+                "by names: run.at(step, name)."
+            )
+        if voice is not None and step != voice.step + 1:
+            raise RuntimeError(f"stream {name!r} must go on at step {voice.step + 1}, got step {step}.")
+
+    def _plan(self, voice: Voice, moment: Moment, detour: Detour | None = None) -> None:
+        times, start = tuple(moment.times.tolist()), moment.start
+        others = [] if detour else self.detours.values()
+        compiled = [self._compiled(voice.name, start, voice.began, times, other) for other in others]
+        plan = self._compiled(voice.name, start, voice.began, times, detour)
+        voice.follow(plan, compiled)
+        self.plans[voice.name] = plan
+
+    def _tick(self) -> None:
+        """Where the first step of a run turns out to be another place of the grid, plan anew from there."""
+        moment = self._moment
+        if moment is None or moment.ticks != 1:
+            return
+        for voice in self._voices.values():
+            if voice.began != moment.start:
+                voice.move(moment.start)
+                self._plan(voice, moment)
+
+    def judge(self, voice: Voice, feature: Any) -> None:
+        """At a full step, send an unusual run on its detour; the first stream decides for all."""
+        moment, plan, step = self._moment, voice.plan, voice.step
+        detour = self.detours.get(step)
+        if moment is None:
+            return
+        if detour is not None and self._taken is None and step != self._judged:
+            self._judged = step
+            past = [k for k in plan.full if k < step][-plan.memory :]
+            row = self.forecaster.for_stream(voice.name).row(plan.grid, step, past)
+            if voice.error(row, past, feature) > detour.limit:
+                self._taken = detour
+        if self._taken is not None:
+            self._plan(voice, moment, self._taken)
+            voice.done.detours += voice.plan is not plan
+
+    def forget(self) -> None:
+        """End the run: its histories are freed."""
+        self._voices, self._moment = {}, None
+
+    @contextmanager
+    def within(self, name: str) -> Iterator[None]:
+        """Let the calls of this thread be a stream's."""
+        outer, self._name.now = getattr(self._name, "now", None), name
+        try:
+            yield
+        finally:
+            self._name.now = outer
+
+    def name(self, name: str) -> None:
+        """Let the next calls of this thread be a stream's."""
+        self._name.now = name
+
+
+class _Judged:
+    """A call's passage: its voice, and the detours that its run may take."""
+
+    def __init__(self, executor: Executor, voice: Voice):
+        self._executor, self._voice, self.full = executor, voice, voice.full
+
+    def keep(self, feature: Any, part: int = 0) -> None:
+        if self._executor.detours and part == 0:
+            self._executor.judge(self._voice, feature)
+        self._voice.keep(feature, part)
+
+    def forecast(self, part: int = 0) -> Any:
+        return self._voice.forecast(part)
+
+
+def _name_of(call: Call) -> str:
+    """Name a stream: as the pipeline does, or by its place in the step; in front its denoiser, but for the first."""
+    own = call.name or (FIRST if call.place == 0 else f"call {call.place + 1}")
+    return f"{call.denoiser}.{own}" if call.denoiser else own

@@ -1,0 +1,59 @@
+"""What was done, per stream, as numbers and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class StreamSummary:
+    """What one stream did in all runs so far.
+
+    Steps are counted over all runs; `short_rows` are the forecasts that had fewer past features than they are made for;
+    `clamped` those that went beyond the largest number of their dtype; `detours` the runs that left their schedule
+    because they were unusual; `bytes_held` is the history's memory on the denoiser's device; `forecast_seconds` is host
+    time (a GPU may still be at work after it).
+    """
+
+    runs: int = 0
+    full_steps: int = 0
+    skipped_steps: int = 0
+    short_rows: int = 0
+    clamped: int = 0
+    detours: int = 0
+    bytes_held: int = 0
+    forecast_seconds: float = 0.0
+
+    @property
+    def step_ratio(self) -> float:
+        """Steps for each full step."""
+        return (self.full_steps + self.skipped_steps) / max(self.full_steps, 1)
+
+
+class Summary(dict[str, StreamSummary]):
+    """Stream name to `StreamSummary`; prints as a table."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no run yet"
+        lines = ["stream      runs    full  skipped  step ratio       held  in forecasts"]
+        for name, s in self.items():
+            lines.append(
+                f"{name:<10} {s.runs:>5} {s.full_steps:>7} {s.skipped_steps:>8} {s.step_ratio:>11.2f} "
+                f"{_bytes(s.bytes_held):>10} {s.forecast_seconds:>11.3f} s"
+            )
+            if s.short_rows:
+                lines.append(f"{'':<10} {s.short_rows} forecasts had fewer past features than they are made for")
+            if s.clamped:
+                lines.append(f"{'':<10} {s.clamped} forecasts were clamped to the range of their dtype")
+            if s.detours:
+                lines.append(f"{'':<10} {s.detours} runs were unusual and took a detour")
+        return "\n".join(lines)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} GB"
