@@ -111,13 +111,19 @@ def read(scheduler: Any, calls: Sequence[Call]) -> Sampler:
 
     Raises: ValueError if a step is no weighted sum, or if its numbers differ from place to place of the latents.
     """
-    counted = _Run(scheduler, calls, torch.zeros(2 * len(calls), 1))
-    steps, count = len(counted.latents), 2 * len(counted.latents) + counted.draws
-    generator = torch.Generator().manual_seed(0)
-    mixed = torch.randn(count, 2, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 1024.0])
-    run = _Run(scheduler, calls[:steps], torch.cat([torch.eye(count, dtype=torch.float64), mixed], 1))
-    numbers = torch.stack([_numbers(scheduler, s, x, mixed) for s, x in enumerate(run.latents)])
-    return Sampler(*numbers.split([steps, steps, counted.draws], dim=1))
+    return _read(scheduler, calls, draws=0)
+
+
+def _read(scheduler: Any, calls: Sequence[Call], draws: int) -> Sampler:
+    """Read the numbers of a run with so many random draws; if it turns out to have more, read again with these."""
+    steps, inputs = len(calls), 2 * len(calls) + draws
+    mixed = torch.randn(inputs, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mixed[:, 1] *= 1024
+    run = _Run(scheduler, calls, torch.cat([torch.eye(inputs, dtype=torch.float64), mixed], 1))
+    if run.draws > draws or len(run.latents) < steps:
+        return _read(scheduler, calls[: len(run.latents)], run.draws)
+    numbers = torch.stack([_numbers(scheduler, s, latents, mixed) for s, latents in enumerate(run.latents)])
+    return Sampler(*numbers.split([steps, steps, draws], dim=1))
 
 
 def _numbers(scheduler: Any, step: int, latents: Tensor, mixed: Tensor) -> Tensor:
@@ -251,7 +257,7 @@ def _calls(scheduler: Any, first: Call) -> list[Call]:
             f"a sampler as numbers has one timestep a step, got a {type(scheduler).__name__} that is handed some for "
             "each token or frame; use the recorded calls of a run, or a pipeline without such conditions."
         )
-    times = scheduler.timesteps[_start(scheduler, time) :]
+    times = scheduler.timesteps[start_of(scheduler, time) :]
     neighbours = {name: steps for name, steps in NEIGHBOURS.items() if name in first}
     return [first] + [
         first
@@ -261,7 +267,7 @@ def _calls(scheduler: Any, first: Call) -> list[Call]:
     ]
 
 
-def _start(scheduler: Any, time: Any) -> int:
+def start_of(scheduler: Any, time: Any) -> int:
     """Return the place of a run's first timestep among the scheduler's.
 
     Raises: ValueError if it is not among them.
