@@ -57,7 +57,9 @@ def of(scheduler: Any, *args: Any, **kwargs: Any) -> Levels:
     first = sampler.bind(scheduler, *args, **kwargs)
     numbers = sampler.of(scheduler, *args, **kwargs)
     if _setting(scheduler, "prediction_type") == "trigflow":
-        numbers = replace(numbers, noise=numbers.noise / _setting(scheduler, "sigma_data"))  # unit noise beside its data
+        numbers = replace(
+            numbers, noise=numbers.noise / _setting(scheduler, "sigma_data")
+        )  # unit noise beside its data
     for start, reading in product(_starts(scheduler, first), _readings(scheduler, first)):
         found = _walk(numbers, start, reading)
         if _is_denoising(found):

@@ -102,8 +102,18 @@ def of(scheduler: Any, *args: Any, **kwargs: Any) -> Sampler:
 
 
 def bind(scheduler: Any, *args: Any, **kwargs: Any) -> Call:
-    """Return the arguments of a call of the scheduler's `step` by name."""
-    return dict(inspect.signature(scheduler.step).bind(*args, **kwargs).arguments)
+    """Return the arguments of a call of the scheduler's `step` by name.
+
+    Raises: ValueError if the output is not of the latents' shape (a denoiser that predicts variances too).
+    """
+    call = dict(inspect.signature(scheduler.step).bind(*args, **kwargs).arguments)
+    output, sample = call["model_output"].shape, call["sample"].shape
+    if output != sample:
+        raise ValueError(
+            f"the output that a sampler is handed has the shape of the latents, {tuple(sample)}, got {tuple(output)}; "
+            "use a denoiser that predicts no variances."
+        )
+    return call
 
 
 def read(scheduler: Any, calls: Sequence[Call]) -> Sampler:
@@ -199,7 +209,7 @@ class _Run:
         if not isinstance(value, Tensor) or value.ndim == 0:
             return value
         if name == "timestep":
-            return value[:1].expand(self._shape[0])
+            return value if len(value) == 1 else value[:1].expand(self._shape[0])
         if value is sample:
             return self._place(step)
         if value is call["model_output"]:
