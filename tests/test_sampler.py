@@ -1,12 +1,12 @@
 import copy
 
-
 import pytest
 import torch
 from samplers import CASES, FLOW, Case, call, draws, walk
 
 from lesa.rows import sampler
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, by the thousand
 SHAPE = (1, 2, 3, 4)
 RUNS = [pytest.param(case, steps, id=f"{case}-{steps}") for case in CASES for steps in case.steps]
 
@@ -208,19 +208,54 @@ def test_clipping_is_refused_by_name(case, setting):
 
 
 def test_coefficients_that_are_not_finite_are_refused():
-    with pytest.raises(ValueError, match="step 5 of this UniPCMultistepScheduler is not: .*not finite"):
+    with pytest.raises(ValueError, match=r"step 5 of this UniPCMultistepScheduler is not: .*not finite"):
         numbers_of(Case("UniPCMultistep", {"solver_type": "bh1"}).scheduler(6))
+
+
+def test_tokens_at_noise_levels_of_their_own():
+    """LTX's condition tokens stay where they are until the run has come down to them; each kind has its numbers."""
+    scheduler = Case("FlowMatchEulerDiscrete").scheduler(6)
+    levels = torch.tensor([[1000.0, 0.0, 500.0, 500.0]])
+    time, latents, outputs = scheduler.timesteps[0], normal(1, 4, 5), normal(6, 1, 4, 5)
+    with pytest.raises(ValueError, match=r"one noise level a step, got 3 in per_token_timesteps"):
+        sampler.of(scheduler, latents.clone(), time, latents, per_token_timesteps=levels)
+    walked, run = latents, copy.deepcopy(scheduler)
+    for output, later in zip(outputs, scheduler.timesteps, strict=True):
+        walked = run.step(output, later, walked, per_token_timesteps=levels.clamp(max=later))[0]
+    for k in (slice(0, 1), slice(1, 2), slice(2, 4)):
+        kind = latents[:, k]
+        numbers = sampler.of(scheduler, kind.clone(), time, kind, per_token_timesteps=levels[:, k])
+        ends = combine([numbers.decay[-1:, None], numbers.response[-1:]], kind[None], outputs[:, :, k])
+        torch.testing.assert_close(ends[0].float(), walked[:, k])
 
 
 def test_calls_that_do_not_follow_are_refused():
     scheduler = Case("FlowMatchEulerDiscrete").scheduler(6)
-    latents, time = torch.zeros(1, 3, 4), scheduler.timesteps[0]
-    with pytest.raises(ValueError, match="handed some for each token"):
-        sampler.of(scheduler, latents.clone(), time, latents, per_token_timesteps=torch.zeros(1, 3))
-    with pytest.raises(ValueError, match="handed some for each token"):
+    latents = torch.zeros(1, 3, 4)
+    with pytest.raises(ValueError, match="got 3 in timestep"):
         sampler.of(scheduler, latents.clone(), scheduler.timesteps[:3], latents)
     with pytest.raises(ValueError, match="got 1234, which this FlowMatchEulerDiscreteScheduler has not"):
         sampler.of(scheduler, latents.clone(), 1234.0, latents)
+
+
+def test_arguments_with_a_value_for_each_place_are_refused():
+    scheduler = Case("RePaint").scheduler(6)
+    latents = torch.zeros(SHAPE)
+    with pytest.raises(ValueError, match=r"treats all values of the latents alike, got original_image"):
+        sampler.of(scheduler, latents.clone(), scheduler.timesteps[0], latents, latents.clone(), latents.clone())
+
+
+def test_samplers_of_something_else_are_refused():
+    latents = torch.zeros(SHAPE)
+    with pytest.raises(ValueError, match=r"which this Toy does not \(RuntimeError"):
+        sampler.of(Toy(lambda x: torch.nn.functional.embedding(x, x)), latents.clone(), 3.0, latents)
+
+
+def test_noise_that_is_handed_over_is_no_coefficient():
+    scheduler = Case("DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++"}).scheduler(6)
+    got = numbers_of(scheduler, variance_noise=torch.ones(SHAPE))
+    assert torch.equal(got.outputs, numbers_of(scheduler).outputs)
+    assert not got.injects_noise
 
 
 def test_outputs_that_hold_more_than_the_latents_are_refused():

@@ -1,8 +1,8 @@
 """The noise levels of a run, and the data that its outputs predict, for any sampler.
 
 At step s the latents are x_s = signal[s] x_0 + noise[s] n, with data x_0 and unit noise n, and the time is
-t = noise / (signal + noise): sigma under flow matching, sigma / (1 + sigma) elsewhere. Where a run begins, its scheduler
-states. Where it goes from there the sampler's own numbers say, for a denoiser that knows the data: so times that repeat
+t = noise / (signal + noise): sigma under flow matching, sigma / (1 + sigma) elsewhere. Its scheduler states where a run
+begins. Where it goes from there, the sampler's own numbers say, for a denoiser that knows the data: times that repeat
 (Heun), lie in between (KDPM2) or end above 0 (DEIS) come out as they are. What an output means (noise, velocity, data)
 is declared by the scheduler; a reading under which such a run leaves the noise levels that there are is rejected.
 """
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from lesa.rows import sampler
-from lesa.rows.sampler import Call, Sampler
+from lesa.rows.impulses import Call
+from lesa.rows.sampler import Sampler
 
 TOLERANCE = 0.02
-"""How far the levels of a run may be from signal + noise = 1, signal^2 + noise^2 = 1 or signal = 1 (LCM's are, a bit)."""
+"""How far the levels of a run may be from signal + noise = 1, signal^2 + noise^2 = 1 or signal = 1 (LCM's are)."""
 
 VELOCITIES = ("flow_prediction", "towards data")
 """What the output of a flow-matching model may be: noise - data, or data - noise where the scheduler's sigmas rise."""
@@ -51,7 +52,7 @@ class Levels:
 def of(scheduler: Any, *args: Any, **kwargs: Any) -> Levels:
     """Return the levels of the run whose first call of `scheduler.step` has these arguments; clipping is left out.
 
-    Raises: ValueError if no reading of the scheduler's settings gives noise levels that fall, or if `sampler.of` raises.
+    Raises: ValueError if no reading of the scheduler's settings gives levels that fall, or if `sampler.of` raises.
     """
     scheduler = _unclipped(scheduler)
     first = sampler.bind(scheduler, *args, **kwargs)
@@ -60,10 +61,10 @@ def of(scheduler: Any, *args: Any, **kwargs: Any) -> Levels:
         numbers = replace(
             numbers, noise=numbers.noise / _setting(scheduler, "sigma_data")
         )  # unit noise beside its data
-    for start, reading in product(_starts(scheduler, first), _readings(scheduler, first)):
-        found = _walk(numbers, start, reading)
-        if _is_denoising(found):
-            return found
+    walks = [_walk(numbers, *case) for case in product(_starts(scheduler, first), _readings(scheduler, first))]
+    # Sigmas that rise from a little noise look like sigmas that fall, but then the end is further from the data.
+    if found := sorted(filter(_is_denoising, walks), key=lambda levels: float(levels.times[-1].abs())):
+        return found[0]
     raise _unknown(scheduler)
 
 

@@ -11,17 +11,16 @@ such sum, and is refused by name.
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from lesa.rows.impulses import Call, Run
 
 TOLERANCE = 1e-4
 """How far a step may be from its sum, relative to the sum's terms: far above float32's rounding, below any clipping."""
@@ -29,11 +28,8 @@ TOLERANCE = 1e-4
 NOT_AFFINE = ("clip_sample", "clip_denoised", "thresholding")
 """Settings under which a step is no weighted sum."""
 
-NEIGHBOURS = {"timestep_back": -1, "prev_timestep": 1, "r_timestep": 1}
-"""Arguments of `step` that are another step's timestep: how many steps on."""
-
-Call = dict[str, Any]
-"""The arguments of one call of `step`, by name."""
+MOVING = {"timestep": 0, "per_token_timesteps": 0, "timestep_back": -1, "prev_timestep": 1, "r_timestep": 1}
+"""Arguments of `step` that go with the timesteps, and how many steps ahead of its own they are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +85,10 @@ class Sampler:
 def of(scheduler: Any, *args: Any, **kwargs: Any) -> Sampler:
     """Read a run's numbers off a copy of `scheduler`, as it is at the run's first `step`, called with these arguments.
 
-    The later calls follow from the first: the next of the scheduler's `timesteps` each, what `step` wants handed back
-    (`old_pred_original_sample`), everything else as it was. Neither the scheduler nor a generator nor a global random
-    state changes. The copy carries whatever the scheduler's `__dict__` does, and its class's `step` is called: who
-    patches that has to look away meanwhile.
+    The later calls follow from the first: the next of the scheduler's `timesteps` each, to their end, what `step` wants
+    handed back (`old_pred_original_sample`), everything else as it was. Neither the scheduler nor a generator nor a
+    global random state changes. The copy carries whatever the scheduler's `__dict__` does, and its class's `step` is
+    called: who patches that has to look away meanwhile.
 
     Raises: ValueError if a step is no weighted sum (the sampler clips), if its numbers differ from place to place of
         the latents, or if the later calls do not follow from the first.
@@ -104,14 +100,14 @@ def of(scheduler: Any, *args: Any, **kwargs: Any) -> Sampler:
 def bind(scheduler: Any, *args: Any, **kwargs: Any) -> Call:
     """Return the arguments of a call of the scheduler's `step` by name.
 
-    Raises: ValueError if the output is not of the latents' shape (a denoiser that predicts variances too).
+    Raises: ValueError if the output is not of the latents' shape (as where variances are predicted too).
     """
     call = dict(inspect.signature(scheduler.step).bind(*args, **kwargs).arguments)
     output, sample = call["model_output"].shape, call["sample"].shape
     if output != sample:
         raise ValueError(
             f"the output that a sampler is handed has the shape of the latents, {tuple(sample)}, got {tuple(output)}; "
-            "use a denoiser that predicts no variances."
+            "use a denoiser that predicts this and no more."
         )
     return call
 
@@ -121,6 +117,8 @@ def read(scheduler: Any, calls: Sequence[Call]) -> Sampler:
 
     Raises: ValueError if a step is no weighted sum, or if its numbers differ from place to place of the latents.
     """
+    for call in calls:
+        _check_one_level(call)
     return _read(scheduler, calls, draws=0)
 
 
@@ -129,11 +127,27 @@ def _read(scheduler: Any, calls: Sequence[Call], draws: int) -> Sampler:
     steps, inputs = len(calls), 2 * len(calls) + draws
     mixed = torch.randn(inputs, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mixed[:, 1] *= 1024
-    run = _Run(scheduler, calls, torch.cat([torch.eye(inputs, dtype=torch.float64), mixed], 1))
+    run = _run(scheduler, calls, torch.cat([torch.eye(inputs, dtype=torch.float64), mixed], 1))
     if run.draws > draws or len(run.latents) < steps:
         return _read(scheduler, calls[: len(run.latents)], run.draws)
     numbers = torch.stack([_numbers(scheduler, s, latents, mixed) for s, latents in enumerate(run.latents)])
     return Sampler(*numbers.split([steps, steps, draws], dim=1))
+
+
+def _run(scheduler: Any, calls: Sequence[Call], inputs: Tensor) -> Run:
+    """Run a scheduler's copy on these inputs.
+
+    Raises: ValueError if it cannot be run on anything but its own latents.
+    """
+    try:
+        return Run(scheduler, calls, inputs)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"a sampler as numbers takes latents of any values and of any size, which this {type(scheduler).__name__} "
+            f"does not ({type(error).__name__}: {error}); use another sampler."
+        ) from error
 
 
 def _numbers(scheduler: Any, step: int, latents: Tensor, mixed: Tensor) -> Tensor:
@@ -163,118 +177,39 @@ def _cause(scheduler: Any, coefficients: Tensor) -> str:
     return "what it gives depends on the values or on their place; use a sampler that treats all values alike."
 
 
-class _Run:
-    """Run a copy of a scheduler on inputs that stand side by side in the last dimension of the latents.
-
-    `inputs` holds a row for the latents of each step, one for the output of each, and one for each random draw; draws
-    without a row are 0. The other dimensions are places: each is handed the same, times a power of 2 of its own.
-    `latents` lists what the steps gave, shape (places, inputs), these powers taken out; `draws` counts the draws.
-    """
-
-    def __init__(self, scheduler: Any, calls: Sequence[Call], inputs: Tensor) -> None:
-        """Run all `calls`, but the last where it is the end of the run alone (SCM's last timestep)."""
-        sample = calls[0]["sample"]
-        places = 2 ** (sample.ndim - 1)
-        self._inputs = inputs.to(sample.device, torch.float32 if sample.device.type == "mps" else torch.float64)
-        self._powers = 2.0 ** (torch.arange(places, device=sample.device) * 5 % 13 - 1).to(self._inputs)[:, None]
-        self._shape = (2,) * (sample.ndim - 1) + inputs.shape[1:]
-        self._steps = len(calls)
-        self.latents: list[Tensor] = []
-        self.draws = 0
-        with _undisturbed(sample.device), _Draws(self.draw):
-            self._run(copy.deepcopy(scheduler), calls)
-
-    def _run(self, scheduler: Any, calls: Sequence[Call]) -> None:
-        back = None
-        for s, call in enumerate(calls):
-            try:
-                result = scheduler.step(**{name: self._argument(call, name, s, back) for name in call})
-            except IndexError:
-                if s == 0 or s + 1 < len(calls):
-                    raise
-                return
-            back = result[1] if "old_pred_original_sample" in call else None
-            latents = result[0].reshape(len(self._powers), -1) / self._powers
-            self.latents.append(latents.to("cpu", torch.float64))
-
-    def _argument(self, call: Call, name: str, step: int, back: Tensor | None) -> Any:
-        """Return an argument of the call at `step`, with all that has the latents' shape put in terms of the inputs."""
-        value, sample = call[name], call["sample"]
-        if name == "old_pred_original_sample":
-            return back
-        if isinstance(value, list) and value and isinstance(value[0], torch.Generator):
-            value = value[0]  # one for each picture of the batch
-        if isinstance(value, torch.Generator):
-            return value.clone_state()
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            return value
-        if name == "timestep":
-            return value if len(value) == 1 else value[:1].expand(self._shape[0])
-        if value is sample:
-            return self._place(step)
-        if value is call["model_output"]:
-            return self._place(self._steps + step)
-        return value.new_zeros(self._shape) if value.shape == sample.shape else value
-
-    def _place(self, row: int) -> Tensor:
-        return (self._powers * self._inputs[row]).reshape(self._shape)
-
-    def draw(self, drawn: Tensor) -> Tensor:
-        """Return what a random draw gives in place of `drawn`: its row of the inputs, or 0.
-
-        Raises: ValueError if noise does not have the latents' shape.
-        """
-        if drawn.ndim == 0 or drawn.dtype == torch.int64:
-            return drawn.zero_()
-        if drawn.shape != self._shape:
-            raise ValueError(
-                f"the noise of a sampler has the shape of its latents, {self._shape}, got {tuple(drawn.shape)}; use a "
-                "sampler that draws its noise value by value."
-            )
-        row = 2 * self._steps + self.draws
-        self.draws += 1
-        return drawn.copy_(self._place(row)) if row < len(self._inputs) else drawn.zero_()
-
-
-class _Draws(TorchDispatchMode):
-    """Hand every random draw to `draw`, which writes over it."""
-
-    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self._draw = draw
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        drawn = func(*args, **(kwargs or {}))
-        return self._draw(drawn) if torch.Tag.nondeterministic_seeded in func.tags else drawn
-
-
-@contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Leave the global random states as they are, and no trace in autograd; ignore an autocast of the caller's."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
-
-
 def _calls(scheduler: Any, first: Call) -> list[Call]:
-    """Return the calls of a whole run from its first.
-
-    Raises: ValueError if tokens or frames have timesteps of their own: what the later ones are, the first does not tell.
-    """
-    time = first["timestep"]
-    if first.get("per_token_timesteps") is not None or (isinstance(time, Tensor) and time.unique().numel() > 1):
-        raise ValueError(
-            f"a sampler as numbers has one timestep a step, got a {type(scheduler).__name__} that is handed some for "
-            "each token or frame; use the recorded calls of a run, or a pipeline without such conditions."
-        )
-    times = scheduler.timesteps[start_of(scheduler, time) :]
-    neighbours = {name: steps for name, steps in NEIGHBOURS.items() if name in first}
+    """Return the calls of a whole run from its first, to the end of the scheduler's timesteps."""
+    start = start_of(scheduler, first["timestep"])
     return [first] + [
-        first
-        | {"timestep": _like(time, times[s])}
-        | {name: times[s + k] if s + k < len(times) else None for name, k in neighbours.items()}
-        for s in range(1, len(times))
+        first | {name: _later(scheduler, first, name, step) for name in first if name in MOVING}
+        for step in range(start + 1, len(scheduler.timesteps))
     ]
+
+
+def _later(scheduler: Any, first: Call, name: str, step: int) -> Any:
+    """Return what an argument that goes with the timesteps is at a later step, in the form of the first call."""
+    place = step + MOVING[name]
+    if place == len(scheduler.timesteps):
+        return None
+    time = scheduler.timesteps[place]
+    if name == "per_token_timesteps":
+        return first[name].clamp(max=time.to(first[name]))  # what is already below waits
+    form = first["timestep"]
+    return time.to(form).expand(form.shape) if isinstance(form, Tensor) else type(form)(time.item())
+
+
+def _check_one_level(call: Call) -> None:
+    """Check that a step has one noise level.
+
+    Raises: ValueError if tokens or frames have timesteps of their own.
+    """
+    for name in ("timestep", "per_token_timesteps"):
+        value = call.get(name)
+        if isinstance(value, Tensor) and value.unique().numel() > 1:
+            raise ValueError(
+                f"a sampler as numbers has one noise level a step, got {value.unique().numel()} in {name}; read the "
+                "numbers of each kind of tokens or frames on its own, from their part of the latents."
+            )
 
 
 def start_of(scheduler: Any, time: Any) -> int:
@@ -294,10 +229,3 @@ def start_of(scheduler: Any, time: Any) -> int:
     # Where times repeat (Heun), a scheduler that counts may take another than the first of them for its start.
     ask = getattr(scheduler, "index_for_timestep", None)
     return int(ask(value)) if ask else int(found[0])
-
-
-def _like(first: Any, time: Tensor) -> Any:
-    """Return `time` in the form of the first call's timestep: a number, or a tensor of its shape."""
-    if isinstance(first, Tensor):
-        return time.to(first).expand(first.shape)
-    return type(first)(time.item())
