@@ -68,10 +68,10 @@ class Run:
             value = value[0]  # one for each picture of the batch
         if isinstance(value, torch.Generator):
             return value.clone_state()
+        if name in OFFSETS and value is not None:
+            return value.new_zeros(self._shape)
         if not isinstance(value, Tensor) or value.numel() == 1:
             return value
-        if name in OFFSETS:
-            return value.new_zeros(self._shape)
         if name == "timestep":
             return value[:1].expand(self._shape[0])
         if name == "per_token_timesteps":

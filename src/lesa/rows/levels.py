@@ -58,9 +58,8 @@ def of(scheduler: Any, *args: Any, **kwargs: Any) -> Levels:
     first = sampler.bind(scheduler, *args, **kwargs)
     numbers = sampler.of(scheduler, *args, **kwargs)
     if _setting(scheduler, "prediction_type") == "trigflow":
-        numbers = replace(
-            numbers, noise=numbers.noise / _setting(scheduler, "sigma_data")
-        )  # unit noise beside its data
+        # Noise is as large as the data there, and that is the unit of both.
+        numbers = replace(numbers, noise=numbers.noise / _setting(scheduler, "sigma_data"))
     walks = [_walk(numbers, *case) for case in product(_starts(scheduler, first), _readings(scheduler, first))]
     # Sigmas that rise from a little noise look like sigmas that fall, but then the end is further from the data.
     if found := sorted(filter(_is_denoising, walks), key=lambda levels: float(levels.times[-1].abs())):
@@ -100,11 +99,11 @@ def _unclipped(scheduler: Any) -> Any:
 def _starts(scheduler: Any, first: Call) -> tuple[tuple[float, float], ...]:
     """Return (signal, noise) at a run's first step: as its scheduler states it, then swapped, for sigmas that rise."""
     stated = _stated(copy.deepcopy(scheduler), first["timestep"])
-    return stated, stated[::-1]
+    return stated, (stated[1], stated[0])
 
 
 def _stated(scheduler: Any, time: Any) -> tuple[float, float]:
-    """Return (signal, noise) by a flow's sigma, or else by what a scheduler makes of the data 1 and of the noise 1.
+    """Return (signal, noise) by a flow's sigma, or else by what a scheduler makes of data and of noise of size 1.
 
     Raises: ValueError if the scheduler has neither.
     """
