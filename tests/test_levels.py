@@ -95,7 +95,7 @@ def is_predicting(case) -> bool:
     return case.name in PREDICTING and case.settings.get("algorithm_type") != "dpmsolver"  # which is for the noise
 
 
-@pytest.mark.parametrize("case", filter(is_predicting, CASES), ids=str)
+@pytest.mark.parametrize("case", list(filter(is_predicting, CASES)), ids=str)
 def test_the_data_prediction_is_the_schedulers(case):
     scheduler = case.scheduler(case.steps[0])
     found = levels_of(scheduler)

@@ -68,7 +68,7 @@ class Run:
             value = value[0]  # one for each picture of the batch
         if isinstance(value, torch.Generator):
             return value.clone_state()
-        if name in OFFSETS and value is not None:
+        if name in OFFSETS and isinstance(value, Tensor):
             return value.new_zeros(self._shape)
         if not isinstance(value, Tensor) or value.numel() == 1:
             return value
