@@ -9,7 +9,7 @@ import diffusers as d
 import torch
 
 from zoo.flux import EDIT, SQUARE, flow, flux2_parts, shifted
-from zoo.parts import TOKENS, WIDTH, Specimen, entry, kl, mask, noise, picture, qwen_vae, specimen, stub, tiny
+from zoo.parts import TOKENS, WIDTH, Specimen, entry, kl, mask, noise, picture, qwen_vae, specimen, stub, tiny, wan_vae
 
 
 def qwen_parts(**config: Any) -> dict[str, Any]:
@@ -291,7 +291,7 @@ def ernie_image_guided() -> Specimen:
 
 @entry
 def nucleus_moe_guided() -> Specimen:
-    moe = dict(num_experts=4, moe_intermediate_dim=32, capacity_factors=[8.0, 8.0], dense_moe_strategy="leave_first_block_dense")
+    moe = dict(num_experts=4, moe_intermediate_dim=32, capacity_factors=[1.0, 1.0], dense_moe_strategy="leave_first_block_dense")
     transformer = tiny(d.NucleusMoEImageTransformer2DModel, in_channels=16, out_channels=4, **moe)
     parts = dict(transformer=transformer, vae=qwen_vae(), scheduler=shifted())
     return specimen(d.NucleusMoEImagePipeline, parts, **SQUARE)
@@ -322,7 +322,35 @@ def hidream_guided() -> Specimen:
     transformer = tiny(d.HiDreamImageTransformer2DModel, **sizes)
     llama = [noise(2, 1, TOKENS, 16, seed=seed) for seed in range(2)]
     embeds = dict(prompt_embeds_t5=noise(1, TOKENS, WIDTH), negative_prompt_embeds_t5=noise(1, TOKENS, WIDTH, seed=1), prompt_embeds_llama3=llama[0], negative_prompt_embeds_llama3=llama[1])
-    return specimen(d.HiDreamImagePipeline, dict(transformer=transformer, vae=kl(blocks=2), scheduler=flow(shift=3.0)), **embeds, height=128, width=128)
+    parts = dict(transformer=transformer, vae=kl(blocks=2), scheduler=flow(shift=3.0))
+    subject = specimen(d.HiDreamImagePipeline, parts, **embeds, height=32, width=32)
+    subject.pipe.default_sample_size = 16  # the pipeline scales pictures up to this many latents a side
+    return subject
+
+
+@entry
+def ideogram4_guided() -> Specimen:
+    # TOKENS of text, then 16 of the picture; `indicator` says which is which
+    length = TOKENS + 16
+    sizes = dict(in_channels=16, adaln_dim=16, llm_features_dim=WIDTH, intermediate_size=64, mrope_section=(4, 2, 2))
+    nets = {name: tiny(d.Ideogram4Transformer2DModel, seed, **sizes) for seed, name in enumerate(["transformer", "unconditional_transformer"])}
+    parts = dict(flux2_parts(), scheduler=flow(), **nets) | nets
+    more = dict(prompt="", guidance_scale=3.0, guidance_schedule=None, max_sequence_length=TOKENS)
+    places = torch.arange(length).unsqueeze(-1).expand(1, length, 3).clone()
+    kinds = torch.tensor([[3] * TOKENS + [2] * 16])
+    packed = (torch.cat([noise(1, TOKENS, WIDTH), torch.zeros(1, 16, WIDTH)], 1), places, torch.ones(1, length, dtype=torch.long), kinds)
+    return stub(specimen(d.Ideogram4Pipeline, parts, **more, **SQUARE), encode_prompt=packed)
+
+
+@entry
+def bria_fibo_guided() -> Specimen:
+    transformer = tiny(d.BriaFiboTransformer2DModel, in_channels=4, joint_attention_dim=2 * WIDTH, text_encoder_dim=WIDTH, pooled_projection_dim=None)
+    parts = dict(transformer=transformer, vae=wan_vae(), scheduler=shifted())
+    prompts = [noise(1, TOKENS, 2 * WIDTH, seed=seed) for seed in range(2)]
+    layers = [[noise(1, TOKENS, WIDTH, seed=2 * seed + layer) for layer in range(4)] for seed in range(2)]
+    kept = torch.ones(1, TOKENS)
+    encoded = (*prompts, torch.zeros(1, TOKENS, 3), kept, kept, *layers)
+    return stub(specimen(d.BriaFiboPipeline, parts, prompt="", height=64, width=64), encode_prompt=encoded)
 
 
 def sd_unet(cross: int = WIDTH, **config: Any) -> d.UNet2DConditionModel:

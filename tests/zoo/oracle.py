@@ -5,6 +5,7 @@ its call within the tick. On a skipped tick a stream's call gives the weighted s
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -70,11 +71,18 @@ def combine(values: Sequence[Any], coefficients: Sequence[float]) -> Any:
         terms = [coefficient * value.double() for coefficient, value in zip(coefficients, values, strict=True)]
         return torch.stack(terms).sum(0).to(newest.dtype)
     if isinstance(newest, dict):
-        return type(newest)(**{key: combine([value[key] for value in values], coefficients) for key in newest})
+        return type(newest)({key: combine([value[key] for value in values], coefficients) for key in newest})
     if isinstance(newest, (list, tuple)):
         parts = [combine(part, coefficients) for part in zip(*values, strict=True)]
         return type(newest)(parts)
     return newest
+
+
+def time_of(step: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> float:
+    """Read the timestep among the arguments of `step`: its place differs from class to class."""
+    given = inspect.signature(step).bind(*args, **kwargs).arguments
+    timestep = next((given[name] for name in ("timestep", "t") if given.get(name) is not None), float("nan"))
+    return float(torch.as_tensor(timestep).float().flatten()[0])
 
 
 class Oracle:
@@ -125,16 +133,15 @@ class Oracle:
         finally:
             self.deep -= 1
         if not self.deep:
-            self.stepped(args, kwargs, output)
+            self.stepped(original, args, kwargs, output)
         return output
 
-    def stepped(self, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> None:
+    def stepped(self, original: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> None:
         """Take note of a `step`: the first after a call of a denoiser is a tick."""
         self.run.steps += 1
         self.run.schedulers.add(type(args[0]).__name__)
         if self.calls:
-            timestep = kwargs.get("timestep", args[2] if len(args) > 2 else float("nan"))
-            self.run.times.append(float(torch.as_tensor(timestep).float().flatten()[0]))
+            self.run.times.append(time_of(original, args, kwargs))
             self.run.calls.append(self.calls)
             self.run.latents.clear()
             self.run.runs[-1] += 1

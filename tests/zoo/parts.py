@@ -173,6 +173,7 @@ def specimen(
     defaults: dict[str, Any] = {**conditions(cls, masks), "num_inference_steps": STEPS, "output_type": "latent"}
     if "negative_prompt_embeds" in known:
         defaults["negative_prompt"] = None  # some have "" by default and refuse both
+        defaults["prompt"] = None  # some demand it
     defaults = {name: value for name, value in defaults.items() if name in known and name not in drop}
     return Specimen(pipe, {**defaults, **arguments})
 
