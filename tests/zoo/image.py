@@ -35,7 +35,11 @@ def qwen_image_inpaint_guided() -> Specimen:
 def small(subject: Specimen, side: int = 16) -> Specimen:
     """Let the pipeline size its pictures for a square of `side` pixels in place of 1024, for its calls alone."""
     module = sys.modules[type(subject.pipe).__module__]
-    sizes = lambda area, ratio: (side, side, None) if "plus" not in module.__name__ else (side, side)  # noqa: E731
+    number = len(module.calculate_dimensions(1024, 1.0))  # of what it gives: a side twice, in some modules None too
+
+    def sizes(area: int, ratio: float) -> tuple[int | None, ...]:
+        return (side, side, None)[:number]
+
     return replace(subject, around=lambda: mock.patch.object(module, "calculate_dimensions", sizes))
 
 
@@ -222,13 +226,20 @@ def dit_guided() -> Specimen:
     return specimen(d.DiTPipeline, parts, class_labels=[1], output_type="np")
 
 
+HUNYUAN_DIT: dict[str, Any] = dict(
+    in_channels=4, patch_size=2, sample_size=8, cross_attention_dim_t5=WIDTH, text_len=TOKENS, text_len_t5=TOKENS
+)
+
+
+def hunyuan_dit_parts(**config: Any) -> dict[str, Any]:
+    transformer = tiny(d.HunyuanDiT2DModel, **HUNYUAN_DIT, **config)
+    scheduler = d.DDPMScheduler(clip_sample=False)
+    return dict(transformer=transformer, vae=kl(blocks=2), scheduler=scheduler, requires_safety_checker=False)
+
+
 @entry
 def hunyuan_dit_guided() -> Specimen:
-    sizes = dict(in_channels=4, patch_size=2, sample_size=8, cross_attention_dim_t5=WIDTH, text_len=6, text_len_t5=6)
-    transformer = tiny(d.HunyuanDiT2DModel, **sizes)
-    parts = dict(transformer=transformer, vae=kl(blocks=2), scheduler=d.DDPMScheduler(clip_sample=False))
-    more = dict(requires_safety_checker=False)
-    return specimen(d.HunyuanDiTPipeline, parts | more, use_resolution_binning=False, **SQUARE)
+    return specimen(d.HunyuanDiTPipeline, hunyuan_dit_parts(), use_resolution_binning=False, **SQUARE)
 
 
 @entry
@@ -342,15 +353,20 @@ def ideogram4_guided() -> Specimen:
     return stub(specimen(d.Ideogram4Pipeline, parts, **more, **SQUARE), encode_prompt=packed)
 
 
-@entry
-def bria_fibo_guided() -> Specimen:
-    transformer = tiny(d.BriaFiboTransformer2DModel, in_channels=4, joint_attention_dim=2 * WIDTH, text_encoder_dim=WIDTH, pooled_projection_dim=None)
-    parts = dict(transformer=transformer, vae=wan_vae(), scheduler=shifted())
+def bria_fibo(cls: type, **arguments: Any) -> Specimen:
+    """Build a FIBO pipeline whose prompts are noise, and every layer's states too."""
+    sizes = dict(in_channels=4, joint_attention_dim=2 * WIDTH, text_encoder_dim=WIDTH, pooled_projection_dim=None)
+    parts = dict(transformer=tiny(d.BriaFiboTransformer2DModel, **sizes), vae=wan_vae(), scheduler=shifted())
     prompts = [noise(1, TOKENS, 2 * WIDTH, seed=seed) for seed in range(2)]
     layers = [[noise(1, TOKENS, WIDTH, seed=2 * seed + layer) for layer in range(4)] for seed in range(2)]
     kept = torch.ones(1, TOKENS)
     encoded = (*prompts, torch.zeros(1, TOKENS, 3), kept, kept, *layers)
-    return stub(specimen(d.BriaFiboPipeline, parts, prompt="", height=64, width=64), encode_prompt=encoded)
+    return stub(specimen(cls, parts, **arguments), encode_prompt=encoded)
+
+
+@entry
+def bria_fibo_guided() -> Specimen:
+    return bria_fibo(d.BriaFiboPipeline, prompt="", height=64, width=64)
 
 
 def sd_unet(cross: int = WIDTH, **config: Any) -> d.UNet2DConditionModel:

@@ -88,8 +88,12 @@ def time_of(step: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any
 class Oracle:
     """Watch one call of a pipeline and answer for its denoisers on skipped ticks."""
 
-    def __init__(self, full: Collection[int] | None = None, rows: Rows | None = None, times: Sequence[float] = ()):
-        self.full, self.rows, self.times = full, rows, times
+    def __init__(self, plain: Run | None = None, full: Collection[int] = (), rows: Rows | None = None):
+        """Answer on all ticks but `full` with `rows`, for a call that did `plain` when left alone; else only watch.
+
+        Each run of a call that has several follows the same schedule, as far as it goes.
+        """
+        self.plain, self.full, self.rows = plain, full, rows
         self.run = Run()
         self.tick, self.fresh = 0, True  # of this run; whether `set_timesteps` came since the last call of a denoiser
         self.calls: list[str] = []  # of denoisers in this tick
@@ -109,6 +113,15 @@ class Oracle:
         self.calls = []
         self.run.runs.append(0)
 
+    def skips(self) -> bool:
+        """Tell whether this tick is skipped: not one of `full`, and a `step` follows the call in the plain run."""
+        return self.plain is not None and self.tick not in self.full and self.tick < len(self.times())
+
+    def times(self) -> list[float]:
+        """Give the times of this run in the plain call."""
+        run, lengths = len(self.run.runs) - 1, self.plain.runs
+        return self.plain.times[sum(lengths[:run]) : sum(lengths[: run + 1])]
+
     def denoises(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.fresh:
             self.open()
@@ -118,11 +131,13 @@ class Oracle:
         if self.shapes.get(stream) != shapes:
             past.clear()
             self.shapes[stream] = shapes
-        if past and self.full is not None and self.rows is not None and self.tick not in self.full:
+        if past and self.skips():
             self.run.skipped += 1
             ticks, outputs = zip(*past, strict=True)
-            return combine(outputs, self.rows(self.times, self.tick, ticks))
+            return combine(outputs, self.rows(self.times(), self.tick, ticks))
         output = original(*args, **kwargs)
+        if past and [tensor.shape for tensor in tensors(output)] != [tensor.shape for tensor in tensors(past[-1][1])]:
+            past.clear()
         past.append((self.tick, output))
         return output
 
@@ -172,11 +187,12 @@ def watch(pipe: Any, call: Callable[[], Any], oracle: Oracle | None = None) -> R
     """Run `call` of the pipeline under an oracle; without one, everything runs in full."""
     oracle = oracle or Oracle()
     with ExitStack() as stack:
-        parts = [part for part in pipe.components.values() if part is not None]
-        for cls in {type(part) for part in parts if hasattr(part, "step") and hasattr(part, "set_timesteps")}:
+        parts = vars(pipe) | pipe.components  # `components` leaves out some that are optional
+        schedulers = [part for part in parts.values() if hasattr(part, "step") and hasattr(part, "set_timesteps")]
+        for cls in {type(scheduler) for scheduler in schedulers}:
             stack.enter_context(patched(cls, "step", oracle.steps))
             stack.enter_context(patched(cls, "set_timesteps", oracle.begins))
-        for name, part in pipe.components.items():
+        for name, part in parts.items():
             if name in DENOISERS and isinstance(part, nn.Module):
                 stack.enter_context(patched(part, "forward", functools.partial(oracle.denoises, name)))
         oracle.run.output = [tensor.clone() for tensor in tensors(call())]

@@ -86,10 +86,10 @@ def kl(channels: int = 4, blocks: int = 1, **overrides: Any) -> AutoencoderKL:
     return tiny(AutoencoderKL, **{**sizes, **overrides})
 
 
-def qwen_vae() -> AutoencoderKLQwenImage:
+def qwen_vae(**overrides: Any) -> AutoencoderKLQwenImage:
     """Build a VAE of 4 channels that shrinks each side by 4 and time by 2."""
     sizes = dict(base_dim=4, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True])
-    return tiny(AutoencoderKLQwenImage, latents_mean=[0.1] * 4, latents_std=[2.0] * 4, **sizes)
+    return tiny(AutoencoderKLQwenImage, latents_mean=[0.1] * 4, latents_std=[2.0] * 4, **sizes, **overrides)
 
 
 def wan_vae(channels: int = 4, **overrides: Any) -> AutoencoderKLWan:

@@ -15,12 +15,12 @@ def unipc(**config: Any) -> d.UniPCMultistepScheduler:
     return d.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, **config)
 
 
-def wan(seed: int = 0, conditioning: int = 0, **config: Any) -> d.WanTransformer3DModel:
-    return tiny(d.WanTransformer3DModel, seed, in_channels=4 + conditioning, out_channels=4, **config)
+def wan(seed: int = 0, conditioning: int = 0, channels: int = 4, **config: Any) -> d.WanTransformer3DModel:
+    return tiny(d.WanTransformer3DModel, seed, in_channels=channels + conditioning, out_channels=channels, **config)
 
 
-def wan_parts(**config: Any) -> dict[str, Any]:
-    return dict(transformer=wan(**config), vae=wan_vae(), scheduler=unipc())
+def wan_parts(channels: int = 4, **config: Any) -> dict[str, Any]:
+    return dict(transformer=wan(channels=channels, **config), vae=wan_vae(channels), scheduler=unipc())
 
 
 def with_image(subject: Specimen) -> Specimen:
@@ -156,8 +156,8 @@ def anyflow_guided() -> Specimen:
 
 @entry
 def anyflow_far_guided() -> Specimen:
-    parts = anyflow_parts(d.AnyFlowFARTransformer3DModel, chunk_partition=(1, 1, 1), compressed_patch_size=(1, 4, 4))
-    return specimen(d.AnyFlowFARPipeline, parts, guidance_scale=3.0, **dict(FILM, height=32, width=32))
+    parts = anyflow_parts(d.AnyFlowFARTransformer3DModel, chunk_partition=(1, 1), compressed_patch_size=(1, 4, 4))
+    return specimen(d.AnyFlowFARPipeline, parts, guidance_scale=3.0, height=32, width=32, num_frames=5)
 
 
 @entry
@@ -343,7 +343,7 @@ def cogvideox_fun_control_guided() -> Specimen:
 
 
 def cosmos_parts(scheduler: Any, conditioning: int = 0, **config: Any) -> dict[str, Any]:
-    sizes = dict(in_channels=4 + conditioning, out_channels=4, mlp_ratio=2, adaln_lora_dim=4, max_size=(4, 32, 32))
+    sizes = dict(in_channels=4 + conditioning, out_channels=4, mlp_ratio=2, adaln_lora_dim=4, max_size=(4, 32, 32), concat_padding_mask=False)
     return dict(transformer=tiny(d.CosmosTransformer3DModel, **sizes, **config), vae=wan_vae(), scheduler=scheduler)
 
 
@@ -494,7 +494,7 @@ def kandinsky5_t2v_guided() -> Specimen:
 @entry
 def kandinsky5_i2v_guided() -> Specimen:
     parts = kandinsky5_parts(hunyuan_video_vae(), True)
-    return specimen(d.Kandinsky5I2VPipeline, parts, image=picture(), **kandinsky5_text(), **FILM)
+    return specimen(d.Kandinsky5I2VPipeline, parts, image=picture(), **kandinsky5_text(), height=32, width=32, num_frames=17)
 
 
 @entry
@@ -507,7 +507,7 @@ def kandinsky5_t2i_guided() -> Specimen:
 
 @entry
 def kandinsky5_i2i_guided() -> Specimen:
-    parts = kandinsky5_parts(kl(blocks=2), True)
-    subject = specimen(d.Kandinsky5I2IPipeline, parts, image=picture(), **kandinsky5_text(), height=16, width=16)
-    subject.pipe.resolutions = [(16, 16)]
+    parts = kandinsky5_parts(kl(blocks=4), True)
+    subject = specimen(d.Kandinsky5I2IPipeline, parts, image=picture(32), **kandinsky5_text(), height=32, width=32)
+    subject.pipe.resolutions = [(32, 32)]
     return subject
