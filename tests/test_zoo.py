@@ -1,0 +1,82 @@
+"""Every pipeline of the zoo runs, twice the same, and the oracle forecasts it; every transformer of the zoo runs."""
+
+from functools import cache
+
+import pytest
+import torch
+from zoo.oracle import Oracle, Run, combine, extrapolate, reuse, tensors, watch
+from zoo.pipelines import ZOO, Specimen
+from zoo.transformers import MODELS, model_call
+
+
+@cache
+def built(name: str) -> Specimen:
+    return ZOO[name]()
+
+
+@cache
+def plain(name: str) -> Run:
+    return watch(built(name).pipe, built(name).call)
+
+
+def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def distance(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
+
+
+def test_the_zoo_is_large():
+    assert len(ZOO) >= 120 and len(MODELS) == 60
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_call_repeats_to_the_bit_and_is_left_as_it_was(name: str):
+    run, unwatched = plain(name), tensors(built(name).call())
+    assert unwatched and equal(run.output, unwatched)
+    assert run.ticks >= 4 and run.denoisers and all(run.streams) and run.steps >= run.ticks
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_oracle_with_every_tick_full_is_the_plain_call(name: str):
+    run = plain(name)
+    full = watch(built(name).pipe, built(name).call, Oracle(run, range(run.ticks), reuse))
+    assert full.skipped == 0 and equal(full.latents, run.latents) and full.times == run.times
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_oracle_skips_ticks(name: str):
+    run = plain(name)
+    forecast = watch(built(name).pipe, built(name).call, Oracle(run, range(0, run.ticks, 2), reuse))
+    assert forecast.skipped and forecast.runs == run.runs and forecast.calls == run.calls
+    assert all(latents.isfinite().all() for latents in run.latents + forecast.latents)
+    assert distance(forecast.latents, run.latents) > 1e-3
+
+
+def test_rows_see_the_times_and_past_of_their_run():
+    seen = []
+
+    def row(times, tick, past):
+        seen.append((len(times), tick, tuple(past)))
+        return extrapolate(times, tick, past)
+
+    name = "helios_pyramid_guided"  # three runs of three ticks
+    watch(built(name).pipe, built(name).call, Oracle(plain(name), {0, 1}, row))
+    assert plain(name).runs == [3, 3, 3] and seen == [(3, 2, (0, 1))] * 6
+
+
+def test_combine_sums_every_tensor_and_hands_on_the_rest():
+    values = [dict(a=torch.full((2,), x), b=[torch.tensor(2 * x), "rest", x], c=(torch.tensor(3),)) for x in (1.0, 3.0)]
+    got = combine(values, [-1.0, 2.0])
+    assert got["a"].tolist() == [5.0, 5.0] and got["b"][0].item() == 10.0 and got["b"][1:] == ["rest", 3.0]
+    assert got["c"][0].item() == 3  # whole numbers are no features
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_runs(name: str):
+    module, args, kwargs = model_call(name)
+    assert type(module).__name__ == name
+    with torch.no_grad():
+        outputs = [tensors(module(*args, **kwargs)) for _ in range(2)]
+    assert outputs[0] and outputs[0][0].isfinite().all() and equal(*outputs)

@@ -1,0 +1,110 @@
+"""Modular pipelines, with guiders."""
+
+from typing import Any
+
+import diffusers as d
+import torch
+
+from zoo.flux import EDIT, SQUARE, flux2_parts, flux_parts
+from zoo.image import qwen_parts, sdxl_parts, z_image_parts, z_image_text
+from zoo.parts import STEPS, TOKENS, WIDTH, Specimen, entry, noise, tiny
+from zoo.video import wan_parts
+
+
+def modular(blocks: Any, components: dict[str, Any], drop: tuple[str, ...] = ("text_encoder",), **arguments: Any) -> Specimen:
+    """Build a pipeline of blocks less those named in `drop`; it gives the latents, not a picture."""
+    for name in drop:
+        blocks.sub_blocks.pop(name)
+    pipe = blocks.init_pipeline()
+    pipe.update_components(**components)
+    for block in vars(pipe).values():
+        if hasattr(block, "set_progress_bar_config"):
+            block.set_progress_bar_config(disable=True)
+    pipe.set_progress_bar_config(disable=True)
+    return Specimen(pipe, {"num_inference_steps": STEPS, "output_type": "latent", "output": "latents", **arguments})
+
+
+@entry
+def modular_flux() -> Specimen:
+    from diffusers.modular_pipelines.flux.modular_blocks_flux import FluxAutoBlocks
+
+    embeds = dict(prompt_embeds=noise(1, TOKENS, WIDTH), pooled_prompt_embeds=noise(1, WIDTH))
+    return modular(FluxAutoBlocks(), flux_parts(), ("text_encoder", "decode"), **embeds, **SQUARE)
+
+
+@entry
+def modular_flux_img2img() -> Specimen:
+    from diffusers.modular_pipelines.flux.modular_blocks_flux import FluxAutoBlocks
+
+    embeds = dict(prompt_embeds=noise(1, TOKENS, WIDTH), pooled_prompt_embeds=noise(1, WIDTH))
+    return modular(FluxAutoBlocks(), flux_parts(), ("text_encoder", "decode"), **embeds, **EDIT)
+
+
+def masked_embeds(masks: torch.dtype = torch.long) -> dict[str, Any]:
+    ones = {f"{sign}prompt_embeds_mask": torch.ones(1, TOKENS, dtype=masks) for sign in ("", "negative_")}
+    return dict(ones, prompt_embeds=noise(1, TOKENS, WIDTH), negative_prompt_embeds=noise(1, TOKENS, WIDTH, seed=1))
+
+
+def modular_qwen(guider: Any, **arguments: Any) -> Specimen:
+    from diffusers.modular_pipelines.qwenimage.modular_blocks_qwenimage import QwenImageAutoBlocks
+
+    parts = dict(qwen_parts(), guider=guider)
+    return modular(QwenImageAutoBlocks(), parts, ("text_encoder", "decode"), **masked_embeds(), **{**SQUARE, **arguments})
+
+
+@entry
+def modular_qwen_guided() -> Specimen:
+    return modular_qwen(d.ClassifierFreeGuidance(4.0))
+
+
+@entry
+def modular_qwen_interval_guided() -> Specimen:
+    # On a part of the steps there is no second call
+    return modular_qwen(d.ClassifierFreeGuidance(4.0, start=0.2, stop=0.7))
+
+
+@entry
+def modular_qwen_img2img_guided() -> Specimen:
+    return modular_qwen(d.ClassifierFreeGuidance(4.0), **EDIT)
+
+
+@entry
+def modular_flux2_klein_guided() -> Specimen:
+    from diffusers.modular_pipelines.flux2.modular_blocks_flux2_klein_base import Flux2KleinBaseAutoBlocks
+
+    parts = dict(flux2_parts(guidance_embeds=False), guider=d.ClassifierFreeGuidance(4.0))
+    embeds = dict(prompt_embeds=noise(1, TOKENS, WIDTH), negative_prompt_embeds=noise(1, TOKENS, WIDTH, seed=1))
+    return modular(Flux2KleinBaseAutoBlocks(), parts, ("text_encoder", "decode"), **embeds, **SQUARE)
+
+
+@entry
+def modular_wan_guided() -> Specimen:
+    from diffusers.modular_pipelines.wan.modular_blocks_wan import WanBlocks
+
+    guider = d.ClassifierFreeZeroStarGuidance(4.0)  # it puts zeros in place of the first velocity
+    parts = dict(wan_parts(16), guider=guider)  # the blocks draw noise of 16 channels
+    embeds = dict(prompt_embeds=noise(1, TOKENS, WIDTH), negative_prompt_embeds=noise(1, TOKENS, WIDTH, seed=1))
+    return modular(WanBlocks(), parts, ("text_encoder", "decode"), num_frames=9, **embeds, **SQUARE)
+
+
+@entry
+def modular_z_image_guided() -> Specimen:
+    from diffusers.modular_pipelines.z_image.modular_blocks_z_image import ZImageAutoBlocks
+
+    parts = dict(z_image_parts(), guider=d.ClassifierFreeGuidance(4.0))
+    return modular(ZImageAutoBlocks(), parts, ("text_encoder", "decode"), **z_image_text(), **SQUARE)
+
+
+@entry
+def modular_sdxl_guided() -> Specimen:
+    from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import StableDiffusionXLAutoBlocks
+
+    parts = dict(sdxl_parts(d.EulerDiscreteScheduler()), guider=d.PerturbedAttentionGuidance(4.0, perturbed_guidance_config=attention_of_a_block()))
+    parts.pop("add_watermarker")
+    names = dict(prompt_embeds=(1, TOKENS, WIDTH), pooled_prompt_embeds=(1, WIDTH))
+    embeds = {f"{sign}{name}": noise(*shape, seed=seed) for seed, sign in enumerate(["", "negative_"]) for name, shape in names.items()}
+    return modular(StableDiffusionXLAutoBlocks(), parts, ("text_encoder", "decode"), **embeds, **SQUARE)
+
+
+def attention_of_a_block() -> d.LayerSkipConfig:
+    return d.LayerSkipConfig(indices=[0], fqn="mid_block.attentions.0.transformer_blocks", skip_attention=False, skip_ff=False, skip_attention_scores=True)
