@@ -5,7 +5,7 @@ from typing import Any
 import diffusers as d
 import torch
 
-from zoo.parts import TOKENS, WIDTH, Specimen, clip, entry, kl, mask, noise, picture, specimen, stub, tiny
+from zoo.parts import Specimen, entry, kl, mask, picture, specimen, tiny
 
 SQUARE: dict[str, Any] = dict(height=16, width=16)
 EDIT: dict[str, Any] = dict(SQUARE, image=picture(), strength=0.8)

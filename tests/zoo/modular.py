@@ -7,7 +7,7 @@ import torch
 
 from zoo.flux import EDIT, SQUARE, flux2_parts, flux_parts
 from zoo.image import qwen_parts, sdxl_parts, z_image_parts, z_image_text
-from zoo.parts import STEPS, TOKENS, WIDTH, Specimen, entry, noise, tiny
+from zoo.parts import STEPS, TOKENS, WIDTH, Specimen, entry, noise
 from zoo.video import wan_parts
 
 
@@ -97,7 +97,9 @@ def modular_z_image_guided() -> Specimen:
 
 @entry
 def modular_sdxl_guided() -> Specimen:
-    from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import StableDiffusionXLAutoBlocks
+    from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import (
+        StableDiffusionXLAutoBlocks,
+    )
 
     parts = dict(sdxl_parts(d.EulerDiscreteScheduler()), guider=d.PerturbedAttentionGuidance(4.0, perturbed_guidance_config=attention_of_a_block()))
     parts.pop("add_watermarker")

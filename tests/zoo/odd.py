@@ -1,7 +1,6 @@
 """Pipelines that need a stand-in for a processor, a tokenizer or fixed sizes, and long or refined ones."""
 
 import sys
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -10,11 +9,33 @@ import torch
 from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline  # its package hides it without OpenCV
 from diffusers.pipelines.omnigen.processor_omnigen import OmniGenCollator
 
-from zoo.flux import EDIT, SQUARE, flow, flux_parts, longcat_parts, shifted
-from zoo.image import HUNYUAN_DIT, bria_fibo, hunyuan_dit_parts, qwen_parts, sd3_parts, small, z_image_parts, z_image_text
-from zoo.parts import TOKENS, WIDTH, Specimen, clip, entry, kl, mask, noise, picture, qwen_vae, specimen, stub, tiny, wan_vae
-from zoo.video import FILM, LTX, LTX2, cogvideo_parts, cosmos_parts, ltx2_parts, ltx_parts, unipc
-
+from zoo.flux import SQUARE, flow, longcat_parts, shifted
+from zoo.image import (
+    HUNYUAN_DIT,
+    bria_fibo,
+    hunyuan_dit_parts,
+    qwen_parts,
+    sd3_parts,
+    small,
+    z_image_parts,
+    z_image_text,
+)
+from zoo.parts import (
+    TOKENS,
+    WIDTH,
+    Specimen,
+    entry,
+    kl,
+    mask,
+    noise,
+    picture,
+    qwen_vae,
+    specimen,
+    stub,
+    tiny,
+    wan_vae,
+)
+from zoo.video import FILM, LTX2, cogvideo_parts, ltx2_parts, ltx_parts, unipc
 
 EMBEDS = ["prompt_embeds", "negative_prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds_mask"]
 

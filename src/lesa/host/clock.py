@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lesa.host.caller import Caller
 from lesa.host.intercept import intercept
+from lesa.host.times import times_of
 from lesa.rows import grid as grids
-from lesa.rows import sampler as samplers
 
 
 class Moment:
@@ -30,6 +31,7 @@ class Moment:
         self.times, self.start, self.ticks = times, start, 0
         self.thread = threading.get_ident()
         self.called = False  # a denoiser was, since the last tick
+        self.caller = Caller(0, len(times) - 2 - start)
 
     @property
     def step(self) -> int:
@@ -92,6 +94,7 @@ class PipelineClock:
         self.on_tick: Callable[[], None] = lambda: None
         self.on_unheard: Callable[[], None] = lambda: None
         self._calls = self._ticks = 0  # within the pipeline's call
+        self.passed_by = 0  # calls of a denoiser during a run, that were not the run's
 
     def attach(self) -> Callable[[], None]:
         with ExitStack() as undo:
@@ -110,7 +113,7 @@ class PipelineClock:
         if self._opens:
             self.end()
             self._opens = False
-            self.moment = Moment(samplers.times_of(self._scheduler), _begin_of(self._scheduler))
+            self.moment = Moment(times_of(self._scheduler), _begin_of(self._scheduler))
         moment, me = self.moment, threading.get_ident()
         if moment is None or moment.over or (self._caller not in (None, me)):
             return None
@@ -119,6 +122,9 @@ class PipelineClock:
                 "a run goes on in the thread that began it, got a call from another one; give each thread a pipeline, "
                 "with a transformer, of its own."
             )
+        if not moment.caller.admits(moment.ticks):
+            self.passed_by += 1
+            return None
         moment.called = True
         return moment
 

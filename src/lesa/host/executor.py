@@ -101,7 +101,7 @@ class Voice:
 
     def _forecast(self, history: History, slot: _Slot) -> Tensor:
         forecast = history.forecast(*self.plan.rows[self.step], slot.dtype)
-        self.done.clamped += int(history.clamped)
+        self.done.clamped = self.done.clamped + history.clamped  # of a GPU's: nobody waits for it here
         if self.plan.remembers_forecasts:
             self._remember(history, forecast)
         return forecast

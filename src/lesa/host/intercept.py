@@ -6,6 +6,7 @@ own on a module. So the class's method is patched while anything is attached, an
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 import weakref
@@ -100,6 +101,13 @@ def mark_of(instance: Any) -> Mark | None:
     """Return the mark of an instance that is watched."""
     mark = getattr(instance, "__dict__", {}).get(_MARK)
     return mark if mark is not None and mark.is_of(instance) else None
+
+
+def unmarked(instance: Any) -> Any:
+    """Return a shallow copy of an instance that nobody watches."""
+    other = copy.copy(instance)
+    other.__dict__.pop(_MARK, None)
+    return other
 
 
 def _patch(kind: type, name: str) -> None:

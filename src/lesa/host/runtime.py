@@ -82,7 +82,7 @@ class Run:
 
     def summary(self) -> Summary:
         """Return, per stream, what was done since the acceleration began."""
-        return Summary({name: replace(done) for name, done in self._executor.done.items()})
+        return Summary({name: replace(done, clamped=int(done.clamped)) for name, done in self._executor.done.items()})
 
     def close(self) -> None:
         """Leave the denoisers as they were, and free the histories; does nothing the second time."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 
 @dataclass
 class StreamSummary:
@@ -19,7 +21,7 @@ class StreamSummary:
     full_steps: int = 0
     skipped_steps: int = 0
     short_rows: int = 0
-    clamped: int = 0
+    clamped: int | Tensor = 0
     detours: int = 0
     bytes_held: int = 0
     forecast_seconds: float = 0.0

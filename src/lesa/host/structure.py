@@ -1,0 +1,40 @@
+"""What modules take and return: tuples, lists, dicts and model outputs, of any depth, with tensors in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+
+def leaves(structure: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """Yield whatever is no container, with its path, in order."""
+    parts = _parts(structure)
+    if parts is None:
+        yield path, structure
+        return
+    for name, part in parts:
+        yield from leaves(part, (*path, name))
+
+
+def replace(structure: Any, kind: type | tuple[type, ...], change: Callable[[Any], Any]) -> Any:
+    """Return the same structure with every leaf of a kind changed."""
+    if isinstance(structure, kind):
+        return change(structure)
+    parts = _parts(structure)
+    if parts is None:
+        return structure
+    changed = [(name, replace(part, kind, change)) for name, part in parts]
+    if isinstance(structure, Mapping):
+        named = dict(changed)
+        return type(structure)(**named) if all(isinstance(name, str) for name in named) else type(structure)(named)
+    values = [value for _, value in changed]
+    return type(structure)(*values) if hasattr(structure, "_fields") else type(structure)(values)
+
+
+def _parts(structure: Any) -> list[tuple[Any, Any]] | None:
+    """Return the parts of a container with their names, or None."""
+    if isinstance(structure, Mapping):
+        return list(structure.items())
+    if isinstance(structure, (tuple, list)):
+        return list(enumerate(structure))
+    return None
