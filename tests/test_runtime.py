@@ -818,39 +818,34 @@ NEXT = {
 @pytest.mark.parametrize("who", NEXT)
 @pytest.mark.parametrize("stop", STOPS)
 def test_a_stopped_run_answers_no_other_caller(pipe, stop, who, tap):
+    in_full = NEXT[who](pipe)
     with accelerate(pipe, Taylor(1), schedule=EVERY, tap=tap) as run:
         expected = draw(pipe)
         for step in (0, 3):  # the next ones are skipped
             STOPS[stop](pipe, step)
             done = run.summary()["cond"].skipped_steps
             for _ in range(2):
-                with pytest.raises(
-                    RuntimeError, match=r"is in no run; call the pipeline|come from one loop, got one from"
-                ):
-                    NEXT[who](pipe)
+                torch.testing.assert_close(NEXT[who](pipe), in_full, rtol=0, atol=0)
             assert run.summary()["cond"].skipped_steps == done
             assert torch.equal(draw(pipe), expected)
 
 
 def test_a_generator_that_waits_answers_no_other_caller_and_goes_on(pipe):
+    in_full = probe(pipe)
     with accelerate(pipe, Taylor(1), schedule=EVERY) as run:
         expected = list(drawn_by_hand(pipe))[-1]
-        loop = drawn_by_hand(pipe)
-        for x in loop:
-            if not torch.equal(x, expected):
-                with pytest.raises(RuntimeError, match=r"come from one loop|is in no run"):
-                    probe(pipe)
-                break
-        del loop
-        assert torch.equal(list(drawn_by_hand(pipe))[-1], expected)
-    assert run.summary()["cond"].full_steps == 3 + 1 + 3
+        for x in drawn_by_hand(pipe):
+            assert torch.equal(probe(pipe), in_full)
+        assert torch.equal(x, expected)
+    assert run.summary()["cond"].full_steps == 3 + 3
 
 
 @pytest.mark.parametrize("intruder", ["probe", "pipeline of one step", "image to image of one step"])
-def test_who_calls_during_a_run_is_refused_and_does_not_disturb_it(pipe, intruder):
+def test_who_calls_during_a_run_is_answered_in_full_and_does_not_disturb_it(pipe, intruder):
+    in_full = NEXT[intruder](pipe)
+
     def intrude(_pipe, _step, _time, tensors):
-        with pytest.raises(RuntimeError, match=r"come from one loop|is in no run"):
-            NEXT[intruder](pipe)
+        assert torch.equal(NEXT[intruder](pipe), in_full)
         return tensors
 
     with accelerate(pipe, Taylor(1), schedule=EVERY):

@@ -182,6 +182,8 @@ class PipelineClock:
             moment.ticks, moment.called = moment.ticks + 1, False
             self._ticks += 1
             self.on_tick()
+            if moment.over:
+                self.end()
         return result
 
 

@@ -181,7 +181,7 @@ class _AtModules:
 
 
 def _fitting(forecast: Tensor, feature: Tensor) -> Tensor:
-    """Return a forecast as what it stands for, of another dtype maybe (autocast changes it from step to step).
+    """Return a forecast; its dtype is that of the newest full step, whatever comes in with the blocks shut.
 
     Raises: RuntimeError if it has another shape or is elsewhere.
     """
@@ -190,7 +190,7 @@ def _fitting(forecast: Tensor, feature: Tensor) -> Tensor:
             f"a feature keeps its shape and device during a run, got {tuple(feature.shape)}, {feature.device} after "
             f"{tuple(forecast.shape)}, {forecast.device}; start the run anew."
         )
-    return forecast.to(feature.dtype)
+    return forecast
 
 
 class _Entering:

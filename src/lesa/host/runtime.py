@@ -131,7 +131,7 @@ class Run:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RuntimeError("this acceleration has ended; call lesa.accelerate again.")
+            raise RuntimeError("this acceleration has ended; call lesa.accelerate anew.")
 
     def __enter__(self) -> Run:
         self._check_open()

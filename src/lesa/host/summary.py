@@ -47,7 +47,7 @@ class Summary(dict[str, StreamSummary]):
             if s.short_rows:
                 lines.append(f"{'':<10} {s.short_rows} forecasts had fewer past features than they are made for")
             if s.clamped:
-                lines.append(f"{'':<10} {s.clamped} forecasts were clamped to the range of their dtype")
+                lines.append(f"{'':<10} {s.clamped} forecasts were beyond the range of their dtype and clamped to it")
             if s.detours:
                 lines.append(f"{'':<10} {s.detours} runs were unusual and took a detour")
         return "\n".join(lines)
