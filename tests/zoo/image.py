@@ -1,4 +1,4 @@
-"""Pictures from transformers that are no kin of FLUX, and from UNets."""
+"""Pictures from transformers that are no kin of FLUX."""
 
 import sys
 from dataclasses import replace
@@ -111,6 +111,18 @@ def sd3_parts(**config: Any) -> dict[str, Any]:
 @entry
 def sd3_guided() -> Specimen:
     return specimen(d.StableDiffusion3Pipeline, sd3_parts(), **SQUARE)
+
+
+@entry
+def sd3_heun_guided() -> Specimen:
+    parts = dict(sd3_parts(), scheduler=d.FlowMatchHeunDiscreteScheduler(shift=3.0))
+    return specimen(d.StableDiffusion3Pipeline, parts, **SQUARE)
+
+
+@entry
+def sd3_pag_guided() -> Specimen:
+    parts = dict(sd3_parts(), pag_applied_layers=["blocks.1"])
+    return specimen(d.StableDiffusion3PAGPipeline, parts, pag_scale=2.0, **SQUARE)
 
 
 @entry
@@ -282,15 +294,18 @@ def prx_guided() -> Specimen:
     return specimen(d.PRXPipeline, parts, use_resolution_binning=False, **SQUARE)
 
 
-@entry
-def krea2_guided() -> Specimen:
+def krea2_parts() -> dict[str, Any]:
     sizes = dict(in_channels=16, num_key_value_heads=2, timestep_embed_dim=16, text_hidden_dim=16, num_text_layers=3)
     text = dict(text_num_attention_heads=2, text_num_key_value_heads=1, text_intermediate_size=16)
     blocks = dict(num_layerwise_text_blocks=1, num_refiner_text_blocks=1)
     transformer = tiny(d.Krea2Transformer2DModel, **sizes, **text, **blocks)
-    parts = dict(transformer=transformer, vae=qwen_vae(), scheduler=shifted())
+    return dict(transformer=transformer, vae=qwen_vae(), scheduler=shifted())
+
+
+@entry
+def krea2_guided() -> Specimen:
     embeds = dict(prompt_embeds=noise(1, TOKENS, 3, 16), negative_prompt_embeds=noise(1, TOKENS, 3, 16, seed=1))
-    return specimen(d.Krea2Pipeline, parts, masks=torch.bool, **embeds, **SQUARE)
+    return specimen(d.Krea2Pipeline, krea2_parts(), masks=torch.bool, **embeds, **SQUARE)
 
 
 @entry
@@ -367,50 +382,3 @@ def bria_fibo(cls: type, **arguments: Any) -> Specimen:
 @entry
 def bria_fibo_guided() -> Specimen:
     return bria_fibo(d.BriaFiboPipeline, prompt="", height=64, width=64)
-
-
-def sd_unet(cross: int = WIDTH, **config: Any) -> d.UNet2DConditionModel:
-    sizes = dict(sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=cross, attention_head_dim=2, num_attention_heads=None)
-    blocks = dict(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
-    return tiny(d.UNet2DConditionModel, **{**sizes, **blocks, **config})
-
-
-def sd_parts(scheduler: Any) -> dict[str, Any]:
-    return dict(unet=sd_unet(), vae=kl(blocks=2), scheduler=scheduler, requires_safety_checker=False)
-
-
-@entry
-def stable_diffusion_ddim_guided() -> Specimen:
-    return specimen(d.StableDiffusionPipeline, sd_parts(d.DDIMScheduler(clip_sample=False)), **SQUARE)
-
-
-@entry
-def stable_diffusion_pndm_guided() -> Specimen:
-    scheduler = d.PNDMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
-    return specimen(d.StableDiffusionPipeline, sd_parts(scheduler), **SQUARE)
-
-
-@entry
-def stable_diffusion_kdpm2_guided() -> Specimen:
-    return specimen(d.StableDiffusionPipeline, sd_parts(d.KDPM2DiscreteScheduler()), **SQUARE)
-
-
-@entry
-def stable_diffusion_euler_ancestral_guided() -> Specimen:
-    return specimen(d.StableDiffusionPipeline, sd_parts(d.EulerAncestralDiscreteScheduler()), **SQUARE)
-
-
-def sdxl_parts(scheduler: Any) -> dict[str, Any]:
-    added = dict(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=WIDTH + 6 * 8)
-    deep = dict(transformer_layers_per_block=(1, 2), use_linear_projection=True)
-    return dict(unet=sd_unet(**added, **deep), vae=kl(blocks=2), scheduler=scheduler, add_watermarker=False)
-
-
-@entry
-def sdxl_guided() -> Specimen:
-    return specimen(d.StableDiffusionXLPipeline, sdxl_parts(d.EulerDiscreteScheduler()), **SQUARE)
-
-
-@entry
-def sdxl_heun_guided() -> Specimen:
-    return specimen(d.StableDiffusionXLPipeline, sdxl_parts(d.HeunDiscreteScheduler()), **SQUARE)

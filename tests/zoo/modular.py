@@ -6,9 +6,10 @@ import diffusers as d
 import torch
 
 from zoo.flux import EDIT, SQUARE, flux2_parts, flux_parts
-from zoo.image import qwen_parts, sdxl_parts, z_image_parts, z_image_text
-from zoo.parts import STEPS, TOKENS, WIDTH, Specimen, entry, noise, tiny
-from zoo.video import wan_parts
+from zoo.image import krea2_parts, qwen_parts, sd3_parts, z_image_parts, z_image_text
+from zoo.parts import STEPS, TOKENS, WIDTH, Specimen, entry, noise, picture
+from zoo.unet import sdxl_parts
+from zoo.video import FILM, LTX, hunyuan15_parts, ltx_parts, wan_parts
 
 
 def modular(blocks: Any, components: dict[str, Any], drop: tuple[str, ...] = ("text_encoder",), **arguments: Any) -> Specimen:
@@ -108,3 +109,50 @@ def modular_sdxl_guided() -> Specimen:
 
 def attention_of_a_block() -> d.LayerSkipConfig:
     return d.LayerSkipConfig(indices=[0], fqn="mid_block.attentions.0.transformer_blocks", skip_attention=False, skip_ff=False, skip_attention_scores=True)
+
+
+@entry
+def modular_krea2_guided() -> Specimen:
+    from diffusers.modular_pipelines.krea2.modular_blocks_krea2 import Krea2AutoBlocks
+
+    parts = dict(krea2_parts(), guider=d.ClassifierFreeGuidance(4.0))
+    embeds = dict(masked_embeds(torch.bool), prompt_embeds=noise(1, TOKENS, 3, 16), negative_prompt_embeds=noise(1, TOKENS, 3, 16, seed=1))
+    return modular(Krea2AutoBlocks(), parts, ("text_encoder", "decode"), **embeds, **SQUARE)
+
+
+@entry
+def modular_sd3_guided() -> Specimen:
+    from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import StableDiffusion3AutoBlocks
+
+    parts = dict(sd3_parts(), guider=d.ClassifierFreeGuidance(4.0))
+    names = dict(prompt_embeds=(1, TOKENS, WIDTH), pooled_prompt_embeds=(1, WIDTH))
+    embeds = {f"{sign}{name}": noise(*shape, seed=seed) for seed, sign in enumerate(["", "negative_"]) for name, shape in names.items()}
+    return modular(StableDiffusion3AutoBlocks(), parts, ("text_encoder", "decode"), **embeds, **SQUARE)
+
+
+@entry
+def modular_ltx_guided() -> Specimen:
+    from diffusers.modular_pipelines.ltx.modular_blocks_ltx import LTXAutoBlocks
+
+    parts = dict(ltx_parts(), guider=d.ClassifierFreeGuidance(3.0))
+    kept = {f"{sign}prompt_attention_mask": torch.ones(1, TOKENS, dtype=torch.long) for sign in ("", "negative_")}
+    embeds = dict(prompt_embeds=noise(1, TOKENS, WIDTH), negative_prompt_embeds=noise(1, TOKENS, WIDTH, seed=1))
+    return modular(LTXAutoBlocks(), parts, ("text_encoder", "decode"), **embeds, **kept, **LTX)
+
+
+@entry
+def modular_flux_kontext() -> Specimen:
+    from diffusers.modular_pipelines.flux.modular_blocks_flux_kontext import FluxKontextAutoBlocks
+
+    embeds = dict(prompt_embeds=noise(1, TOKENS, WIDTH), pooled_prompt_embeds=noise(1, WIDTH))
+    more = dict(image=picture(), max_area=256, _auto_resize=False)
+    return modular(FluxKontextAutoBlocks(), flux_parts(), ("text_encoder", "decode"), **embeds, **more, **SQUARE)
+
+
+@entry
+def modular_hunyuan_video15_guided() -> Specimen:
+    from diffusers.modular_pipelines.hunyuan_video1_5.modular_blocks_hunyuan_video1_5 import HunyuanVideo15AutoBlocks
+
+    names = {f"{sign}prompt_embeds{end}": noise(1, TOKENS, WIDTH, seed=seed) for seed, sign in enumerate(["", "negative_"]) for end in ("", "_2")}
+    kept = {f"{sign}prompt_embeds_mask{end}": torch.ones(1, TOKENS, dtype=torch.long) for sign in ("", "negative_") for end in ("", "_2")}
+    return modular(HunyuanVideo15AutoBlocks(), hunyuan15_parts("t2v"), ("text_encoder", "decode"), **names, **kept, **FILM)

@@ -8,12 +8,15 @@ from unittest import mock
 import diffusers as d
 import torch
 from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline  # its package hides it without OpenCV
+from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
+from diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora import LTX2HDRReferenceCondition
+from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
 from diffusers.pipelines.omnigen.processor_omnigen import OmniGenCollator
 
 from zoo.flux import EDIT, SQUARE, flow, flux_parts, longcat_parts, shifted
 from zoo.image import HUNYUAN_DIT, bria_fibo, hunyuan_dit_parts, qwen_parts, sd3_parts, small, z_image_parts, z_image_text
 from zoo.parts import TOKENS, WIDTH, Specimen, clip, entry, kl, mask, noise, picture, qwen_vae, specimen, stub, tiny, wan_vae
-from zoo.video import FILM, LTX, LTX2, cogvideo_parts, cosmos_parts, ltx2_parts, ltx_parts, unipc
+from zoo.video import FILM, LTX2, Unchecked, cogvideo_parts, cosmos_parts, ltx2_parts, ltx_parts, unipc, wan_parts
 
 
 EMBEDS = ["prompt_embeds", "negative_prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds_mask"]
@@ -44,7 +47,7 @@ def joy_parts(cls: type) -> dict[str, Any]:
 def joy_image_edit_guided() -> Specimen:
     subject = specimen(d.JoyImageEditPipeline, joy_parts(d.JoyImageEditTransformer3DModel), image=picture(), **SQUARE)
     # The pipeline would scale to some 1024 pixels a side
-    subject.pipe.vae_image_processor.get_default_height_width = lambda image, height, width: (height, width)
+    subject.pipe.vae_image_processor.get_default_height_width = lambda *args: (16, 16)
     return subject
 
 
@@ -53,7 +56,7 @@ def joy_image_edit_plus_guided() -> Specimen:
     parts = joy_parts(d.JoyImageEditPlusTransformer3DModel)
     subject = specimen(d.JoyImageEditPlusPipeline, parts, images=[picture(), picture(seed=1)], prompt="", drop=EMBEDS, **SQUARE)
     stub(subject, encode_prompt_multiple_images=(noise(1, TOKENS, WIDTH), torch.ones(1, TOKENS, dtype=torch.long)))
-    subject.pipe.image_processor.get_default_height_width = lambda image: (16, 16)
+    subject.pipe.image_processor.get_default_height_width = lambda *args: (16, 16)
     return subject
 
 
@@ -75,9 +78,9 @@ def omnigen_guided() -> Specimen:
     sizes = dict(in_channels=4, vocab_size=16, pad_token_id=0, time_step_dim=16, pos_embed_max_size=16, max_position_embeddings=64, original_max_position_embeddings=64)
     scaling = dict(rope_scaling=dict(long_factor=[1.0] * 8, short_factor=[1.0] * 8, type="su"))
     transformer = tiny(d.OmniGenTransformer2DModel, **sizes, **scaling)
-    parts = dict(transformer=transformer, vae=kl(blocks=2), scheduler=flow(invert_sigmas=True, num_train_timesteps=1))
+    parts = dict(transformer=transformer, vae=kl(blocks=4), scheduler=flow(invert_sigmas=True, num_train_timesteps=1))
     with mock.patch.object(sys.modules[d.OmniGenPipeline.__module__], "OmniGenMultiModalProcessor", OmniGenTokens, create=True):
-        return specimen(d.OmniGenPipeline, parts, prompt="", **SQUARE)
+        return specimen(d.OmniGenPipeline, parts, prompt="", height=64, width=64)
 
 
 @entry
@@ -109,14 +112,6 @@ def cosmos3_guided() -> Specimen:
     parts = dict(transformer=transformer, text_tokenizer=Tokens(), vae=wan_vae(), scheduler=unipc())
     subject = specimen(d.Cosmos3OmniPipeline, dict(parts, enable_safety_checker=False), prompt="", **FILM)
     return stub(subject, tokenize_prompt=([3, 4, 5, 1, 2], [6, 7, 1, 2]))
-
-
-@entry
-def qwen_image_layered_guided() -> Specimen:
-    transformer = tiny(d.QwenImageTransformer2DModel, in_channels=16, out_channels=4, use_additional_t_cond=True, use_layer3d_rope=True)
-    vae = qwen_vae(input_channels=4)
-    parts = dict(qwen_parts(), transformer=transformer, vae=vae)
-    return small(specimen(d.QwenImageLayeredPipeline, parts, image=picture().convert("RGBA"), layers=2))
 
 
 @entry
@@ -177,14 +172,35 @@ def longcat_image_edit_guided() -> Specimen:
 
 @entry
 def ltx2_condition_guided() -> Specimen:
-    condition = d.pipelines.ltx2.pipeline_ltx2_condition.LTX2VideoCondition(frames=noise(1, 3, 32, 32).sigmoid(), index=0, strength=1.0, crf=0)
+    condition = LTX2VideoCondition(frames=noise(1, 3, 32, 32).sigmoid(), index=0, strength=1.0, crf=0)
     return specimen(d.LTX2ConditionPipeline, ltx2_parts(), conditions=condition, **LTX2)
 
 
 @entry
 def ltx2_in_context_guided() -> Specimen:
-    condition = d.pipelines.ltx2.pipeline_ltx2_condition.LTX2VideoCondition(frames=noise(1, 3, 32, 32).sigmoid(), index=0, strength=1.0, crf=0)
-    return specimen(d.LTX2InContextPipeline, ltx2_parts(), conditions=condition, **LTX2)
+    reference = LTX2ReferenceCondition(frames=noise(1, 3, 32, 32).sigmoid(), strength=1.0)
+    more = dict(reference_conditions=[reference], conditioning_attention_strength=0.5)
+    return specimen(d.LTX2InContextPipeline, ltx2_parts(), **more, **LTX2)
+
+
+@entry
+def ltx2_hdr() -> Specimen:
+    reference = LTX2HDRReferenceCondition(frames=noise(1, 3, 32, 32).sigmoid(), strength=1.0)
+    film = {name: LTX2[name] for name in ("height", "width", "num_frames", "frame_rate")}
+    embeds = dict(connector_video_embeds=noise(1, TOKENS, WIDTH), connector_audio_embeds=noise(1, TOKENS, WIDTH))
+    return specimen(d.LTX2HDRPipeline, ltx2_parts(), reference_conditions=[reference], drop=DROPS, **embeds, **film)
+
+
+DROPS = [*EMBEDS, "prompt", "negative_prompt", "prompt_attention_mask", "negative_prompt_attention_mask"]
+
+
+@entry
+def visual_cloze_generation() -> Specimen:
+    pictures = [[picture(32), picture(32, 1)], [picture(32, 2), None]]
+    parts = dict(flux_parts(conditioning=16 + 16), resolution=32)
+    prompts = dict(task_prompt=[""], content_prompt=[""])
+    subject = specimen(d.VisualClozeGenerationPipeline, parts, drop=["prompt", "prompt_embeds", "pooled_prompt_embeds"], image=[pictures], **prompts)
+    return stub(subject, encode_prompt=(noise(1, TOKENS, WIDTH), noise(1, WIDTH), torch.zeros(TOKENS, 3)))
 
 
 @entry

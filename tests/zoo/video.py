@@ -127,6 +127,13 @@ def skyreels_forcing_guided() -> Specimen:
 
 
 @entry
+def skyreels_forcing_asynchronous_guided() -> Specimen:
+    # Frames of one call at different noise levels
+    more = dict(base_num_frames=9, ar_step=2, causal_block_size=1)
+    return specimen(d.SkyReelsV2DiffusionForcingPipeline, skyreels_parts(num_frame_per_block=1), **more, **FILM)
+
+
+@entry
 def skyreels_forcing_long_guided() -> Specimen:
     more = dict(base_num_frames=9, overlap_history=5, height=16, width=16, num_frames=13)
     return specimen(d.SkyReelsV2DiffusionForcingPipeline, skyreels_parts(), **more)
