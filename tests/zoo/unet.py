@@ -72,7 +72,9 @@ def latent_consistency() -> Specimen:
 
 def sdxl_parts(scheduler: Any) -> dict[str, Any]:
     width = WIDTH + 6 * 8  # of the pooled prompt and of six numbers: sizes and crops
-    added = dict(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=width)
+    added = dict(
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=width
+    )
     deep = dict(transformer_layers_per_block=(1, 2), use_linear_projection=True)
     return dict(unet=unet(**added, **deep), vae=kl(blocks=2), scheduler=scheduler, add_watermarker=False)
 
@@ -94,7 +96,9 @@ def sdxl_img2img_guided() -> Specimen:
 
 
 def unconditional(scheduler: Any) -> dict[str, Any]:
-    sizes = dict(sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=8)
+    sizes = dict(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=8
+    )
     blocks = dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
     return dict(unet=tiny(d.UNet2DModel, **sizes, **blocks), scheduler=scheduler)
 
@@ -111,12 +115,46 @@ def unconditional_ddim_clipped() -> Specimen:
 
 @entry
 def stable_video_diffusion_guided() -> Specimen:
-    down, up = ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"), ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal")
-    sizes = dict(sample_size=8, block_out_channels=(32, 32), in_channels=8, out_channels=4, layers_per_block=1, num_attention_heads=2)
-    net = tiny(d.UNetSpatioTemporalConditionModel, **sizes, down_block_types=down, up_block_types=up, addition_time_embed_dim=8, projection_class_embeddings_input_dim=24)
-    vae = tiny(d.AutoencoderKLTemporalDecoder, block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4)
-    scheduler = d.EulerDiscreteScheduler(prediction_type="v_prediction", timestep_type="continuous", sigma_min=0.002, sigma_max=700.0, use_karras_sigmas=True)
-    subject = specimen(d.StableVideoDiffusionPipeline, dict(unet=net, vae=vae, scheduler=scheduler), image=picture(), num_frames=3, **SQUARE)
+    down, up = (
+        ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+    )
+    sizes = dict(
+        sample_size=8,
+        block_out_channels=(32, 32),
+        in_channels=8,
+        out_channels=4,
+        layers_per_block=1,
+        num_attention_heads=2,
+    )
+    net = tiny(
+        d.UNetSpatioTemporalConditionModel,
+        **sizes,
+        down_block_types=down,
+        up_block_types=up,
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24,
+    )
+    vae = tiny(
+        d.AutoencoderKLTemporalDecoder,
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        latent_channels=4,
+    )
+    scheduler = d.EulerDiscreteScheduler(
+        prediction_type="v_prediction",
+        timestep_type="continuous",
+        sigma_min=0.002,
+        sigma_max=700.0,
+        use_karras_sigmas=True,
+    )
+    subject = specimen(
+        d.StableVideoDiffusionPipeline,
+        dict(unet=net, vae=vae, scheduler=scheduler),
+        image=picture(),
+        num_frames=3,
+        **SQUARE,
+    )
     subject.pipe._encode_image = lambda *args: noise(2, 1, WIDTH)
     return subject
 
