@@ -1,5 +1,6 @@
 """Every pipeline of the zoo runs, twice the same, and the oracle forecasts it; every transformer of the zoo runs."""
 
+import copy
 from functools import cache
 
 import pytest
@@ -64,6 +65,54 @@ def test_rows_see_the_times_and_past_of_their_run():
     name = "helios_pyramid_guided"  # three runs of three ticks
     watch(built(name).pipe, built(name).call, Oracle(plain(name), {0, 1}, row))
     assert plain(name).runs == [3, 3, 3] and seen == [(3, 2, (0, 1))] * 6
+
+
+class Sampler:
+    """Step along the velocity, as a scheduler that a pipeline copies."""
+
+    def set_timesteps(self, steps: int) -> None:
+        self.timesteps = list(range(steps))
+
+    def step(self, velocity, timestep, latents):
+        return (latents + velocity,)
+
+
+class Doubler(torch.nn.Module):
+    def forward(self, x, scale):
+        return dict(sample=scale * x)
+
+
+class Toy:
+    """Guide by a second call, from the second step on, and step twice with a copy of the sampler."""
+
+    def __init__(self) -> None:
+        self.components = dict(scheduler=Sampler(), transformer=Doubler())
+
+    def __call__(self):
+        scheduler, transformer = copy.deepcopy(self.components["scheduler"]), self.components["transformer"]
+        scheduler.set_timesteps(5)
+        latents = torch.ones(1)
+        for step in scheduler.timesteps:
+            velocity = transformer(latents, 1.0)["sample"]
+            velocity = velocity + (transformer(latents, 10.0)["sample"] if step else 0)
+            scheduler.step(velocity, step, latents)
+            latents = scheduler.step(velocity, step, latents)[0]
+        return latents
+
+
+def test_the_oracle_on_a_toy_with_the_answer_in_ones_head():
+    toy, step = Toy(), Sampler.step
+    run = watch(toy, toy)
+    assert run.streams == [1, 2, 2, 2, 2] and run.steps == 10 and run.times == [0, 1, 2, 3, 4] and run.runs == [5]
+    assert run.latents[-1].item() == 2 * 12**4  # doubled, then times 1 + 11 in each step
+    forecast = watch(toy, toy, Oracle(run, {0, 2, 4}, reuse))
+    # Step 1: the first stream repeats 1, the second is new and runs: 2 + 1 + 20 = 23, then 23 * 12 = 276;
+    # step 3 repeats the 253 of step 2: 529; then times 12
+    assert forecast.skipped == 3 and forecast.latents[-1].item() == 529 * 12
+    line = watch(toy, toy, Oracle(run, {0, 2, 4}, extrapolate))
+    # Step 3: the line of the first stream through (0, 1), (2, 23), that of the second through (1, 20), (2, 230)
+    assert line.latents[-1].item() == (276 + 34 + 440) * 12
+    assert Sampler.step is step and "forward" not in vars(toy.components["transformer"])
 
 
 def test_combine_sums_every_tensor_and_hands_on_the_rest():

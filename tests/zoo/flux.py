@@ -34,7 +34,9 @@ def flux_controlnet() -> Any:
 @entry
 def flux() -> Specimen:
     embedded = flux_parts(guidance_embeds=True)
-    return specimen(d.FluxPipeline, embedded, drop=["negative_prompt_embeds", "negative_pooled_prompt_embeds"], **SQUARE)
+    return specimen(
+        d.FluxPipeline, embedded, drop=["negative_prompt_embeds", "negative_pooled_prompt_embeds"], **SQUARE
+    )
 
 
 @entry
@@ -109,7 +111,14 @@ def flux_controlnet_inpaint() -> Specimen:
 def flux2_parts(**config: Any) -> dict[str, Any]:
     transformer = tiny(d.Flux2Transformer2DModel, in_channels=16, axes_dims_rope=(4, 4, 4, 4), **config)
     blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
-    vae = tiny(d.AutoencoderKLFlux2, block_out_channels=(4, 4), layers_per_block=1, latent_channels=4, norm_num_groups=1, **blocks)
+    vae = tiny(
+        d.AutoencoderKLFlux2,
+        block_out_channels=(4, 4),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=1,
+        **blocks,
+    )
     return dict(transformer=transformer, vae=vae, scheduler=shifted())
 
 
@@ -175,6 +184,8 @@ def longcat_parts() -> dict[str, Any]:
 @entry
 def longcat_image_guided() -> Specimen:
     subject = specimen(d.LongCatImagePipeline, longcat_parts(), enable_prompt_rewrite=False, **SQUARE)
-    encode = subject.pipe.encode_prompt  # it takes the batch size from prompts, which the call refuses beside embeddings
+    encode = (
+        subject.pipe.encode_prompt
+    )  # it takes the batch size from prompts, which the call refuses beside embeddings
     subject.pipe.encode_prompt = lambda **arguments: encode(**{**arguments, "prompt": [""]})
     return subject

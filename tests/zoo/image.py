@@ -1,105 +1,12 @@
-"""Pictures from transformers that are no kin of FLUX, and from UNets."""
+"""Pictures from transformers that are no kin of FLUX."""
 
-import sys
-from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import diffusers as d
 import torch
 
 from zoo.flux import EDIT, SQUARE, flow, flux2_parts, shifted
 from zoo.parts import TOKENS, WIDTH, Specimen, entry, kl, mask, noise, picture, qwen_vae, specimen, stub, tiny, wan_vae
-
-
-def qwen_parts(**config: Any) -> dict[str, Any]:
-    transformer = tiny(d.QwenImageTransformer2DModel, in_channels=16, out_channels=4, **config)
-    return dict(transformer=transformer, vae=qwen_vae(), scheduler=shifted())
-
-
-@entry
-def qwen_image_guided() -> Specimen:
-    return specimen(d.QwenImagePipeline, qwen_parts(), true_cfg_scale=4.0, **SQUARE)
-
-
-@entry
-def qwen_image_img2img_guided() -> Specimen:
-    return specimen(d.QwenImageImg2ImgPipeline, qwen_parts(), **EDIT)
-
-
-@entry
-def qwen_image_inpaint_guided() -> Specimen:
-    return specimen(d.QwenImageInpaintPipeline, qwen_parts(), mask_image=mask(), **EDIT)
-
-
-def small(subject: Specimen, side: int = 16) -> Specimen:
-    """Let the pipeline size its pictures for a square of `side` pixels in place of 1024, for its calls alone."""
-    module = sys.modules[type(subject.pipe).__module__]
-    number = len(module.calculate_dimensions(1024, 1.0))  # of what it gives: a side twice, in some modules None too
-
-    def sizes(area: int, ratio: float) -> tuple[int | None, ...]:
-        return (side, side, None)[:number]
-
-    return replace(subject, around=lambda: mock.patch.object(module, "calculate_dimensions", sizes))
-
-
-@entry
-def qwen_image_edit_guided() -> Specimen:
-    return small(specimen(d.QwenImageEditPipeline, qwen_parts(), image=picture(), **SQUARE))
-
-
-@entry
-def qwen_image_edit_inpaint_guided() -> Specimen:
-    return small(specimen(d.QwenImageEditInpaintPipeline, qwen_parts(), mask_image=mask(), **EDIT))
-
-
-@entry
-def qwen_image_edit_plus_guided() -> Specimen:
-    return small(specimen(d.QwenImageEditPlusPipeline, qwen_parts(), image=[picture(), picture(seed=1)], **SQUARE))
-
-
-@entry
-def qwen_image_controlnet_guided() -> Specimen:
-    parts = dict(qwen_parts(), controlnet=tiny(d.QwenImageControlNetModel, in_channels=16, out_channels=4))
-    return specimen(d.QwenImageControlNetPipeline, parts, control_image=picture(), **SQUARE)
-
-
-@entry
-def qwen_image_controlnet_inpaint_guided() -> Specimen:
-    sizes = dict(in_channels=16, out_channels=4, extra_condition_channels=4)
-    parts = dict(qwen_parts(), controlnet=tiny(d.QwenImageControlNetModel, **sizes))
-    return specimen(d.QwenImageControlNetInpaintPipeline, parts, control_image=picture(), control_mask=mask(), **SQUARE)
-
-
-def z_image_parts() -> dict[str, Any]:
-    sizes = dict(in_channels=4, dim=WIDTH, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2)
-    axes = dict(axes_dims=[4, 4, 8], axes_lens=[256, 64, 64])
-    return dict(transformer=tiny(d.ZImageTransformer2DModel, **sizes, **axes), vae=kl(blocks=2), scheduler=shifted())
-
-
-def z_image_text() -> dict[str, Any]:
-    """Give the embeddings as lists, one tensor a prompt, as these pipelines want them."""
-    return dict(prompt_embeds=[noise(7, WIDTH)], negative_prompt_embeds=[noise(5, WIDTH, seed=1)])
-
-
-@entry
-def z_image_guided() -> Specimen:
-    return specimen(d.ZImagePipeline, z_image_parts(), **z_image_text(), **SQUARE)
-
-
-@entry
-def z_image_truncated() -> Specimen:
-    return specimen(d.ZImagePipeline, z_image_parts(), cfg_truncation=0.5, **z_image_text(), **SQUARE)
-
-
-@entry
-def z_image_img2img_guided() -> Specimen:
-    return specimen(d.ZImageImg2ImgPipeline, z_image_parts(), **z_image_text(), **EDIT)
-
-
-@entry
-def z_image_inpaint_guided() -> Specimen:
-    return specimen(d.ZImageInpaintPipeline, z_image_parts(), mask_image=mask(), **z_image_text(), **EDIT)
 
 
 def sd3_parts(**config: Any) -> dict[str, Any]:
@@ -111,6 +18,18 @@ def sd3_parts(**config: Any) -> dict[str, Any]:
 @entry
 def sd3_guided() -> Specimen:
     return specimen(d.StableDiffusion3Pipeline, sd3_parts(), **SQUARE)
+
+
+@entry
+def sd3_heun_guided() -> Specimen:
+    parts = dict(sd3_parts(), scheduler=d.FlowMatchHeunDiscreteScheduler(shift=3.0))
+    return specimen(d.StableDiffusion3Pipeline, parts, **SQUARE)
+
+
+@entry
+def sd3_pag_guided() -> Specimen:
+    parts = dict(sd3_parts(), pag_applied_layers=["blocks.1"])
+    return specimen(d.StableDiffusion3PAGPipeline, parts, pag_scale=2.0, **SQUARE)
 
 
 @entry
@@ -158,7 +77,9 @@ def dc() -> d.AutoencoderDC:
     return tiny(d.AutoencoderDC, latent_channels=4, attention_head_dim=4, scaling_factor=0.4, **blocks, **types)
 
 
-DC = dict(block_types="ResBlock", block_out_channels=(8, 8, 8), layers_per_block=(1, 1, 1), qkv_multiscales=((), (), ()))
+DC = dict(
+    block_types="ResBlock", block_out_channels=(8, 8, 8), layers_per_block=(1, 1, 1), qkv_multiscales=((), (), ())
+)
 
 
 def sana_parts(scheduler: Any, **config: Any) -> dict[str, Any]:
@@ -282,27 +203,37 @@ def prx_guided() -> Specimen:
     return specimen(d.PRXPipeline, parts, use_resolution_binning=False, **SQUARE)
 
 
-@entry
-def krea2_guided() -> Specimen:
+def krea2_parts() -> dict[str, Any]:
     sizes = dict(in_channels=16, num_key_value_heads=2, timestep_embed_dim=16, text_hidden_dim=16, num_text_layers=3)
     text = dict(text_num_attention_heads=2, text_num_key_value_heads=1, text_intermediate_size=16)
     blocks = dict(num_layerwise_text_blocks=1, num_refiner_text_blocks=1)
     transformer = tiny(d.Krea2Transformer2DModel, **sizes, **text, **blocks)
-    parts = dict(transformer=transformer, vae=qwen_vae(), scheduler=shifted())
+    return dict(transformer=transformer, vae=qwen_vae(), scheduler=shifted())
+
+
+@entry
+def krea2_guided() -> Specimen:
     embeds = dict(prompt_embeds=noise(1, TOKENS, 3, 16), negative_prompt_embeds=noise(1, TOKENS, 3, 16, seed=1))
-    return specimen(d.Krea2Pipeline, parts, masks=torch.bool, **embeds, **SQUARE)
+    return specimen(d.Krea2Pipeline, krea2_parts(), masks=torch.bool, **embeds, **SQUARE)
 
 
 @entry
 def ernie_image_guided() -> Specimen:
-    transformer = tiny(d.ErnieImageTransformer2DModel, in_channels=16, out_channels=16, ffn_hidden_size=64, text_in_dim=WIDTH)
+    transformer = tiny(
+        d.ErnieImageTransformer2DModel, in_channels=16, out_channels=16, ffn_hidden_size=64, text_in_dim=WIDTH
+    )
     parts = dict(flux2_parts(), transformer=transformer, scheduler=flow(shift=3.0))
     return specimen(d.ErnieImagePipeline, parts, use_pe=False, **SQUARE)
 
 
 @entry
 def nucleus_moe_guided() -> Specimen:
-    moe = dict(num_experts=4, moe_intermediate_dim=32, capacity_factors=[1.0, 1.0], dense_moe_strategy="leave_first_block_dense")
+    moe = dict(
+        num_experts=4,
+        moe_intermediate_dim=32,
+        capacity_factors=[1.0, 1.0],
+        dense_moe_strategy="leave_first_block_dense",
+    )
     transformer = tiny(d.NucleusMoEImageTransformer2DModel, in_channels=16, out_channels=4, **moe)
     parts = dict(transformer=transformer, vae=qwen_vae(), scheduler=shifted())
     return specimen(d.NucleusMoEImagePipeline, parts, **SQUARE)
@@ -322,17 +253,45 @@ def glm_image_guided() -> Specimen:
 def hunyuan_image_guided() -> Specimen:
     sizes = dict(in_channels=4, out_channels=4, text_embed_2_dim=WIDTH, rope_axes_dim=(8, 8))
     transformer = tiny(d.HunyuanImageTransformer2DModel, **sizes)
-    vae = tiny(d.AutoencoderKLHunyuanImage, in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 32), layers_per_block=1, spatial_compression_ratio=2, sample_size=8, scaling_factor=0.5)
+    vae = tiny(
+        d.AutoencoderKLHunyuanImage,
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        spatial_compression_ratio=2,
+        sample_size=8,
+        scaling_factor=0.5,
+    )
     guiders = dict(guider=d.ClassifierFreeGuidance(3.0))
-    return specimen(d.HunyuanImagePipeline, dict(transformer=transformer, vae=vae, scheduler=flow(shift=3.0), **guiders), **SQUARE)
+    return specimen(
+        d.HunyuanImagePipeline, dict(transformer=transformer, vae=vae, scheduler=flow(shift=3.0), **guiders), **SQUARE
+    )
 
 
 @entry
 def hidream_guided() -> Specimen:
-    sizes = dict(patch_size=2, in_channels=4, out_channels=4, caption_channels=[WIDTH, 16], text_emb_dim=WIDTH, axes_dims_rope=(4, 6, 6), max_resolution=(32, 32), llama_layers=(0, 1), num_layers=1, num_single_layers=1)
+    sizes = dict(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        caption_channels=[WIDTH, 16],
+        text_emb_dim=WIDTH,
+        axes_dims_rope=(4, 6, 6),
+        max_resolution=(32, 32),
+        llama_layers=(0, 1),
+        num_layers=1,
+        num_single_layers=1,
+    )
     transformer = tiny(d.HiDreamImageTransformer2DModel, **sizes)
     llama = [noise(2, 1, TOKENS, 16, seed=seed) for seed in range(2)]
-    embeds = dict(prompt_embeds_t5=noise(1, TOKENS, WIDTH), negative_prompt_embeds_t5=noise(1, TOKENS, WIDTH, seed=1), prompt_embeds_llama3=llama[0], negative_prompt_embeds_llama3=llama[1])
+    embeds = dict(
+        prompt_embeds_t5=noise(1, TOKENS, WIDTH),
+        negative_prompt_embeds_t5=noise(1, TOKENS, WIDTH, seed=1),
+        prompt_embeds_llama3=llama[0],
+        negative_prompt_embeds_llama3=llama[1],
+    )
     parts = dict(transformer=transformer, vae=kl(blocks=2), scheduler=flow(shift=3.0))
     subject = specimen(d.HiDreamImagePipeline, parts, **embeds, height=32, width=32)
     subject.pipe.default_sample_size = 16  # the pipeline scales pictures up to this many latents a side
@@ -344,12 +303,20 @@ def ideogram4_guided() -> Specimen:
     # TOKENS of text, then 16 of the picture; `indicator` says which is which
     length = TOKENS + 16
     sizes = dict(in_channels=16, adaln_dim=16, llm_features_dim=WIDTH, intermediate_size=64, mrope_section=(4, 2, 2))
-    nets = {name: tiny(d.Ideogram4Transformer2DModel, seed, **sizes) for seed, name in enumerate(["transformer", "unconditional_transformer"])}
+    nets = {
+        name: tiny(d.Ideogram4Transformer2DModel, seed, **sizes)
+        for seed, name in enumerate(["transformer", "unconditional_transformer"])
+    }
     parts = dict(flux2_parts(), scheduler=flow(), **nets) | nets
     more = dict(prompt="", guidance_scale=3.0, guidance_schedule=None, max_sequence_length=TOKENS)
     places = torch.arange(length).unsqueeze(-1).expand(1, length, 3).clone()
     kinds = torch.tensor([[3] * TOKENS + [2] * 16])
-    packed = (torch.cat([noise(1, TOKENS, WIDTH), torch.zeros(1, 16, WIDTH)], 1), places, torch.ones(1, length, dtype=torch.long), kinds)
+    packed = (
+        torch.cat([noise(1, TOKENS, WIDTH), torch.zeros(1, 16, WIDTH)], 1),
+        places,
+        torch.ones(1, length, dtype=torch.long),
+        kinds,
+    )
     return stub(specimen(d.Ideogram4Pipeline, parts, **more, **SQUARE), encode_prompt=packed)
 
 
@@ -367,50 +334,3 @@ def bria_fibo(cls: type, **arguments: Any) -> Specimen:
 @entry
 def bria_fibo_guided() -> Specimen:
     return bria_fibo(d.BriaFiboPipeline, prompt="", height=64, width=64)
-
-
-def sd_unet(cross: int = WIDTH, **config: Any) -> d.UNet2DConditionModel:
-    sizes = dict(sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=cross, attention_head_dim=2, num_attention_heads=None)
-    blocks = dict(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
-    return tiny(d.UNet2DConditionModel, **{**sizes, **blocks, **config})
-
-
-def sd_parts(scheduler: Any) -> dict[str, Any]:
-    return dict(unet=sd_unet(), vae=kl(blocks=2), scheduler=scheduler, requires_safety_checker=False)
-
-
-@entry
-def stable_diffusion_ddim_guided() -> Specimen:
-    return specimen(d.StableDiffusionPipeline, sd_parts(d.DDIMScheduler(clip_sample=False)), **SQUARE)
-
-
-@entry
-def stable_diffusion_pndm_guided() -> Specimen:
-    scheduler = d.PNDMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
-    return specimen(d.StableDiffusionPipeline, sd_parts(scheduler), **SQUARE)
-
-
-@entry
-def stable_diffusion_kdpm2_guided() -> Specimen:
-    return specimen(d.StableDiffusionPipeline, sd_parts(d.KDPM2DiscreteScheduler()), **SQUARE)
-
-
-@entry
-def stable_diffusion_euler_ancestral_guided() -> Specimen:
-    return specimen(d.StableDiffusionPipeline, sd_parts(d.EulerAncestralDiscreteScheduler()), **SQUARE)
-
-
-def sdxl_parts(scheduler: Any) -> dict[str, Any]:
-    added = dict(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=WIDTH + 6 * 8)
-    deep = dict(transformer_layers_per_block=(1, 2), use_linear_projection=True)
-    return dict(unet=sd_unet(**added, **deep), vae=kl(blocks=2), scheduler=scheduler, add_watermarker=False)
-
-
-@entry
-def sdxl_guided() -> Specimen:
-    return specimen(d.StableDiffusionXLPipeline, sdxl_parts(d.EulerDiscreteScheduler()), **SQUARE)
-
-
-@entry
-def sdxl_heun_guided() -> Specimen:
-    return specimen(d.StableDiffusionXLPipeline, sdxl_parts(d.HeunDiscreteScheduler()), **SQUARE)

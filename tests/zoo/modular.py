@@ -5,13 +5,19 @@ from typing import Any
 import diffusers as d
 import torch
 
-from zoo.flux import EDIT, SQUARE, flux2_parts, flux_parts
-from zoo.image import qwen_parts, sdxl_parts, z_image_parts, z_image_text
-from zoo.parts import STEPS, TOKENS, WIDTH, Specimen, entry, noise
-from zoo.video import wan_parts
+from zoo.flux import EDIT, SQUARE, flow, flux2_parts, flux_parts
+from zoo.hunyuan import hunyuan15_parts
+from zoo.image import krea2_parts, sd3_parts
+from zoo.ltx import LTX, ltx_parts
+from zoo.parts import STEPS, TOKENS, WIDTH, Specimen, entry, noise, picture, tiny
+from zoo.qwen import qwen_parts, z_image_parts, z_image_text
+from zoo.unet import sdxl_parts
+from zoo.wan import FILM, wan_parts
 
 
-def modular(blocks: Any, components: dict[str, Any], drop: tuple[str, ...] = ("text_encoder",), **arguments: Any) -> Specimen:
+def modular(
+    blocks: Any, components: dict[str, Any], drop: tuple[str, ...] = ("text_encoder",), **arguments: Any
+) -> Specimen:
     """Build a pipeline of blocks less those named in `drop`; it gives the latents, not a picture."""
     for name in drop:
         blocks.sub_blocks.pop(name)
@@ -49,7 +55,9 @@ def modular_qwen(guider: Any, **arguments: Any) -> Specimen:
     from diffusers.modular_pipelines.qwenimage.modular_blocks_qwenimage import QwenImageAutoBlocks
 
     parts = dict(qwen_parts(), guider=guider)
-    return modular(QwenImageAutoBlocks(), parts, ("text_encoder", "decode"), **masked_embeds(), **{**SQUARE, **arguments})
+    return modular(
+        QwenImageAutoBlocks(), parts, ("text_encoder", "decode"), **masked_embeds(), **{**SQUARE, **arguments}
+    )
 
 
 @entry
@@ -101,12 +109,114 @@ def modular_sdxl_guided() -> Specimen:
         StableDiffusionXLAutoBlocks,
     )
 
-    parts = dict(sdxl_parts(d.EulerDiscreteScheduler()), guider=d.PerturbedAttentionGuidance(4.0, perturbed_guidance_config=attention_of_a_block()))
+    parts = dict(
+        sdxl_parts(d.EulerDiscreteScheduler()),
+        guider=d.PerturbedAttentionGuidance(4.0, perturbed_guidance_config=attention_of_a_block()),
+    )
     parts.pop("add_watermarker")
     names = dict(prompt_embeds=(1, TOKENS, WIDTH), pooled_prompt_embeds=(1, WIDTH))
-    embeds = {f"{sign}{name}": noise(*shape, seed=seed) for seed, sign in enumerate(["", "negative_"]) for name, shape in names.items()}
+    embeds = {
+        f"{sign}{name}": noise(*shape, seed=seed)
+        for seed, sign in enumerate(["", "negative_"])
+        for name, shape in names.items()
+    }
     return modular(StableDiffusionXLAutoBlocks(), parts, ("text_encoder", "decode"), **embeds, **SQUARE)
 
 
 def attention_of_a_block() -> d.LayerSkipConfig:
-    return d.LayerSkipConfig(indices=[0], fqn="mid_block.attentions.0.transformer_blocks", skip_attention=False, skip_ff=False, skip_attention_scores=True)
+    return d.LayerSkipConfig(
+        indices=[0],
+        fqn="mid_block.attentions.0.transformer_blocks",
+        skip_attention=False,
+        skip_ff=False,
+        skip_attention_scores=True,
+    )
+
+
+@entry
+def modular_krea2_guided() -> Specimen:
+    from diffusers.modular_pipelines.krea2.modular_blocks_krea2 import Krea2AutoBlocks
+
+    parts = dict(krea2_parts(), guider=d.ClassifierFreeGuidance(4.0))
+    embeds = dict(
+        masked_embeds(torch.bool),
+        prompt_embeds=noise(1, TOKENS, 3, 16),
+        negative_prompt_embeds=noise(1, TOKENS, 3, 16, seed=1),
+    )
+    return modular(Krea2AutoBlocks(), parts, ("text_encoder", "decode"), **embeds, **SQUARE)
+
+
+@entry
+def modular_sd3_guided() -> Specimen:
+    from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import (
+        StableDiffusion3AutoBlocks,
+    )
+
+    parts = dict(sd3_parts(), guider=d.ClassifierFreeGuidance(4.0))
+    names = dict(prompt_embeds=(1, TOKENS, WIDTH), pooled_prompt_embeds=(1, WIDTH))
+    embeds = {
+        f"{sign}{name}": noise(*shape, seed=seed)
+        for seed, sign in enumerate(["", "negative_"])
+        for name, shape in names.items()
+    }
+    return modular(StableDiffusion3AutoBlocks(), parts, ("text_encoder", "decode"), **embeds, **SQUARE)
+
+
+@entry
+def modular_ltx_guided() -> Specimen:
+    from diffusers.modular_pipelines.ltx.modular_blocks_ltx import LTXAutoBlocks
+
+    parts = dict(ltx_parts(), guider=d.ClassifierFreeGuidance(3.0))
+    kept = {f"{sign}prompt_attention_mask": torch.ones(1, TOKENS, dtype=torch.long) for sign in ("", "negative_")}
+    embeds = dict(prompt_embeds=noise(1, TOKENS, WIDTH), negative_prompt_embeds=noise(1, TOKENS, WIDTH, seed=1))
+    return modular(LTXAutoBlocks(), parts, ("text_encoder", "decode"), **embeds, **kept, **LTX)
+
+
+@entry
+def modular_flux_kontext() -> Specimen:
+    from diffusers.modular_pipelines.flux.modular_blocks_flux_kontext import FluxKontextAutoBlocks
+
+    embeds = dict(prompt_embeds=noise(1, TOKENS, WIDTH), pooled_prompt_embeds=noise(1, WIDTH))
+    more = dict(image=picture(), max_area=256, _auto_resize=False)
+    return modular(FluxKontextAutoBlocks(), flux_parts(), ("text_encoder", "decode"), **embeds, **more, **SQUARE)
+
+
+@entry
+def modular_hunyuan_video15_guided() -> Specimen:
+    from diffusers.modular_pipelines.hunyuan_video1_5.modular_blocks_hunyuan_video1_5 import HunyuanVideo15AutoBlocks
+
+    names = {
+        f"{sign}prompt_embeds{end}": noise(1, TOKENS, WIDTH, seed=seed)
+        for seed, sign in enumerate(["", "negative_"])
+        for end in ("", "_2")
+    }
+    kept = {
+        f"{sign}prompt_embeds_mask{end}": torch.ones(1, TOKENS, dtype=torch.long)
+        for sign in ("", "negative_")
+        for end in ("", "_2")
+    }
+    return modular(
+        HunyuanVideo15AutoBlocks(), hunyuan15_parts("t2v"), ("text_encoder", "decode"), **names, **kept, **FILM
+    )
+
+
+@entry
+def modular_flux3_guided() -> Specimen:
+    from diffusers.modular_pipelines.flux3.modular_blocks_flux3 import Flux3AutoBlocks
+
+    sizes = dict(in_channels=16, cond_in_channels=16, timestep_channels=16, axes_dims_rope=(4, 4, 4, 4))
+    parts = dict(flux2_parts(), guider=d.ClassifierFreeGuidance(4.0), scheduler=flow(shift=3.0))
+    parts["transformer"] = tiny(d.Flux3Transformer2DModel, **sizes)
+    embeds = dict(prompt_embeds=noise(1, TOKENS, WIDTH), negative_prompt_embeds=noise(1, TOKENS, WIDTH, seed=1))
+    return modular(Flux3AutoBlocks(), parts, ("prompt_upsampler", "text_encoder", "decode"), **embeds, **SQUARE)
+
+
+@entry
+def modular_minimax_h3() -> Specimen:
+    from diffusers.modular_pipelines.minimax_h3.modular_blocks_minimax_h3 import MiniMaxH3Blocks
+
+    widths = dict(time_embed_hidden_dim=16, time_embed_dim=16, rope_freq_dim=2)
+    transformer = tiny(d.MiniMaxH3Transformer3DModel, **widths)
+    parts = dict(transformer=transformer, scheduler=d.MiniMaxH3Scheduler(), audio_scheduler=d.MiniMaxH3Scheduler())
+    more = dict(prompt_embeds=noise(1, TOKENS, WIDTH), text_token_tags=torch.zeros(TOKENS, dtype=torch.long))
+    return modular(MiniMaxH3Blocks(), parts, ("text_encoder", "decode"), height=64, width=64, num_frames=124, **more)

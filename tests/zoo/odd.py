@@ -7,19 +7,14 @@ from unittest import mock
 import diffusers as d
 import torch
 from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline  # its package hides it without OpenCV
+from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
+from diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora import LTX2HDRReferenceCondition
+from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
 from diffusers.pipelines.omnigen.processor_omnigen import OmniGenCollator
 
-from zoo.flux import SQUARE, flow, longcat_parts, shifted
-from zoo.image import (
-    HUNYUAN_DIT,
-    bria_fibo,
-    hunyuan_dit_parts,
-    qwen_parts,
-    sd3_parts,
-    small,
-    z_image_parts,
-    z_image_text,
-)
+from zoo.flux import SQUARE, flow, flux_parts, longcat_parts, shifted
+from zoo.image import HUNYUAN_DIT, bria_fibo, hunyuan_dit_parts, sd3_parts
+from zoo.ltx import LTX2, ltx2_parts, ltx_parts
 from zoo.parts import (
     TOKENS,
     WIDTH,
@@ -35,7 +30,9 @@ from zoo.parts import (
     tiny,
     wan_vae,
 )
-from zoo.video import FILM, LTX2, cogvideo_parts, ltx2_parts, ltx_parts, unipc
+from zoo.qwen import small, z_image_parts, z_image_text
+from zoo.video import cogvideo_parts
+from zoo.wan import FILM, unipc
 
 EMBEDS = ["prompt_embeds", "negative_prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds_mask"]
 
@@ -65,16 +62,18 @@ def joy_parts(cls: type) -> dict[str, Any]:
 def joy_image_edit_guided() -> Specimen:
     subject = specimen(d.JoyImageEditPipeline, joy_parts(d.JoyImageEditTransformer3DModel), image=picture(), **SQUARE)
     # The pipeline would scale to some 1024 pixels a side
-    subject.pipe.vae_image_processor.get_default_height_width = lambda image, height, width: (height, width)
+    subject.pipe.vae_image_processor.get_default_height_width = lambda *args: (16, 16)
     return subject
 
 
 @entry
 def joy_image_edit_plus_guided() -> Specimen:
     parts = joy_parts(d.JoyImageEditPlusTransformer3DModel)
-    subject = specimen(d.JoyImageEditPlusPipeline, parts, images=[picture(), picture(seed=1)], prompt="", drop=EMBEDS, **SQUARE)
+    subject = specimen(
+        d.JoyImageEditPlusPipeline, parts, images=[picture(), picture(seed=1)], prompt="", drop=EMBEDS, **SQUARE
+    )
     stub(subject, encode_prompt_multiple_images=(noise(1, TOKENS, WIDTH), torch.ones(1, TOKENS, dtype=torch.long)))
-    subject.pipe.image_processor.get_default_height_width = lambda image: (16, 16)
+    subject.pipe.image_processor.get_default_height_width = lambda *args: (16, 16)
     return subject
 
 
@@ -93,12 +92,22 @@ class OmniGenTokens:
 
 @entry
 def omnigen_guided() -> Specimen:
-    sizes = dict(in_channels=4, vocab_size=16, pad_token_id=0, time_step_dim=16, pos_embed_max_size=16, max_position_embeddings=64, original_max_position_embeddings=64)
+    sizes = dict(
+        in_channels=4,
+        vocab_size=16,
+        pad_token_id=0,
+        time_step_dim=16,
+        pos_embed_max_size=16,
+        max_position_embeddings=64,
+        original_max_position_embeddings=64,
+    )
     scaling = dict(rope_scaling=dict(long_factor=[1.0] * 8, short_factor=[1.0] * 8, type="su"))
     transformer = tiny(d.OmniGenTransformer2DModel, **sizes, **scaling)
-    parts = dict(transformer=transformer, vae=kl(blocks=2), scheduler=flow(invert_sigmas=True, num_train_timesteps=1))
-    with mock.patch.object(sys.modules[d.OmniGenPipeline.__module__], "OmniGenMultiModalProcessor", OmniGenTokens, create=True):
-        return specimen(d.OmniGenPipeline, parts, prompt="", **SQUARE)
+    parts = dict(transformer=transformer, vae=kl(blocks=4), scheduler=flow(invert_sigmas=True, num_train_timesteps=1))
+    with mock.patch.object(
+        sys.modules[d.OmniGenPipeline.__module__], "OmniGenMultiModalProcessor", OmniGenTokens, create=True
+    ):
+        return specimen(d.OmniGenPipeline, parts, prompt="", height=64, width=64)
 
 
 @entry
@@ -114,7 +123,18 @@ def qwen_image21_guided() -> Specimen:
 
 @entry
 def consisid_guided() -> Specimen:
-    sizes = dict(id_dim=8, vit_dim=8, depth=2, dim_head=8, num_heads=2, num_id_token=1, num_querie=2, output_dim=21, ff_mult=1, num_scale=2)
+    sizes = dict(
+        id_dim=8,
+        vit_dim=8,
+        depth=2,
+        dim_head=8,
+        num_heads=2,
+        num_id_token=1,
+        num_querie=2,
+        output_dim=21,
+        ff_mult=1,
+        num_scale=2,
+    )
     face = {f"LFE_{name}": size for name, size in sizes.items()}
     rotary = dict(use_rotary_positional_embeddings=True, use_learned_positional_embeddings=True)
     cross = dict(cross_attn_interval=1, is_train_face=True, cross_attn_dim_head=8, cross_attn_num_heads=2)
@@ -133,14 +153,6 @@ def cosmos3_guided() -> Specimen:
 
 
 @entry
-def qwen_image_layered_guided() -> Specimen:
-    transformer = tiny(d.QwenImageTransformer2DModel, in_channels=16, out_channels=4, use_additional_t_cond=True, use_layer3d_rope=True)
-    vae = qwen_vae(input_channels=4)
-    parts = dict(qwen_parts(), transformer=transformer, vae=vae)
-    return small(specimen(d.QwenImageLayeredPipeline, parts, image=picture().convert("RGBA"), layers=2))
-
-
-@entry
 def bria_fibo_edit_guided() -> Specimen:
     more = dict(image=picture(64), _auto_resize=False, height=64, width=64, prompt="{}")
     subject = bria_fibo(d.BriaFiboEditPipeline, **more)
@@ -150,7 +162,15 @@ def bria_fibo_edit_guided() -> Specimen:
 
 @entry
 def prx_pixel_guided() -> Specimen:
-    sizes = dict(in_channels=3, context_in_dim=WIDTH, mlp_ratio=2.0, num_heads=2, depth=2, bottleneck_size=8, resolution_embeds=True)
+    sizes = dict(
+        in_channels=3,
+        context_in_dim=WIDTH,
+        mlp_ratio=2.0,
+        num_heads=2,
+        depth=2,
+        bottleneck_size=8,
+        resolution_embeds=True,
+    )
     transformer = tiny(d.PRXTransformer2DModel, axes_dim=[8, 8], **sizes)
     parts = dict(transformer=transformer, scheduler=flow(), prompt_max_tokens=TOKENS)
     return specimen(d.PRXPixelPipeline, parts, use_resolution_binning=False, output_type="pt", **SQUARE)
@@ -177,15 +197,28 @@ def z_image_control(channels: int) -> dict[str, Any]:
 
 @entry
 def sd3_controlnet_inpaint_guided() -> Specimen:
-    controlnet = tiny(d.SD3ControlNetModel, in_channels=16, out_channels=16, sample_size=8, extra_conditioning_channels=1)
+    controlnet = tiny(
+        d.SD3ControlNetModel, in_channels=16, out_channels=16, sample_size=8, extra_conditioning_channels=1
+    )
     parts = dict(sd3_parts(), controlnet=controlnet)
-    return specimen(d.StableDiffusion3ControlNetInpaintingPipeline, parts, control_image=noise(1, 3, 16, 16), control_mask=noise(1, 1, 16, 16), **SQUARE)
+    return specimen(
+        d.StableDiffusion3ControlNetInpaintingPipeline,
+        parts,
+        control_image=noise(1, 3, 16, 16),
+        control_mask=noise(1, 1, 16, 16),
+        **SQUARE,
+    )
 
 
 @entry
 def hunyuan_dit_controlnet_guided() -> Specimen:
-    parts = dict(hunyuan_dit_parts(num_layers=4), controlnet=tiny(d.HunyuanDiT2DControlNetModel, transformer_num_layers=4, **HUNYUAN_DIT))
-    return specimen(d.HunyuanDiTControlNetPipeline, parts, control_image=picture(), use_resolution_binning=False, **SQUARE)
+    parts = dict(
+        hunyuan_dit_parts(num_layers=4),
+        controlnet=tiny(d.HunyuanDiT2DControlNetModel, transformer_num_layers=4, **HUNYUAN_DIT),
+    )
+    return specimen(
+        d.HunyuanDiTControlNetPipeline, parts, control_image=picture(), use_resolution_binning=False, **SQUARE
+    )
 
 
 @entry
@@ -198,19 +231,55 @@ def longcat_image_edit_guided() -> Specimen:
 
 @entry
 def ltx2_condition_guided() -> Specimen:
-    condition = d.pipelines.ltx2.pipeline_ltx2_condition.LTX2VideoCondition(frames=noise(1, 3, 32, 32).sigmoid(), index=0, strength=1.0, crf=0)
+    condition = LTX2VideoCondition(frames=noise(1, 3, 32, 32).sigmoid(), index=0, strength=1.0, crf=0)
     return specimen(d.LTX2ConditionPipeline, ltx2_parts(), conditions=condition, **LTX2)
 
 
 @entry
 def ltx2_in_context_guided() -> Specimen:
-    condition = d.pipelines.ltx2.pipeline_ltx2_condition.LTX2VideoCondition(frames=noise(1, 3, 32, 32).sigmoid(), index=0, strength=1.0, crf=0)
-    return specimen(d.LTX2InContextPipeline, ltx2_parts(), conditions=condition, **LTX2)
+    reference = LTX2ReferenceCondition(frames=noise(1, 3, 32, 32).sigmoid(), strength=1.0)
+    more = dict(reference_conditions=[reference], conditioning_attention_strength=0.5)
+    return specimen(d.LTX2InContextPipeline, ltx2_parts(), **more, **LTX2)
+
+
+@entry
+def ltx2_hdr() -> Specimen:
+    reference = LTX2HDRReferenceCondition(frames=noise(1, 3, 32, 32).sigmoid(), strength=1.0)
+    film = {name: LTX2[name] for name in ("height", "width", "num_frames", "frame_rate")}
+    embeds = dict(connector_video_embeds=noise(1, TOKENS, WIDTH), connector_audio_embeds=noise(1, TOKENS, WIDTH))
+    return specimen(d.LTX2HDRPipeline, ltx2_parts(), reference_conditions=[reference], drop=DROPS, **embeds, **film)
+
+
+DROPS = [*EMBEDS, "prompt", "negative_prompt", "prompt_attention_mask", "negative_prompt_attention_mask"]
+
+
+@entry
+def visual_cloze_generation() -> Specimen:
+    pictures = [[picture(32), picture(32, 1)], [picture(32, 2), None]]
+    parts = dict(flux_parts(conditioning=16 + 16), resolution=32)
+    prompts = dict(task_prompt=[""], content_prompt=[""])
+    subject = specimen(
+        d.VisualClozeGenerationPipeline,
+        parts,
+        drop=["prompt", "prompt_embeds", "pooled_prompt_embeds"],
+        image=[pictures],
+        **prompts,
+    )
+    return stub(subject, encode_prompt=(noise(1, TOKENS, WIDTH), noise(1, WIDTH), torch.zeros(TOKENS, 3)))
 
 
 @entry
 def ltx_long_multi_prompt_guided() -> Specimen:
-    more = dict(prompt=["", ""], guidance_scale=3.0, temporal_tile_size=16, temporal_overlap=8, height=32, width=32, num_frames=25, seed=None)
+    more = dict(
+        prompt=["", ""],
+        guidance_scale=3.0,
+        temporal_tile_size=16,
+        temporal_overlap=8,
+        height=32,
+        width=32,
+        num_frames=25,
+        seed=None,
+    )
     subject = specimen(d.LTXI2VLongMultiPromptPipeline, dict(ltx_parts(), scheduler=flow(shift=3.0)), **more)
     kept = torch.ones(1, TOKENS, dtype=torch.bool)
     return stub(subject, encode_prompt=(noise(1, TOKENS, WIDTH), kept, noise(1, TOKENS, WIDTH, seed=1), kept))

@@ -166,7 +166,9 @@ def specimen(
 
     `drop` names call arguments that are drawn by default and must not be given; `masks` is the type of the masks.
     """
-    needed = [name for name, parameter in inspect.signature(cls).parameters.items() if parameter.default is parameter.empty]
+    needed = [
+        name for name, parameter in inspect.signature(cls).parameters.items() if parameter.default is parameter.empty
+    ]
     pipe = cls(**{**dict.fromkeys(needed), **components})
     pipe.set_progress_bar_config(disable=True)
     known = inspect.signature(cls.__call__).parameters  # type: ignore[attr-defined]
