@@ -897,11 +897,11 @@ def test_an_accelerated_pipeline_is_of_its_class_and_then_as_it_was(pipe):
 def test_a_pipeline_that_got_a_class_of_its_own_since_keeps_it(pipe):
     mine = another(pipe)
     expected = draw(mine, num_inference_steps=4)
-    with accelerate(mine, Taylor(1), schedule=Schedule.every(2)):
+    with accelerate(mine, Taylor(1), schedule=Schedule.every(2)) as run:
         accelerated = draw(mine, num_inference_steps=4)
         with_call(mine, {"num_inference_steps": 4})
         assert torch.equal(draw_as_set(mine), accelerated)
-        assert held_by(mine.transformer._lesa_run) == []
+        assert held_by(run) == []
     assert torch.equal(draw_as_set(mine), expected)
 
 

@@ -31,6 +31,7 @@ class Moment:
         self.times, self.start, self.ticks = times, start, 0
         self.thread = threading.get_ident()
         self.called = False  # a denoiser was, since the last tick
+        self.time: Any = None  # of the last tick, as the scheduler counts; on its device
         self.caller = Caller(0, len(times) - 2 - start)
 
     @property
@@ -174,17 +175,28 @@ class PipelineClock:
         return result
 
     def _step(self, go_on: Callable, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-        moment = self.moment
+        moment, time = self.moment, kwargs.get("timestep", args[1] if len(args) > 1 else None)
         result = go_on(*args, **kwargs)
-        if moment is not None and moment.called and moment.thread == threading.get_ident():
-            if moment.ticks == 0:
-                moment.start = _place_of(scheduler, kwargs.get("timestep", args[1] if len(args) > 1 else None), moment)
-            moment.ticks, moment.called = moment.ticks + 1, False
-            self._ticks += 1
-            self.on_tick()
-            if moment.over:
-                self.end()
+        if moment is None or moment.thread != threading.get_ident():
+            return result
+        if moment.called:
+            self._tick(moment, scheduler, time)
+        elif _time_of(time) != _time_of(moment.time):
+            raise RuntimeError(
+                f"a step is at one time, got a {type(scheduler).__name__} stepped at {_time_of(moment.time)} and "
+                f"{_time_of(time)} after one call of the denoiser: frames at different noise levels are not forecast "
+                "together. Run this call without lesa, or set it to one noise level for all frames."
+            )
         return result
+
+    def _tick(self, moment: Moment, scheduler: Any, time: Any) -> None:
+        if moment.ticks == 0 and (now := _time_of(time)) is not None:
+            moment.start = _place_of(scheduler, now, moment)
+        moment.ticks, moment.called, moment.time = moment.ticks + 1, False, time
+        self._ticks += 1
+        self.on_tick()
+        if moment.over:
+            self.end()
 
 
 def _is_set(scheduler: Any) -> bool:
@@ -197,14 +209,19 @@ def _begin_of(scheduler: Any) -> int:
     return getattr(scheduler, "begin_index", None) or 0
 
 
-def _place_of(scheduler: Any, timestep: Any, moment: Moment) -> int:
+def _time_of(timestep: Any) -> float | None:
+    """Return the time that a scheduler is told, in its own count, if it is one number."""
+    if timestep is None or torch.as_tensor(timestep).numel() != 1:
+        return None
+    return float(timestep)
+
+
+def _place_of(scheduler: Any, timestep: float, moment: Moment) -> int:
     """Return the place on the grid of the step that a scheduler has just done: image to image begins in mid-grid.
 
     Its time is the scheduler's own, in its own dtype; of times that repeat the first one counts.
     """
     times = torch.as_tensor(scheduler.timesteps).flatten().double().cpu()
-    if timestep is None or torch.as_tensor(timestep).numel() != 1:
-        return moment.start
-    distance = (times - float(timestep)).abs()
+    distance = (times - timestep).abs()
     nearest = int(distance.argmin())
     return moment.start if distance[moment.start] == distance[nearest] else nearest

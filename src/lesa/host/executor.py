@@ -76,14 +76,16 @@ class Voice:
         template = replace(feature, Tensor, lambda x: _Slot(next(numbers), x.dtype) if _is_numbers(x) else x)
         held = self.parts[part][1] if part in self.parts else self._make(found)
         for history, x in zip(held, found, strict=True):
-            if not history.fits(x):
-                raise RuntimeError(
-                    f"a feature keeps its shape and device during a run, got {tuple(x.shape)}, {x.device} at step "
-                    f"{self.step} of stream {self.name!r}; start the run anew."
-                )
             self._remember(history, x)
         self.parts[part] = template, held
         self.done.bytes_held = sum(history.nbytes for _, some in self.parts.values() for history in some)
+
+    def fits(self, feature: Any, part: int) -> bool:
+        """Tell whether a feature has the shapes of those held, if any are."""
+        if part not in self.parts:
+            return True
+        found, held = [x for _, x in leaves(feature) if _is_numbers(x)], self.parts[part][1]
+        return len(found) == len(held) and all(history.fits(x) for history, x in zip(held, found, strict=True))
 
     def _make(self, found: Sequence[Tensor]) -> list[History]:
         return [self.storage.history(self._slots, like=x) for x in found]
@@ -199,7 +201,7 @@ class Executor:
         step = moment.step
         if isinstance(self.clock, LoopClock):
             self._check_loop(call.name, step)
-        stream = self._streams.find(call, step)
+        stream = self._streams.find(call, moment.ticks)
         self._voices = {one: voice for one, voice in self._voices.items() if one in self._streams}  # others are freed
         if stream not in self._voices:
             name = _name_of(call)
@@ -258,6 +260,13 @@ class Executor:
             self._plan(voice, moment, self._taken)
             voice.done.detours += voice.plan is not plan
 
+    def restart(self, voice: Voice) -> None:
+        """Let a stream whose features have other shapes now (a first step that prefills tokens) begin with this step."""
+        assert self._moment is not None
+        voice.parts.clear()
+        voice.began = voice.step
+        self._plan(voice, self._moment)
+
     def forget(self) -> None:
         """End the run: its histories are freed."""
         self._voices, self._moment = {}, None
@@ -283,7 +292,9 @@ class _Judged:
         self._executor, self._voice, self.full = executor, voice, voice.full
 
     def keep(self, feature: Any, part: int = 0) -> None:
-        if self._executor.detours and part == 0:
+        if not self._voice.fits(feature, part):
+            self._executor.restart(self._voice)
+        elif self._executor.detours and part == 0:
             self._executor.judge(self._voice, feature)
         self._voice.keep(feature, part)
 
