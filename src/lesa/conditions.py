@@ -39,9 +39,9 @@ class FirstStep:
     """
 
     def __init__(self, scheduler: Any, judge: Callable[..., None]):
+        functools.update_wrapper(self, scheduler.step)  # first: it takes over what another stand-in holds
         self._scheduler, self._judge, self._waits = scheduler, judge, True
         self._shadowed = scheduler.__dict__.get("step")
-        functools.update_wrapper(self, scheduler.step)
         scheduler.step = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
