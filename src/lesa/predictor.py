@@ -643,13 +643,16 @@ class ContinuousLESA(Predictor):
         """Return how far the times that rows are made of are from the nearest trained row's, the mean over rows."""
         trained = [self._inputs(times, some) for known in self._full_steps().values() for times, some in known]
         mine = self._inputs(grid.tolist(), full)
-        return float(torch.cdist(mine, torch.cat(trained)).amin(1).mean()) if len(mine) else 0.0
+        if not len(mine):
+            return 0.0
+        return float(torch.cdist(mine, torch.cat(trained), compute_mode="donot_use_mm_for_euclid_dist").amin(1).mean())
 
     def _inputs(self, times: Sequence[float], full: Sequence[int]) -> Tensor:
         """Return the times that each row of a run combines, (rows, order + 2), as `bends` takes them."""
         pasts = histories(len(times) - 1, full, 0, self.memory, False)
         rows = [[times[step], *(times[k] for k in reversed(past))] for step, past in pasts]
-        return torch.tensor([row + [1.0] * (self.order + 2 - len(row)) for row in rows]).reshape(-1, self.order + 2)
+        padded = [row + [1.0] * (self.order + 2 - len(row)) for row in rows]
+        return torch.tensor(padded, dtype=torch.float64).reshape(-1, self.order + 2)
 
     def stream_rows(self, stream: str, grid: Tensor, pasts: Mapping[int, Sequence[int]]) -> dict[int, Row]:
         times = grid.tolist()
@@ -718,7 +721,9 @@ def _times_after(shares: Tensor, grid: Tensor) -> Tensor:
 
 
 def _middle(grids: Sequence[Tensor]) -> str:
-    middles = sorted({f"t = {float(_times_after(torch.tensor([0.5]), grid)):.3f}" for grid in grids})
+    middles = sorted(
+        {f"t = {float(_times_after(torch.tensor([0.5], dtype=torch.float64), grid)):.3f}" for grid in grids}
+    )
     return " to ".join(dict.fromkeys([middles[0], middles[-1]]))
 
 
