@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lesa import grid as grids
+from lesa.conditions import FirstStep, adds_noise, noise_error
 from lesa.pipelines import for_each
 from lesa.ranks import ALONE, Ranks
 from lesa.tap import Tap, hear_streams, tap_of, to_tokens
@@ -57,7 +58,7 @@ def record(
     the tokens that the transformer makes of them.
 
     Raises: ValueError if the prompts and seeds do not pair up, if an argument is the recording's own, if the pipeline
-    does not walk its whole grid once per stream, or if it is accelerated at another tap.
+    does not walk its whole grid once per stream, if it is accelerated at another tap, or if its sampler adds noise.
     """
     _check_pairs(prompts, seeds)
     if reserved := sorted(set(call) & set(_OURS)):
@@ -93,12 +94,13 @@ class _Recorder:
         self._shape = torch.Size()
         self._full: set[int] = set()
         self._latents: dict[int, Tensor] = {}
+        self._undo = ExitStack()
         self._kept: dict[str, dict[str, list[Tensor]]] = {}  # stream, then group; one tensor per step
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         # registered last, so that an acceleration's forecasts are seen and its bypass is known
-        with ExitStack() as undo:
+        with self._undo as undo:
             undo.callback(self._transformer.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
             if self._tap.module is not None:
                 module = getattr(self._transformer, self._tap.module)
@@ -120,6 +122,7 @@ class _Recorder:
         self._step = grids.step_of(self._scheduler) or 0
         if not self._latents:
             self._shape = latents.shape
+            self._undo.callback(FirstStep(self._scheduler, _refuse_noise).close)
             available = to_tokens(transformer, latents).shape[1]
             self._tokens = _checked(self._draw(available), available)
         kept = self._kept.setdefault(self._stream, {"features": [], "conditioning": [], "outputs": []})
@@ -180,6 +183,11 @@ class _Recorder:
             )
             for k, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
+
+
+def _refuse_noise(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    if adds_noise(scheduler, *args, **kwargs):
+        raise noise_error(scheduler, "runs are recorded with")
 
 
 def _checked(tokens: Tensor, available: int) -> Tensor:

@@ -39,14 +39,19 @@ class Guidance(NamedTuple):
         outputs = torch.stack([torch.stack([run.outputs[name] for name in streams]) for run in runs]).float()
         way = torch.stack([run.latents[-1].float() - run.latents[0].float() for run in runs])
         durations = runs[0].grid.diff().float()
-        found = [_fit(cls(tuple(streams), 1.0, rescaled), outputs, durations, way) for rescaled in (False, True)]
-        guidance, missing = min(found, key=lambda one: one[1])
+        guidance, missing = _best(streams, outputs, durations, way)
         if not missing < UNEXPLAINED:
             raise ValueError(
                 "the streams of a run make its velocity by classifier-free guidance, got runs of which it leaves "
                 f"{missing:.0%} unexplained; record runs of an Euler sampler with the same guidance at all steps."
             )
         return guidance
+
+    @classmethod
+    def between(cls, streams: Sequence[str], outputs: Tensor, velocity: Tensor) -> tuple[Guidance, float]:
+        """Measure how one step's outputs (P, streams, n, C) make its velocity (P, n, C); returns the guidance and the
+        share that it leaves unexplained."""
+        return _best(streams, outputs.unsqueeze(2), torch.ones(1, device=velocity.device), velocity)
 
     def velocity(self, outputs: Tensor) -> Tensor:
         """Combine outputs (P, streams, ..., C) to velocities (P, ..., C)."""
@@ -64,6 +69,11 @@ class Guidance(NamedTuple):
     def weights(self) -> Tensor:
         """How much of each stream is in the velocity, (streams,), of sum 1."""
         return torch.tensor([{"cond": self.scale, "uncond": 1 - self.scale}.get(name, 1.0) for name in self.streams])
+
+
+def _best(streams: Sequence[str], outputs: Tensor, durations: Tensor, way: Tensor) -> tuple[Guidance, float]:
+    found = [_fit(Guidance(tuple(streams), 1.0, rescaled), outputs, durations, way) for rescaled in (False, True)]
+    return min(found, key=lambda one: one[1])
 
 
 def _fit(guidance: Guidance, outputs: Tensor, durations: Tensor, way: Tensor) -> tuple[Guidance, float]:

@@ -18,6 +18,7 @@ from lesa import grid as grids
 from lesa import plan as plans
 from lesa import predictor as predictors
 from lesa.caller import Caller, watch_calls
+from lesa.conditions import Watch
 from lesa.detour import Detour, Detours
 from lesa.forecasters import Forecaster
 from lesa.plan import Plan
@@ -310,6 +311,7 @@ class Executor:
         strict: bool,
         storage: Storage,
         detours: Detours,
+        pipe: Any = None,
     ):
         self.clock = clock
         self.forecaster = forecaster
@@ -320,6 +322,7 @@ class Executor:
         self._taken: Detour | None = None
         self.streams: dict[str, Stream] = {}
         self.here = _Here()
+        self.watch = None if pipe is None else Watch(pipe, forecaster, lambda: self.here.name)
         self._lock = threading.Lock()
 
         @lru_cache(PLANS_KEPT)
@@ -339,6 +342,8 @@ class Executor:
                 stream.start(run, self._compiled(name, step, times), others)
                 self.streams[name] = stream
                 self._forget_all_but(run)
+                if self.watch is not None:
+                    self.watch.begin(run, stream.plan)
             self.here.stream = stream
             return stream.enter(step)
 
@@ -417,6 +422,9 @@ class Run:
             undo.callback(hear_streams(transformer, executor.within))
             if pipe is not transformer:
                 undo.callback(watch_calls(pipe, executor.call))
+            if executor.watch is not None:
+                undo.callback(executor.watch.close)
+                undo.callback(executor.watch.hear(transformer))
             self._undo = undo.pop_all()
 
     def at(self, step: int, stream: str = DEFAULT_STREAM) -> None:
@@ -483,6 +491,7 @@ def accelerate(
     history: str = "model",
     detours: Detours | None = None,
     strict: bool = False,
+    check: bool = True,
 ) -> Run:
     """Make a pipeline, or a transformer in a loop of one's own, run its blocks on the full steps of a schedule only.
 
@@ -510,13 +519,18 @@ def accelerate(
     A run belongs to the call that makes it: the pipeline's, that of another one with its transformer and scheduler, or
     a loop of one's own over its scheduler. Who else calls the transformer is refused, during a run and after it.
 
+    A pipeline's runs are judged at their first step: a sampler that adds noise is refused unless the forecasts are
+    reuse, and so is other guidance than a predictor was trained under, if it says which. With `check=False` they are
+    not, and what is forecast then may be far off.
+
     `detours` say at which full steps a run may turn out to be unusual, and which schedule it then goes on with (see
     `lesa.planning.detours`). They need a forecaster that is not bound to one schedule.
 
     Raises: ValueError if the schedule, the grid or the tap is missing or does not fit, if there is no such history, or
         if the transformer is accelerated already; LookupError if no predictor is shipped for the pipeline. The
-        pipeline's first call raises ValueError, before its first step is done, if its grid, schedule or streams do not
-        fit the predictor. Calls of the transformer that belong to no run raise RuntimeError.
+        pipeline's call raises ValueError, before its first step is done, if its grid, schedule, streams or guidance do
+        not fit the predictor, or its sampler adds noise. Calls of the transformer that belong to no run
+        raise RuntimeError.
     """
     transformer = _transformer_of(pipe)
     if (transformer is pipe) != (grid is not None):
@@ -537,7 +551,9 @@ def accelerate(
     with _lock:
         if _RUN in transformer.__dict__:
             raise ValueError("a transformer is accelerated once, but this one is already; call lesa.disable first.")
-        run = Run(pipe, transformer, Executor(clock, forecaster, schedule_for, strict, storage, detours or {}), tap)
+        watched = pipe if check and grid is None else None
+        executor = Executor(clock, forecaster, schedule_for, strict, storage, detours or {}, watched)
+        run = Run(pipe, transformer, executor, tap)
         transformer.__dict__[_RUN] = run
     return run
 

@@ -313,7 +313,7 @@ class _AtOutput:
         """Pass on the output of a full step, or make one of the feature forecast."""
         kind = _kind_of_call(*args, **kwargs)
         if output is not None:
-            feature, wrap = _unwrap(output)
+            feature, wrap = unwrap(output)
             self._returned.pop(kind, None)  # the newest is the last
             self._returned[kind] = feature.detach().new_empty(()).expand(feature.shape), wrap  # holds one number
         else:
@@ -352,7 +352,7 @@ def _kind_of_call(*args: Any, **kwargs: Any) -> _Kind:
     return _Kind(tuple(latents.shape), latents.dtype, latents.device, f"return_dict={kwargs.get('return_dict')}")
 
 
-def _unwrap(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+def unwrap(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Take the tensor out of what a transformer returned; returns it with the call that puts another in its place."""
     if isinstance(output, Tensor):
         return output, lambda feature: feature
