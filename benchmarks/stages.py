@@ -24,6 +24,7 @@ from lesa.cli import VALIDATION_SEED
 from lesa.cli import main as command
 from lesa.learn.collect import read_prompts, record
 from lesa.learn.metrics import interval
+from lesa.learn.outcome import GAINED_NOTHING
 from lesa.learn.training import drift
 from lesa.learn.trajectory import Store
 
@@ -54,8 +55,9 @@ def trained(options: argparse.Namespace, schedule: str, name: str, how: Sequence
         data = ["--data", str(options.data), "--schedule", schedule]
         prompts = ["--validation-prompts", str(validation_file(options)), "--validation", str(options.validation)]
         length = ["--rounds", str(options.rounds), "--updates", *map(str, options.updates)]
-        if failed := command(["train", options.model, *data, *prompts, *length, *how, "--out", str(out)]):
-            raise SystemExit(failed)
+        code = command(["train", options.model, *data, *prompts, *length, *how, "--out", str(out)])
+        if code not in (0, GAINED_NOTHING):  # what was of no use is to be seen in the table
+            raise SystemExit(code)
     return lesa.Predictor.from_pretrained(out)
 
 

@@ -128,3 +128,42 @@ def test_every_shipped_predictor_loads_and_fits(pipe):
         with lesa.accelerate(pipe, predictor) as run:
             pipe("small red apple on blue, left", output_type="latent")
         assert run.plan().full == predictor.schedule.full_steps(50)
+
+
+def grid(pipe, steps: int = 50, tokens: int = 64, **settings) -> torch.Tensor:
+    """The grid of a call of so many steps and image tokens."""
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **settings)
+    mu = 0.5 + (tokens - 4) * (1.15 - 0.5) / (64 - 4)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist(), mu=mu)
+    return from_scheduler(scheduler)
+
+
+def test_the_predictor_for_many_grids_knows_where_it_works(pipe):
+    many = lesa.Predictor.from_pretrained(MODEL / "lesa" / "lesa-many")
+    for steps in (14, 20, 28, 35, 50):
+        many.schedule_for(grid(pipe, steps))
+    for height, width in ((48, 48), (80, 80), (96, 64), (96, 96), (112, 112), (128, 128)):
+        for budget in (10, 6, 4):
+            full = many.schedule_for(grid(pipe, tokens=height * width // 64), budget).full_steps(50)
+            assert len(full) == budget and full[-1] == 49
+    for other in (grid(pipe, 70), grid(pipe, use_beta_sigmas=True), grid(pipe, use_karras_sigmas=True)):
+        with pytest.raises(ValueError, match="trained for"):
+            many.schedule_for(other)
+
+
+def test_the_predictor_for_many_grids_is_above_untrained_rows_between_two_trained_sizes(pipe):
+    """It was below them, on a schedule whose last step was skipped."""
+    prompts, call = SPLITS["heldout"][:2], dict(height=80, width=80, output_type="latent")
+
+    def latents() -> torch.Tensor:
+        return pipe(prompts, generator=[torch.Generator().manual_seed(k) for k in range(2)], **call).images
+
+    full, errors = latents(), {}
+    many = lesa.Predictor.from_pretrained(MODEL / "lesa" / "lesa-many")
+    for budget in (10, 6):
+        with lesa.accelerate(pipe, many, budget=budget) as run:
+            ours = latents()
+        with lesa.accelerate(pipe, lesa.Lagrange(2), schedule=lesa.Schedule.at(run.plan().full), tap="output"):
+            errors[budget] = [float((x - full).norm()) for x in (ours, latents())]
+    assert all(ours < plain for ours, plain in errors.values())
+    assert errors[10][0] < 0.03 * float(full.norm())

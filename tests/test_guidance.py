@@ -7,7 +7,7 @@ import torch
 from test_training import BOTH, World, bending
 
 from lesa.learn.collect import record
-from lesa.learn.guidance import Guidance
+from lesa.rows.guidance import Guidance
 
 PROMPT = "small red apple on white, left"
 CALL = dict(height=32, width=32, num_inference_steps=6)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import build_hunyuan_pipeline, build_hunyuan_transformer
+from tiny import TRAINED, build_hunyuan_pipeline, build_hunyuan_transformer
 from torch import Tensor
 
 from lesa.bench import records
@@ -210,7 +210,7 @@ def test_predictors_at_both_taps_from_runs_to_clips(model, tmp_path):
     train = ["train", model, "--data", runs, "--schedule", EVERY, "--rounds", 1, "--updates", 4, 4]
     train += ["--validation-prompts", prompts / "validation.txt"]
     for place in ("feature", "norm"):
-        assert lesa(*train, "--tap", place, "--out", tmp_path / place) == 0
+        assert lesa(*train, "--tap", place, "--out", tmp_path / place) in TRAINED
     assert Predictor.from_pretrained(tmp_path / "feature").origin.tap == TAPS[KIND]
     shown = ["--predictors", tmp_path / "feature", tmp_path / "norm", "--schedules", EVERY, "--pairs", 1, "--timed", 1]
     assert lesa("bench", model, *shown, "--budgets", 4, "--out", tmp_path) == 0

@@ -9,7 +9,7 @@ from test_training import BOTH, CHANNELS, OUT, STEPS, TOKENS, WEIGHTS, World, be
 from lesa.host.runtime import accelerate
 from lesa.host.tap import tap_of
 from lesa.learn.collect import record
-from lesa.learn.guidance import Guidance
+from lesa.rows.guidance import Guidance
 from lesa.learn.planning import CAUTIONS, Planner, detours, disturbance, responses
 from lesa.learn.training import Problem, Runs, drift, response
 from lesa.learn.trajectory import draw_tokens
@@ -96,13 +96,22 @@ def test_real_runs_choose_among_plans_of_more_and_more_caution(planner, referenc
 
     def run(forecaster, schedule):
         runs.append(schedule)
-        return -30.0 + abs(len(runs) - 2)
+        return -30.0 + abs(len(runs) - 3)  # best is the second one with caution
 
     ours, forecaster = planner_of(reference, across, run), Lagrange(2)
     found = ours.plan(forecaster, 5)
-    assert len(runs) == 3 and found == runs[1] and ours.real(forecaster, found) == -30.0
+    assert len(runs) == 4 and found == runs[2] and ours.real(forecaster, found) == -30.0
     with pytest.raises(ValueError, match="knows recorded runs alone"):
         planner.plan(Lagrange(2), 5)
+
+
+def test_the_plan_without_caution_is_among_those_that_are_run(planner, reference):
+    """It was not tried, so that a worse one was returned where caution does harm."""
+    across = planner._responses._replace(across=torch.full((STEPS,), 20.0))
+    bold = planner_of(reference, across).search(Lagrange(2), 5)
+    ours = planner_of(reference, across, lambda _, schedule: -49.4 if schedule == bold else -44.8)
+    assert ours.search(Lagrange(2), 5, caution=1.0) != bold
+    assert ours.plan(Lagrange(2), 5) == bold
 
 
 def planner_of(reference, answers, run=None):

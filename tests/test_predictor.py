@@ -11,11 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lesa.predictors.predictor import L2P, LESA, ContinuousLESA, Origin, Predictor, configuration, shipped_for
 from lesa.rows.forecasters import Lagrange, Taylor
+from lesa.rows.grid import from_scheduler
 from lesa.rows.plan import Plan, compile
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
@@ -553,10 +555,9 @@ def test_it_knows_schedules_by_budget_and_for_grids_like_those_it_was_trained_fo
     assert predictor.schedule_for(GRID) == predictor.schedule_for(GRID, 6) == Schedule.at([0, 30, 40, 45, 48, 49])
     assert predictor.schedule_for(GRID, 4) == Schedule.at([0, 38, 46, 49])
     assert predictor.schedule_for(flux_grid(28)) == Schedule.at([0, 14, 21, 24, 26, 27])
-    assert predictor.schedule_for(flux_grid(28, mu=0.8)).full_steps(28)[0] == 0
     near, full = flux_grid(48), predictor.schedule_for(flux_grid(48)).full_steps(48)
     assert len(full) == 6 and (near[list(full)] - GRID[[0, 30, 40, 45, 48, 49]]).abs().max() < 0.03
-    assert predictor.schedule_for(flux_grid(19)) == Schedule.at([0, 9, 14, 16, 17, 18])  # 28 steps' times, made to fit
+    assert predictor.schedule_for(flux_grid(19)) == Schedule.at([0, 11, 15, 16, 17, 18])  # 50 steps' shares
     assert predictor.schedule_for(GRID, start=35) == Schedule.at([35, 40, 45, 48, 49])
     with pytest.raises(ValueError, match=r"schedules of 4, 6 full steps, got a budget of 5 on 50 steps"):
         predictor.schedule_for(GRID, 5)
@@ -569,6 +570,62 @@ def test_it_knows_schedules_by_budget_and_for_grids_like_those_it_was_trained_fo
         (6, "at:0,38,46,49", False),
     ):
         assert predictor.is_for(schedule and Schedule.parse(schedule), budget) is known
+
+
+def shifted_twice(**options) -> ContinuousLESA:
+    """One trained for two shifts, as two image sizes have: 1.15 and 2.0."""
+    first, second = (["at:0,30,40,45,48,49"], ["at:0,6,9,44,48,49"])
+    grids = [(tuple(flux_grid(50, mu=mu).tolist()), texts) for mu, texts in ((1.15, first), (2.0, second))]
+    return ContinuousLESA(origin(schedule="at:0,30,40,45,48,49"), schedules=grids, **options)
+
+
+@pytest.mark.parametrize("mu", [0.84, 1.4, 1.54, 2.6, 3.2])
+def test_on_grids_of_other_shifts_the_schedule_ends_as_the_trained_ones_do(mu):
+    """By the nearest times the last step was skipped between two trained shifts, which no row was trained for."""
+    full = shifted_twice().schedule_for(flux_grid(50, mu=mu)).full_steps(50)
+    assert len(full) == 6 and full[-2:] == (48, 49)
+
+
+def test_of_several_schedules_the_one_with_rows_like_trained_ones_is_taken():
+    predictor, grid = shifted_twice(), flux_grid(50, mu=1.6)
+    strange = {
+        text: predictor._strangeness(grid, Schedule.parse(text).full_steps(50))
+        for _, (text,) in ((times, texts) for times, texts in predictor.schedules)
+    }
+    assert len(set(strange.values())) == 2
+    assert str(predictor.schedule_for(grid)) == min(strange, key=lambda text: strange[text])
+    for times, (text,) in predictor.schedules:
+        assert (
+            predictor._strangeness(torch.tensor(times, dtype=torch.float64), Schedule.parse(text).full_steps(50)) == 0
+        )
+
+
+def spread(kind: str) -> torch.Tensor:
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **{f"use_{kind}_sigmas": True})
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 50, 50).tolist(), mu=1.15)
+    return from_scheduler(scheduler)
+
+
+@pytest.mark.parametrize("kind", ["beta", "karras", "exponential"])
+def test_grids_of_another_shape_are_refused(kind):
+    with pytest.raises(ValueError, match="up to a shift, got times spread otherwise"):
+        shifted_twice().check_grid(spread(kind))
+    with pytest.raises(ValueError, match="up to a shift, got times spread otherwise"):
+        shifted_twice().row(spread(kind), 3, (0, 1))
+
+
+def test_grids_far_off_in_shift_or_steps_are_refused():
+    predictor = shifted_twice()
+    for steps, mu in ((34, 1.15), (55, 1.15), (50, 0.2), (50, 3.2)):
+        predictor.check_grid(flux_grid(steps, mu=mu))
+    for steps in (33, 56, 70):
+        with pytest.raises(ValueError, match=f"trained for 50 to 50 steps, got {steps} steps"):
+            predictor.check_grid(flux_grid(steps, mu=1.15))
+    for mu in (-0.6, 3.8):
+        with pytest.raises(ValueError, match=r"reach t = 0\.7.* to t = 0\.8.* halfway, got .* a shift too far"):
+            predictor.check_grid(flux_grid(50, mu=mu))
+    with pytest.raises(ValueError, match="a shift too far"):  # trained for one shift alone, it knows no other
+        continuous().check_grid(flux_grid(28, mu=0.8))
 
 
 def test_a_continuous_predictor_that_makes_no_sense_is_an_error():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import TRAINED
 from torch import Tensor
 
 from lesa.bench import records
@@ -168,7 +169,7 @@ def test_a_guided_predictor_from_runs_to_pictures(model, tmp_path, capsys):
     assert lesa("collect", model, "--prompts", prompts / "train.txt", "--out", runs) == 0
     few = ["--validation-prompts", prompts / "validation.txt", "--rounds", 1, "--updates", 4, 4]
     train = ["train", model, "--data", runs, *few]
-    assert lesa(*train, "--budget", 4, "--out", out) == 0
+    assert lesa(*train, "--budget", 4, "--out", out) in TRAINED
     config = json.loads((out / "config.json").read_text())
     assert config["streams"] == ["cond", "uncond"] and config["options"]["bounds"] == [0.9, 0.4]
     assert config["tap"] == [["transformer_blocks"], "proj_out"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lesa.host.head import Projection
 from lesa.learn import training
-from lesa.learn.guidance import Guidance
+from lesa.rows.guidance import Guidance
 from lesa.learn.metrics import MOST_DRIFT
 from lesa.learn.training import Config, Lesson, Problem, Runs, drift, least_squares, train
 from lesa.learn.trajectory import Trajectory

@@ -34,6 +34,10 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from lesa.learn.outcome import GAINED_NOTHING
+
+TRAINED = (0, GAINED_NOTHING)
+"""How a training ends: one of a few updates may well be of no use."""
 TEXT_TOKENS = 16
 PARTS = (["small", "large"], ["red", "green", "blue"], ["apple", "pear", "fish"], ["white", "grey"], ["left", "right"])
 CORPUS = [f"{size} {colour} {thing} on {ground}, {place}" for size, colour, thing, ground, place in product(*PARTS)]

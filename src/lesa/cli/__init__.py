@@ -9,8 +9,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,7 +36,8 @@ USER_ERRORS = (ValueError, LookupError, OSError, RuntimeError, ImportError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; errors that a user can cause end as one line, and 2. Two commands answer a question by 0 or 1."""
+    """Run a command; errors that a user can cause end as one line, and 2. Two commands answer a question by 0 or 1, and
+    3 is a training that was of no use."""
     options = _parser().parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -73,6 +76,7 @@ def _compare(options: argparse.Namespace, reuse: bool) -> None:
         found, without = scores.load(options.scores)
         for name, why in without.items() if at.leads else ():
             print(f"lesa: {name} will not be measured: {why}", file=sys.stderr)
+        _as_collected(options)
         out, pipe = _folder(options.out), _pipeline(options)
         _set_schedules(options)
         predictors = _predictors(options.lora or options.model, options.predictors, variants=reuse)
@@ -281,15 +285,17 @@ def _plan(options: argparse.Namespace) -> None:
         needs.check("lesa plan --plot", "comparison", "plots")
     if options.verify:
         needs.check("lesa plan --verify", "comparison")
+    store = _as_collected(options)
     pipe, began = _pipeline(options), monotonic()
-    store, forecaster, planned = _opened(options.data), _forecaster(options), []
+    forecaster, planned = _forecaster(options), []
     place = options.tap or _place(pipe, forecaster, store)
     planner = _planner(options, pipe, store, place)
     for budget in options.budgets:
         schedule = _finder(planner, options.refine)(forecaster, budget)
-        real = f", {planner.real(forecaster, schedule):.1f} dB in real runs" if planner.guided else ""
-        drift = planner.drift(forecaster, schedule.full_steps(options.steps))
-        print(f"{schedule}  {schedule.draw(options.steps)}  drift {drift:.1f} dB{real}", flush=True)
+        promised = planner.drift(forecaster, schedule.full_steps(options.steps))
+        real = planner.real(forecaster, schedule)
+        drifts = f"drift {promised:.1f} dB, {real:.1f} dB in real runs"
+        print(f"{schedule}  {schedule.draw(options.steps)}  {drifts}", flush=True)
         planned.append(schedule)
     print(f"planned in {monotonic() - began:.1f} s{', the runs included' if store is None else ''}", file=sys.stderr)
     if options.verify or options.plot:
@@ -352,9 +358,29 @@ def _opened(folder: str | None) -> Any:
     return Store.open(folder) if folder else None
 
 
-def _finder(planner: Any, refine: bool | None = None) -> Callable[[Any, int], Any]:
-    """Return what finds a schedule for a forecaster and a budget: real runs choose it where there is guidance."""
-    refine = planner.guided if refine is None else refine
+def _as_collected(options: argparse.Namespace) -> Any:
+    """Open the store that is planned on, if one is named, and let the model run as it did when that was collected.
+
+    Raises: ValueError if other steps or arguments are asked for.
+    """
+    store = _opened(options.data)
+    if store is None:
+        return None
+    there = {**store.collection.call, "num_inference_steps": len(store.collection.grid) - 1}
+    here = {**options.call, **({"num_inference_steps": options.steps} if options.steps else {})}
+    if other := [f"{name}={here[name]}" for name in here if there.get(name, here[name]) != here[name]]:
+        known = ", ".join(f"{name}={value}" for name, value in there.items())
+        raise ValueError(
+            f"plans are for runs like those of --data, {options.data} ({known}), got {', '.join(other)}; leave that "
+            "out, or collect such runs."
+        )
+    options.call = {**there, **here}
+    options.steps = options.call.pop("num_inference_steps")
+    return store
+
+
+def _finder(planner: Any, refine: bool = True) -> Callable[[Any, int], Any]:
+    """Return what finds a schedule for a forecaster and a budget: real runs choose it, or recorded runs alone."""
     return planner.plan if refine else planner.search
 
 
@@ -403,13 +429,13 @@ def _collect(options: argparse.Namespace) -> None:
             print(f"{len(store)} runs in {options.out}, digest {store.digest()}")
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> int:
     from time import monotonic
 
     from lesa.bench import plots
     from lesa.host import needs, tap
     from lesa.host.runtime import accelerate
-    from lesa.learn import training
+    from lesa.learn import outcome, training
     from lesa.learn.collect import fingerprint, kept_paths, record_kept
     from lesa.learn.trajectory import Store, Trajectory
     from lesa.predictors import disk
@@ -467,11 +493,28 @@ def _train(options: argparse.Namespace) -> None:
         predictor.origin = replace(predictor.origin, training={**predictor.origin.training, **more})
         predictor.save_pretrained(folder)
 
+    def drift_of(forecaster: Any) -> float:
+        few, total = slice(outcome.JUDGED_ON), 0.0
+        for number, lesson in enumerate(lessons):
+            name = f"judged-{number}-{next(judged)}"
+            with accelerate(pipe, forecaster, schedule=lesson.schedule, tap=where):
+                found = runs(lesson.reference[0], prompts[few], seeds[few], name)
+            total += training.drift(found, lesson.validation[few]) / len(lessons)
+        return total
+
+    def judge(trained: Any, start: Any) -> int:
+        found = outcome.shortfalls(trained, start, drift_of)
+        forget()
+        print("".join(f"lesa: {line}\n" for line in found), end="", file=sys.stderr)
+        print(out)
+        return outcome.GAINED_NOTHING if found else 0
+
+    judged = count()
     if options.loss == "steps":
+        begun = deepcopy(predictor)
         training.least_squares(predictor, lessons[0].reference)
         save(predictor, out, **took())
-        forget()
-        return print(out)
+        return judge(predictor, begun)
     recipe = training.Config.paper() if options.paper else training.Config(loss=options.loss)
     chosen = dict(rounds=options.rounds, updates=tuple(options.updates), seed=options.seed, floor=options.floor)
     config = replace(recipe, **chosen)
@@ -483,10 +526,9 @@ def _train(options: argparse.Namespace) -> None:
     save(result.ground_truth, out / "ground-truth", drift=round(result.scores[0], 2), phase="ground-truth")
     if not without:
         plots.training_curve(result.curve, out / CURVE)
-    forget()
     print("\n".join(f"round {k}: drift {score:.2f} dB" for k, score in enumerate(result.scores)))
     print(f"trained in {monotonic() - began:.1f} s", file=sys.stderr)
-    print(out)
+    return judge(result.predictor, predictor)
 
 
 def _check_place(out: str) -> None:
@@ -591,7 +633,7 @@ def _staged(predictor: Any, stages: Any, lesson: Any, head: Any) -> Any:
     return LESA(predictor.origin, **{**predictor.options(), "bounds": stages, "memories": memories})
 
 
-def _calibrate(options: argparse.Namespace) -> None:
+def _calibrate(options: argparse.Namespace) -> int:
     """Collect, plan and train, with few runs and few updates; the round is chosen on the same prompts, other seeds."""
     from time import monotonic
 
@@ -605,8 +647,9 @@ def _calibrate(options: argparse.Namespace) -> None:
     chosen |= dict(rounds=1, updates=(100, 100), floor=-120.0, seed=0)
     data = dict(data=[runs], budgets=[options.budget], predictor=None, stages=None, memories=None)
     chosen |= dict(validation_prompts=options.prompts, validation=options.limit)
-    _train(argparse.Namespace(**{**vars(few), **chosen, **data, "out": options.out, "tap": options.tap}))
+    code = _train(argparse.Namespace(**{**vars(few), **chosen, **data, "out": options.out, "tap": options.tap}))
     print(f"calibrated in {monotonic() - began:.1f} s, the runs included", file=sys.stderr)
+    return code
 
 
 def _untrained(
@@ -616,12 +659,17 @@ def _untrained(
     import diffusers
     import torch
 
+    from lesa.host.pipelines import call_of
     from lesa.host.tap import tap_of
+    from lesa.learn.guidance import facts
     from lesa.predictors.predictor import L2P, LESA, ContinuousLESA, Origin, configuration
 
     names = ("loss", "rounds", "updates", "floor", "seed", "history", "paper")
     settings = {name: getattr(options, name) for name in names}
     settings |= {"start": start.digest()} if start else {}
+    collected = {id(lesson.reference): lesson.reference for lesson in lessons}
+    call = {**call_of(options.model, options.lora), **options.call, **stores[0].collection.call}
+    settings |= facts(pipe, list(collected.values()), call)
     origin = Origin(
         model=stores[0].collection.model,
         transformer=type(pipe.transformer).__name__,
@@ -866,7 +914,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--refine",
         action=argparse.BooleanOptionalAction,
-        help="choose by real runs among plans of more and more caution; default: where there is guidance",
+        default=True,
+        help="choose by real runs among plans of more and more caution (the default)",
     )
     plan.add_argument("--verify", type=_count, metavar="N", help="draw N held-out prompts on the schedules found")
     plan.add_argument("--prompts", metavar="FILE", help="to verify with; default: the model's held-out ones")
@@ -963,7 +1012,11 @@ def _add_training(commands: Any) -> None:
     calibrate.add_argument("--batch-size", type=_count, default=8)
     calibrate.add_argument("--out", required=True, metavar="FOLDER")
 
-    train = _command(commands, "train", _train, "train a predictor on collected runs; resumable")
+    train = _command(commands, "train", _train, "train a predictor on collected runs; resumable; 3 if it was of no use")
+    train.epilog = (
+        "Exits with 3 where the training gained nothing over what it began with, or its runs end further from their "
+        "reference runs than Lagrange rows on the same schedule; the predictor is saved all the same."
+    )
     train.add_argument(
         "--data", nargs="+", required=True, metavar="FOLDER", help="what lesa collect wrote; several: lesa-continuous"
     )

@@ -9,10 +9,12 @@ neighbours are the same, and in some models it rises.
 
 from __future__ import annotations
 
+import inspect
 import operator
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -79,8 +81,9 @@ class LoopClock:
 class PipelineClock:
     """Listens to a pipeline's call and to its scheduler; copies of the scheduler made within a run count as it does.
 
-    `on_call` is called as the pipeline's call begins, `on_tick` after every tick, `on_end` as a run ends, and
-    `on_unheard` where a denoiser was called in a pipeline's call that made no tick.
+    `on_call` is called as the pipeline's call begins, `on_first_step` before the first `step` of a run, with the
+    scheduler and its arguments, `on_tick` after every tick, `on_end` as a run ends, and `on_unheard` where a denoiser
+    was called in a pipeline's call that made no tick.
     """
 
     def __init__(self, pipe: Any):
@@ -92,6 +95,7 @@ class PipelineClock:
         self.moment: Moment | None = None
         self.on_call: Callable[[], None] = lambda: None
         self.on_end: Callable[[], None] = lambda: None
+        self.on_first_step: Callable[[Any, tuple, dict], None] = lambda _scheduler, _args, _kwargs: None
         self.on_tick: Callable[[], None] = lambda: None
         self.on_unheard: Callable[[], None] = lambda: None
         self._calls = self._ticks = 0  # within the pipeline's call
@@ -175,7 +179,9 @@ class PipelineClock:
         return result
 
     def _step(self, go_on: Callable, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-        moment, time = self.moment, kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        moment, time = self.moment, _argument(scheduler, "timestep", args, kwargs)
+        if moment is not None and moment.called and moment.ticks == 0:
+            self.on_first_step(scheduler, args, kwargs)
         result = go_on(*args, **kwargs)
         if moment is None or moment.thread != threading.get_ident():
             return result
@@ -207,6 +213,19 @@ def _is_set(scheduler: Any) -> bool:
 def _begin_of(scheduler: Any) -> int:
     """Return where on its grid a scheduler will begin, as far as it knows."""
     return getattr(scheduler, "begin_index", None) or 0
+
+
+def _argument(scheduler: Any, name: str, args: tuple, kwargs: dict) -> Any:
+    """Return an argument of a call of a scheduler's `step`, whose order is not the same in all classes."""
+    if name in kwargs:
+        return kwargs[name]
+    places = _places(type(scheduler))
+    return args[places.index(name)] if name in places[: len(args)] else None
+
+
+@lru_cache(maxsize=64)
+def _places(kind: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.step).parameters)[1:]
 
 
 def _time_of(timestep: Any) -> float | None:

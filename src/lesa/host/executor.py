@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lesa.host.clock import LoopClock, Moment, PipelineClock
+from lesa.host.conditions import Judge
 from lesa.host.streams import FIRST, Call, Stream, Streams
 from lesa.host.structure import leaves, replace
 from lesa.host.summary import StreamSummary
@@ -152,11 +153,12 @@ class Executor:
         storage: Storage,
         detours: Detours,
         stream_of: StreamOf | None = None,
+        judge: Judge | None = None,
     ):
         self.clock, self.forecaster, self.storage, self.detours = clock, forecaster, storage, detours
         self.done: dict[str, StreamSummary] = {}
         self.plans: dict[str, Plan] = {}
-        self._stream_of = stream_of
+        self._stream_of, self.judge = stream_of, judge
         self._name = threading.local()
         self._lock = threading.Lock()
         self._voices: dict[Stream, Voice] = {}
@@ -174,7 +176,7 @@ class Executor:
 
         self._compiled = compiled
         if isinstance(clock, PipelineClock):
-            clock.on_end, clock.on_tick = self.forget, self._tick
+            clock.on_end, clock.on_tick, clock.on_first_step = self.forget, self._tick, self._judge_run
 
     def begin(self, denoiser: str, args: tuple, kwargs: dict) -> Any:
         """Say what becomes of a call of a denoiser: a `Passage`, or None if it is of no run."""
@@ -188,7 +190,7 @@ class Executor:
                 self._judged, self._taken = moment.start, None
             if moment.step != self._at:
                 self._places, self._at = {}, moment.step
-            return _Judged(self, self._voice(moment, self._call_of(denoiser, args, kwargs)))
+            return _Passing(self, self._voice(moment, self._call_of(denoiser, args, kwargs)), kwargs)
 
     def _call_of(self, denoiser: str, args: tuple, kwargs: dict) -> Call:
         name = getattr(self._name, "now", None)
@@ -244,7 +246,16 @@ class Executor:
                 voice.move(moment.start)
                 self._plan(voice, moment)
 
-    def judge(self, voice: Voice, feature: Any) -> None:
+    def _judge_run(self, scheduler: Any, args: tuple, kwargs: dict) -> None:
+        if self.judge is not None:
+            self.judge.judge([voice.plan for voice in self._voices.values()], scheduler, args, kwargs)
+
+    def hear(self, voice: Voice, kwargs: dict, feature: Any) -> None:
+        """Keep what the judge of a run looks at after its first step."""
+        if self.judge is not None and self._moment is not None and self._moment.ticks == 0:
+            self.judge.hear(voice.name, kwargs, feature)
+
+    def detour(self, voice: Voice, feature: Any) -> None:
         """At a full step, send an unusual run on its detour; the first stream decides for all."""
         moment, plan, step = self._moment, voice.plan, voice.step
         detour = self.detours.get(step)
@@ -261,7 +272,7 @@ class Executor:
             voice.done.detours += voice.plan is not plan
 
     def restart(self, voice: Voice) -> None:
-        """Let a stream whose features have other shapes now (a first step that prefills tokens) begin with this step."""
+        """Let a stream begin with this step: its features have other shapes now (a first step may prefill tokens)."""
         assert self._moment is not None
         voice.parts.clear()
         voice.began = voice.step
@@ -285,17 +296,18 @@ class Executor:
         self._name.now = name
 
 
-class _Judged:
+class _Passing:
     """A call's passage: its voice, and the detours that its run may take."""
 
-    def __init__(self, executor: Executor, voice: Voice):
-        self._executor, self._voice, self.full = executor, voice, voice.full
+    def __init__(self, executor: Executor, voice: Voice, kwargs: dict):
+        self._executor, self._voice, self._kwargs, self.full = executor, voice, kwargs, voice.full
 
     def keep(self, feature: Any, part: int = 0) -> None:
+        self._executor.hear(self._voice, self._kwargs, feature)
         if not self._voice.fits(feature, part):
             self._executor.restart(self._voice)
         elif self._executor.detours and part == 0:
-            self._executor.judge(self._voice, feature)
+            self._executor.detour(self._voice, feature)
         self._voice.keep(feature, part)
 
     def forecast(self, part: int = 0) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lesa.host.clock import LoopClock, PipelineClock
+from lesa.host.conditions import Judge
 from lesa.host.denoiser import attach, refuse_compiled
 from lesa.host.executor import Executor, ScheduleFor, StreamOf
 from lesa.host.intercept import mark_of
@@ -154,6 +155,7 @@ def accelerate(
     strict: bool = False,
     denoisers: Sequence[str] | None = None,
     stream_of: StreamOf | None = None,
+    check: bool = True,
 ) -> Run:
     """Make a pipeline, or a denoiser in a loop of one's own, run on the full steps of a schedule only.
 
@@ -184,10 +186,15 @@ def accelerate(
     Calls of one step are told apart by the names that a pipeline gives them, else by the conditioning that they bring;
     `stream_of` may name them from a call's arguments and named arguments. `run.streams` says what was found.
 
+    A pipeline's runs are judged at their first step: a sampler that adds noise is refused unless the forecasts are
+    reuse, and so is other guidance than a predictor was trained under, if it says which. With `check=False` they are
+    not, and what is forecast then may be far off. Calls of a denoiser that belong to no run of the pipeline run in
+    full.
+
     Raises: ValueError if the schedule, the grid or the tap is missing or does not fit, if there is no such history, or
         if a denoiser is accelerated already; LookupError if no predictor is shipped for the pipeline. The pipeline's
-        first call raises ValueError, before its first step is done, if its grid, schedule or streams do not fit the
-        predictor.
+        first call raises ValueError, before its first step is done, if its grid, schedule, streams or guidance do not
+        fit the predictor, or its sampler adds noise.
     """
     alone = isinstance(pipe, nn.Module)
     if alone != (grid is not None):
@@ -202,12 +209,13 @@ def accelerate(
     own = forecaster if isinstance(forecaster, predictors.Predictor) else None
     storage = Storage.parse(history)
     clock = PipelineClock(pipe) if grid is None else LoopClock(grid)
-    executor = Executor(clock, forecaster, schedule_for, strict, storage, detours or {}, stream_of)
+    judge = Judge(forecaster) if check else None
+    executor = Executor(clock, forecaster, schedule_for, strict, storage, detours or {}, stream_of, judge)
     with _lock:
         if any(_run_of(module) for module in _modules(pipe, names)):
             raise ValueError("a transformer is accelerated once, but this one is already; call lesa.disable first.")
-        check = own.check_model if own else lambda _module, _tap: None
-        return Run(pipe, names, executor, tap or (own.origin.tap if own else OUTPUT), check)
+        fits = own.check_model if own else lambda _module, _tap: None
+        return Run(pipe, names, executor, tap or (own.origin.tap if own else OUTPUT), fits)
 
 
 enable = accelerate

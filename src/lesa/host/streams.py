@@ -28,7 +28,7 @@ class Call:
     """One call of a denoiser, as far as it tells its stream: what goes in, and of which shapes.
 
     `name` is the stream's name where the pipeline says it, `place` which call of its step it is, from 0 on. Where the
-    loop itself tells its streams, `told`, nothing else is looked at but the shapes and what kind of answer is asked for.
+    loop itself tells its streams, `told`, only shapes, and what kind of answer is asked for, are looked at besides.
     """
 
     def __init__(self, denoiser: str, name: str | None, args: tuple, kwargs: dict, place: int, told: bool = False):

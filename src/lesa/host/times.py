@@ -18,8 +18,8 @@ _known: dict[tuple, Tensor] = {}
 def times_of(scheduler: Any) -> Tensor:
     """Return the grid that a scheduler will walk, float64 (S + 1,), one time for each tick and the last.
 
-    Under flow matching they are its sigmas. Elsewhere they are read off a copy's steps (`lesa.rows.levels`); where those
-    do not tell, they fall evenly from 1 to 0, in the order of the steps, which is all that they then say.
+    Under flow matching they are its sigmas. Elsewhere they are read off a copy's steps (`lesa.rows.levels`); where
+    those do not tell, they fall evenly from 1 to 0, in the order of the steps, which is all that they then say.
     """
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None and _is_flow(scheduler):

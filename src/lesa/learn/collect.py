@@ -22,8 +22,9 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lesa.host.conditions import adds_noise, noise_error
 from lesa.host.head import to_tokens
-from lesa.host.intercept import intercept
+from lesa.host.intercept import intercept, unmarked
 from lesa.host.pipelines import for_each
 from lesa.host.streams import hear
 from lesa.host.tap import tap_of
@@ -61,7 +62,7 @@ def record(
     the tokens that the transformer makes of them.
 
     Raises: ValueError if the prompts and seeds do not pair up, if an argument is the recording's own, if the pipeline
-    does not walk its whole grid once per stream, or if it is accelerated at another tap.
+    does not walk its whole grid once per stream, if it is accelerated at another tap, or if its sampler adds noise.
     """
     _check_pairs(prompts, seeds)
     if reserved := sorted(set(call) & set(_OURS)):
@@ -97,6 +98,7 @@ class _Recorder:
         self._shape = torch.Size()
         self._full: set[int] = set()
         self._latents: dict[int, Tensor] = {}
+        self._judged = False
         self._kept: dict[str, dict[str, list[Tensor]]] = {}  # stream, then group; one tensor per step
 
     @contextmanager
@@ -104,6 +106,7 @@ class _Recorder:
         # around an acceleration that is there, so that its forecasts are seen
         with ExitStack() as undo:
             undo.callback(intercept(self._transformer, "__call__", self._call))
+            undo.callback(intercept(self._scheduler, "step", self._refuse_noise))
             for block in list(getattr(self._transformer, self._tap.blocks[0]))[:1]:
                 undo.callback(block.register_forward_pre_hook(self._see_block).remove)
             if self._tap.module is not None:
@@ -125,6 +128,12 @@ class _Recorder:
         output = go_on(*args, **kwargs)
         self._leave(transformer, args, output)
         return output
+
+    def _refuse_noise(self, go_on: Callable, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._judged and adds_noise(unmarked(scheduler), *args, **kwargs):
+            raise noise_error(scheduler, "runs are recorded with")
+        self._judged = True
+        return go_on(*args, **kwargs)
 
     def _see_block(self, *_: Any) -> None:
         self._full.add(self._step)

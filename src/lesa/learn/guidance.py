@@ -1,83 +1,32 @@
-"""How a pipeline makes one velocity of its streams' outputs."""
+"""What recorded runs say of their guidance."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
-from torch import Tensor
-
+from lesa.host.conditions import alike
 from lesa.learn.trajectory import Trajectory
-
-UNEXPLAINED = 0.1
-"""The share of a run's way that its outputs may leave unexplained; the rounding of bfloat16 leaves some."""
-MEASURED_ON = 4
+from lesa.predictors.predictor import configuration
+from lesa.rows.guidance import Guidance
 
 
-class Guidance(NamedTuple):
-    """Classifier-free guidance, v = uncond + scale (cond - uncond), or one stream alone.
+def facts(pipe: Any, runs: Sequence[Sequence[Trajectory]], call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `Origin.training` says of the guidance of recorded runs, those of each collection.
 
-    If it is `rescaled`, as in Qwen-Image, each token of v then gets the norm that it has in cond.
+    Of two streams it is measured; that which the transformer takes as a number is in the `call`, or its default. Where
+    collections differ nothing is said.
+
+    Raises: ValueError as `Guidance.of` does.
     """
-
-    streams: tuple[str, ...] = ("cond",)
-    scale: float = 1.0
-    rescaled: bool = False
-
-    @classmethod
-    def of(cls, runs: Sequence[Trajectory], streams: Sequence[str]) -> Guidance:
-        """Measure how recorded runs combine these streams: by what way their outputs lead from noise to picture.
-
-        Raises: ValueError if they combine them in none of the ways that are known here.
-        """
-        if len(streams) == 1:
-            return cls(tuple(streams))
-        if sorted(streams) != ["cond", "uncond"]:
-            raise ValueError(f"streams are cond and uncond, or one alone, got {', '.join(streams)}; record such runs.")
-        runs = runs[:MEASURED_ON]
-        outputs = torch.stack([torch.stack([run.outputs[name] for name in streams]) for run in runs]).float()
-        way = torch.stack([run.latents[-1].float() - run.latents[0].float() for run in runs])
-        durations = runs[0].grid.diff().float()
-        found = [_fit(cls(tuple(streams), 1.0, rescaled), outputs, durations, way) for rescaled in (False, True)]
-        guidance, missing = min(found, key=lambda one: one[1])
-        if not missing < UNEXPLAINED:
-            raise ValueError(
-                "the streams of a run make its velocity by classifier-free guidance, got runs of which it leaves "
-                f"{missing:.0%} unexplained; record runs of an Euler sampler with the same guidance at all steps."
-            )
-        return guidance
-
-    def velocity(self, outputs: Tensor) -> Tensor:
-        """Combine outputs (P, streams, ..., C) to velocities (P, ..., C)."""
-        if len(self.streams) == 1:
-            return outputs[:, 0]
-        cond, uncond = (outputs[:, self.streams.index(name)] for name in ("cond", "uncond"))
-        velocity = uncond + self.scale * (cond - uncond)
-        return (
-            velocity * (cond.norm(dim=-1, keepdim=True) / velocity.norm(dim=-1, keepdim=True))
-            if self.rescaled
-            else velocity
-        )
-
-    @property
-    def weights(self) -> Tensor:
-        """How much of each stream is in the velocity, (streams,), of sum 1."""
-        return torch.tensor([{"cond": self.scale, "uncond": 1 - self.scale}.get(name, 1.0) for name in self.streams])
-
-
-def _fit(guidance: Guidance, outputs: Tensor, durations: Tensor, way: Tensor) -> tuple[Guidance, float]:
-    """Find the scale by Gauss-Newton steps; returns it with the share of the way that is left over."""
-
-    def missing(scale: float) -> Tensor:
-        velocity = guidance._replace(scale=scale).velocity(outputs)
-        return torch.einsum("s,psnc->pnc", durations, velocity) - way
-
-    scale, width = guidance.scale, 1e-2
-    for _ in range(20):
-        slope = (missing(scale + width) - missing(scale - width)) / (2 * width)
-        size = float(slope.square().sum())
-        if size == 0:  # the streams agree, and any scale is as good
-            break
-        scale -= float((slope * missing(scale)).sum()) / size
-    return guidance._replace(scale=scale), float(missing(scale).norm() / way.norm())
+    found: dict[str, Any] = {}
+    streams = runs[0][0].streams
+    if len(streams) > 1:
+        measured = [Guidance.of(some, streams) for some in runs]
+        if all(alike(one, measured[0]) for one in measured):
+            found["guidance"] = dict(scale=round(measured[0].scale, 4), rescaled=measured[0].rescaled)
+    if configuration(pipe.transformer).get("guidance_embeds"):
+        usual = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+        found["embedded_guidance"] = call.get("guidance_scale", usual and usual.default)
+    return found

@@ -30,7 +30,7 @@ from lesa.host.head import head
 from lesa.host.runtime import accelerate
 from lesa.host.tap import tap_of
 from lesa.learn.collect import record
-from lesa.learn.guidance import Guidance
+from lesa.rows.guidance import Guidance
 from lesa.learn.training import TINY, Answers, Head, Runs, drift, response
 from lesa.learn.trajectory import Trajectory
 from lesa.rows.detour import Detour
@@ -43,7 +43,7 @@ RANDOM_STARTS, TRIED_STARTS = 2, 4
 PLANNED_ON, DISTURBED = 16, 8
 """How many recorded runs a pipeline's planner looks at, and how many it runs once more to see drifts answered."""
 CAUTIONS = (1.0, 2.0, 4.0, 8.0)
-"""The caution of the schedules that `Planner.plan` runs."""
+"""The caution of the schedules that `Planner.plan` runs, besides the one without."""
 Run = Callable[[Forecaster, Schedule], float]
 """(forecaster, schedule) -> the drift in dB of real runs"""
 
@@ -193,20 +193,22 @@ class Planner:
     def plan(self, forecaster: Forecaster, budget: int) -> Schedule:
         """Return the schedule whose real runs end nearest to their reference runs.
 
-        Those of `search` are run: with the caution that was measured, and with twice as much while that is no worse.
+        Those of `search` are run: without caution; with what was measured, and with twice as much while it is no worse.
 
         Raises: ValueError as `real` and `search` do.
         """
-        best, least = None, math.inf
+        bold = self.search(forecaster, budget)
+        known = {bold: self.real(forecaster, bold)}
+        near, least = None, math.inf
         for caution in CAUTIONS:
-            schedule = self.search(forecaster, budget, caution=caution, near=best)
-            if schedule == best:
+            schedule = self.search(forecaster, budget, caution=caution, near=near)
+            if schedule == near:
                 continue
-            if (found := self.real(forecaster, schedule)) > least:
+            found = known[schedule] = self.real(forecaster, schedule)
+            if found > least:
                 break
-            best, least = schedule, found
-        assert best is not None
-        return best
+            near, least = schedule, found
+        return min(known, key=lambda one: known[one])
 
     def real(self, forecaster: Forecaster, schedule: Schedule) -> float:
         """Return how far real runs end from their reference runs, in dB as `drift`.

@@ -1,8 +1,8 @@
 """Choose the bounds between LESA's stages, and how many there are, from recorded runs.
 
 A stage is a run of skipped steps that share the weights w of past features; each step has its own alpha. With E_ks the
-error that reusing the feature of step k leaves in the output of step s (`lesa.learn.planning`), and `new` the newest feature
-held, the forecast h_new + alpha_s sum_k w_k (h_k - h_new) leaves
+error that reusing the feature of step k leaves in the output of step s (`lesa.learn.planning`), and `new` the newest
+feature held, the forecast h_new + alpha_s sum_k w_k (h_k - h_new) leaves
 
     E_new,s + alpha_s sum_k w_k (E_ks - E_new,s)
 

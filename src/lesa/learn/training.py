@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from lesa.host.head import Projection
 from lesa.learn import metrics
-from lesa.learn.guidance import Guidance
+from lesa.rows.guidance import Guidance
 from lesa.learn.trajectory import Trajectory, write_atomically
 from lesa.predictors import disk
 from lesa.predictors.predictor import CARD_FILE, FILES, L2P, LESA, Predictor

@@ -27,6 +27,7 @@ from lesa.predictors import disk
 from lesa.predictors.kan import KAN, KANLayer, bspline_basis
 from lesa.rows.forecasters import Forecaster, Lagrange
 from lesa.rows.grid import matches, stage_of, validate
+from lesa.rows.plan import histories
 from lesa.rows.row import Row
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
@@ -44,8 +45,17 @@ ROUNDING = 1e-6
 HELD = 1e-3
 """How far a KAN may miss the alphas that it takes up."""
 NEAR_REUSE = 0.02
-STRETCH = 1.5
-"""How many times the steps that it was trained for, or fewer, a predictor for many grids may run on."""
+FEWER, MORE = 1.5, 1.1
+"""By what factors the steps of a run may be fewer or more than those that a predictor for many grids was trained for.
+
+Of emoji-flux's, trained for 20 to 50 and with 10 full steps: at 14 it is level with untrained rows or above, at 60
+and 70 it is 3 and 7 dB below."""
+BENT, FURTHER = 0.25, 1.5
+"""How far from the same all along a grid's shift of a trained one may be, in logits, and by how many times the span of
+the trained shifts it may lie outside of them.
+
+Of emoji-flux's, trained at 64 and 96 pixels: those of 48 to 128 pixels lie up to 1.4 spans outside and are not bent;
+beta, Karras' and exponential sigmas are bent by 0.7 to 1."""
 BOUNDS, OTHER_BOUNDS = (0.9, 0.5), {"QwenImageTransformer2DModel": (0.9, 0.4)}
 """The paper's falling times between stages, and where a class of transformers has others."""
 
@@ -519,7 +529,8 @@ class ContinuousLESA(Predictor):
     are none. A new predictor is `Lagrange(J)`, J being its `order`, and the KAN bends it from there.
 
     It gives a row for any step after any full steps, so any schedule can be run, and planned for it, on grids of about
-    as many steps (a KAN extrapolates badly: runs of 4 steps need a predictor of their own). `schedules` are
+    as many steps (a KAN extrapolates badly: runs of 4 steps need a predictor of their own) that are the trained ones
+    but for their shift. `schedules` are
     the grids that it was trained for with the schedules planned for each, several if they differ in the number of full
     steps; the default is the origin's grid and schedule alone.
 
@@ -578,12 +589,25 @@ class ContinuousLESA(Predictor):
         return list(self.experts[stream].parameters())
 
     def check_grid(self, grid: Tensor) -> None:
-        """Raise ValueError unless the grid has about as many steps as those that the predictor was trained for."""
-        trained = sorted(len(grid) - 1 for grid, _ in self.schedules)
-        if not trained[0] / STRETCH <= len(grid) - 1 <= trained[-1] * STRETCH:
+        """Raise ValueError unless the grid has about as many steps as a trained one, and is one but for its shift."""
+        trained = [torch.tensor(times, dtype=torch.float64) for times, _ in self.schedules]
+        counts = sorted(len(times) - 1 for times in trained)
+        advice = "train one for such a grid, or take a forecaster that needs no training, e.g. lesa.Lagrange(1)."
+        if not counts[0] / FEWER <= len(grid) - 1 <= counts[-1] * MORE:
             raise ValueError(
-                f"this predictor was trained for {trained[0]} to {trained[-1]} steps, got {_grid_words(grid)}; train "
-                "one for such a grid, or take a forecaster that needs no training, e.g. lesa.Lagrange(1)."
+                f"this predictor was trained for {counts[0]} to {counts[-1]} steps, got {_grid_words(grid)}; {advice}"
+            )
+        if min(_shift(grid, other)[1] for other in trained) > BENT:
+            raise ValueError(
+                f"this predictor was trained for grids like {_grid_words(trained[0])}, up to a shift, got times spread "
+                f"otherwise, {_grid_words(grid)}; {advice}"
+            )
+        shifts = [_shift(other, trained[0])[0] for other in trained]
+        room = FURTHER * (max(shifts) - min(shifts)) + BENT
+        if not min(shifts) - room <= _shift(grid, trained[0])[0] <= max(shifts) + room:
+            raise ValueError(
+                f"this predictor was trained for grids that reach {_middle(trained)} halfway, got {_grid_words(grid)} "
+                f"that reach {_middle([grid])}, a shift too far from those; {advice}"
             )
 
     def check_past(self, step: int, past: Sequence[int]) -> None:
@@ -603,34 +627,51 @@ class ContinuousLESA(Predictor):
         )
 
     def schedule_for(self, grid: Sequence[float] | Tensor, budget: int | None = None, start: int = 0) -> Schedule:
-        """Return the schedule trained for this grid, or that of the grid most like it with full steps at like times.
+        """Return the schedule trained for this grid, or of those of others, with full steps after the same shares of
+        the run, the one whose rows are most like trained ones.
 
         Of several, the one with `budget` full steps, or the most. A run that begins at a later step has a full step
         there, and those of the schedule that come after.
 
-        Raises: ValueError if no schedule has such a budget, or the grid has fewer steps.
+        Raises: ValueError if no schedule has such a budget, or the predictor is not for this grid.
         """
         grid = validate(grid)
         self.check_grid(grid)
-
-        def distance(other: tuple[float, ...]) -> tuple[int, float]:
-            middles = (torch.tensor(times)[len(times) // 2] for times in (grid.tolist(), other))
-            return abs(len(other) - len(grid)), float(abs(next(middles) - next(middles)))
-
-        found: dict[int, list[tuple[tuple[float, ...], tuple[int, ...]]]] = {}
-        for other, texts in self.schedules:
-            for text in texts:
-                full = Schedule.parse(text).full_steps(len(other) - 1)
-                found.setdefault(len(full), []).append((other, full))
+        steps, found = len(grid) - 1, self._full_steps()
         budget = max(found) if budget is None else budget
-        if budget not in found or budget >= len(grid):
+        if budget not in found or budget > steps:
             raise ValueError(
                 f"this predictor has schedules of {', '.join(map(str, sorted(found)))} full steps, got a budget of "
                 f"{budget} on {_grid_words(grid)}; name one of these, or plan another (lesa plan) and pass it."
             )
-        other, full = min(found[budget], key=lambda one: distance(one[0]))
-        steps = _at_times([other[k] for k in full], grid)
-        return Schedule.at([start, *(step for step in steps if step > start)])
+        own = [full for times, full in found[budget] if matches(grid, torch.tensor(times, dtype=torch.float64))]
+        made = own or list(dict.fromkeys(_stretched(full, len(times) - 1, steps) for times, full in found[budget]))
+        full = min(made, key=lambda one: self._strangeness(grid, one)) if len(made) > 1 else made[0]
+        return Schedule.at([start, *(step for step in full if step > start)])
+
+    def _full_steps(self) -> dict[int, list[tuple[tuple[float, ...], tuple[int, ...]]]]:
+        """Return the trained schedules by their number of full steps: times of the grid, full steps."""
+        found: dict[int, list[tuple[tuple[float, ...], tuple[int, ...]]]] = {}
+        for times, texts in self.schedules:
+            for text in texts:
+                full = Schedule.parse(text).full_steps(len(times) - 1)
+                found.setdefault(len(full), []).append((times, full))
+        return found
+
+    def _strangeness(self, grid: Tensor, full: Sequence[int]) -> float:
+        """Return how far the times that rows are made of are from the nearest trained row's, the mean over rows."""
+        trained = [self._inputs(times, some) for known in self._full_steps().values() for times, some in known]
+        mine = self._inputs(grid.tolist(), full)
+        if not len(mine):
+            return 0.0
+        return float(torch.cdist(mine, torch.cat(trained), compute_mode="donot_use_mm_for_euclid_dist").amin(1).mean())
+
+    def _inputs(self, times: Sequence[float], full: Sequence[int]) -> Tensor:
+        """Return the times that each row of a run combines, (rows, order + 2), as `bends` takes them."""
+        pasts = histories(len(times) - 1, full, 0, self.memory, False)
+        rows = [[times[step], *(times[k] for k in reversed(past))] for step, past in pasts]
+        padded = [row + [1.0] * (self.order + 2 - len(row)) for row in rows]
+        return torch.tensor(padded, dtype=torch.float64).reshape(-1, self.order + 2)
 
     def stream_rows(self, stream: str, grid: Tensor, pasts: Mapping[int, Sequence[int]]) -> dict[int, Row]:
         times = grid.tolist()
@@ -676,13 +717,39 @@ def _fullest_start(schedule: Schedule, grid: Sequence[float]) -> int:
     return next((k for k, step in enumerate(full) if k != step), len(full))
 
 
-def _at_times(times: Sequence[float], grid: Tensor) -> list[int]:
-    """Return the steps of a grid nearest to falling times: all different, the first one 0."""
-    steps = [0]
-    for k, time in enumerate(times[1:], start=1):
-        nearest = int((grid[:-1] - time).abs().argmin())
-        steps.append(min(max(nearest, steps[-1] + 1), len(grid) - 1 - len(times) + k))
-    return steps
+def _stretched(full: Sequence[int], steps: int, wanted: int) -> tuple[int, ...]:
+    """Return the full steps of a run of so many steps after the same shares of it: all different, the last one last."""
+    result = [round(step * (wanted - 1) / max(steps - 1, 1)) for step in full]
+    for k in range(1, len(result)):
+        result[k] = max(result[k], result[k - 1] + 1)
+    for k in range(len(result)):
+        result[k] = min(result[k], wanted - len(result) + k)
+    return tuple(result)
+
+
+def _shift(grid: Tensor, other: Tensor) -> tuple[float, float]:
+    """Return by how much a grid is the other one shifted, in logits, and how far from that it is anywhere.
+
+    Shifts of flow matching, t -> s t / (1 + (s - 1) t), add ln s to logits. Looked at from a tenth of the run to nine.
+    """
+    shares = torch.linspace(0.1, 0.9, 17, dtype=torch.float64)
+    moved = _times_after(shares, grid).logit(1e-6) - _times_after(shares, other).logit(1e-6)
+    middle = float(moved.median())
+    return middle, float((moved - middle).abs().max())
+
+
+def _times_after(shares: Tensor, grid: Tensor) -> Tensor:
+    """Return the times of a run after these shares of its steps, on straight lines between its own."""
+    places = shares * (len(grid) - 1)
+    before = places.floor().long().clamp(max=len(grid) - 2)
+    return torch.lerp(grid[before], grid[before + 1], places - before)
+
+
+def _middle(grids: Sequence[Tensor]) -> str:
+    middles = sorted(
+        {f"t = {float(_times_after(torch.tensor([0.5], dtype=torch.float64), grid)):.3f}" for grid in grids}
+    )
+    return " to ".join(dict.fromkeys([middles[0], middles[-1]]))
 
 
 def _falling(bounds: Sequence[float]) -> tuple[float, ...]:
