@@ -94,7 +94,7 @@ class Toy:
         latents = torch.ones(1)
         for step in scheduler.timesteps:
             velocity = transformer(latents, 1.0)["sample"]
-            velocity = velocity + (transformer(latents, 10.0)["sample"] if step else 0)
+            velocity += transformer(latents, 10.0)["sample"] if step else 0  # in place, as pipelines may
             scheduler.step(velocity, step, latents)
             latents = scheduler.step(velocity, step, latents)[0]
         return latents
