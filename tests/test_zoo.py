@@ -29,7 +29,7 @@ def distance(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
 
 
 def test_the_zoo_is_large():
-    assert len(ZOO) >= 120 and len(MODELS) == 60
+    assert len(ZOO) >= 190 and len(MODELS) == 60
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -53,6 +53,35 @@ def test_the_oracle_skips_ticks(name: str):
     assert forecast.skipped and forecast.runs == run.runs and forecast.calls == run.calls
     assert all(latents.isfinite().all() for latents in run.latents + forecast.latents)
     assert distance(forecast.latents, run.latents) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "steps", "begins", "streams"),
+    [
+        ("flux_guided", [6], 6, 1, {2}),
+        ("z_image_truncated", [6], 6, 1, {1}),  # its batch shrinks when guidance ends
+        ("flux_img2img_guided", [5], 5, 1, {2}),  # begins late
+        ("sdxl_heun_guided", [11], 11, 1, {1}),  # evaluates twice a step, at times that repeat
+        ("stable_diffusion_pndm_guided", [15], 15, 1, {1}),
+        ("sd3_skip_layer_guided", [6], 6, 1, {1, 2}),  # a third call, or a second, on a part of the steps
+        ("modular_qwen_interval_guided", [6], 6, 1, {1, 2}),
+        ("motif_video_i2v_guided", [6], 6, 1, {2, 3}),
+        ("allegro_guided", [6], 6, 2, {1}),  # sets its times twice
+        ("cosmos_text2world_guided", [6], 12, 1, {2}),  # steps twice, with an index that it sets back
+        ("ltx2_guided", [6], 12, 2, {3}),  # steps a copy for the sound
+        ("modular_minimax_h3", [5], 10, 2, {1}),
+        ("skyreels_forcing_guided", [6], 18, 4, {2}),  # steps a copy for every frame of latents
+        ("skyreels_forcing_asynchronous_guided", [10], 18, 4, {2}),  # not every frame in every tick
+        ("skyreels_forcing_long_guided", [6, 6], 24, 7, {2}),  # samples in sections
+        ("framepack_guided", [6, 6], 12, 2, {2}),
+        ("wan_animate_guided", [6, 6], 12, 3, {2}),
+        ("helios_pyramid_guided", [3, 3, 3], 9, 3, {2}),
+        ("anyflow_far_guided", [6, 6], 12, 2, {1}),  # calls once more between its runs, to fill a cache
+    ],
+)
+def test_clocks_that_a_counter_of_steps_would_get_wrong(name, runs, steps, begins, streams):
+    run = plain(name)
+    assert (run.runs, run.steps, run.begins, set(run.streams)) == (runs, steps, begins, streams)
 
 
 def test_rows_see_the_times_and_past_of_their_run():
@@ -94,7 +123,7 @@ class Toy:
         latents = torch.ones(1)
         for step in scheduler.timesteps:
             velocity = transformer(latents, 1.0)["sample"]
-            velocity = velocity + (transformer(latents, 10.0)["sample"] if step else 0)
+            velocity += transformer(latents, 10.0)["sample"] if step else 0  # in place, as pipelines may
             scheduler.step(velocity, step, latents)
             latents = scheduler.step(velocity, step, latents)[0]
         return latents

@@ -12,7 +12,7 @@ from zoo.ltx import LTX, ltx_parts
 from zoo.parts import STEPS, TOKENS, WIDTH, Specimen, entry, noise, picture, tiny
 from zoo.qwen import qwen_parts, z_image_parts, z_image_text
 from zoo.unet import sdxl_parts
-from zoo.wan import FILM, wan_parts
+from zoo.wan import FILM, helios_parts, wan, wan_parts
 
 
 def modular(
@@ -220,3 +220,42 @@ def modular_minimax_h3() -> Specimen:
     parts = dict(transformer=transformer, scheduler=d.MiniMaxH3Scheduler(), audio_scheduler=d.MiniMaxH3Scheduler())
     more = dict(prompt_embeds=noise(1, TOKENS, WIDTH), text_token_tags=torch.zeros(TOKENS, dtype=torch.long))
     return modular(MiniMaxH3Blocks(), parts, ("text_encoder", "decode"), height=64, width=64, num_frames=124, **more)
+
+
+@entry
+def modular_wan22_guided() -> Specimen:
+    from diffusers.modular_pipelines.wan.modular_blocks_wan22 import Wan22Blocks
+
+    guiders = dict(guider=d.ClassifierFreeGuidance(4.0), guider_2=d.ClassifierFreeGuidance(3.0))
+    parts = dict(wan_parts(16), transformer_2=wan(1, channels=16), **guiders)
+    embeds = dict(prompt_embeds=noise(1, TOKENS, WIDTH), negative_prompt_embeds=noise(1, TOKENS, WIDTH, seed=1))
+    return modular(Wan22Blocks(), parts, ("text_encoder", "decode"), num_frames=9, **embeds, **SQUARE)
+
+
+@entry
+def modular_flux2() -> Specimen:
+    from diffusers.modular_pipelines.flux2.modular_blocks_flux2 import Flux2AutoBlocks
+
+    embeds = dict(prompt_embeds=noise(1, TOKENS, WIDTH))
+    return modular(Flux2AutoBlocks(), flux2_parts(), ("text_encoder", "decode"), **embeds, **SQUARE)
+
+
+@entry
+def modular_helios_guided() -> Specimen:
+    from diffusers.modular_pipelines.helios.modular_blocks_helios import HeliosAutoBlocks
+
+    parts = dict(helios_parts(16, stage_range=[0, 1], stages=1), guider=d.ClassifierFreeGuidance(4.0))
+    embeds = dict(prompt_embeds=noise(1, TOKENS, WIDTH), negative_prompt_embeds=noise(1, TOKENS, WIDTH, seed=1))
+    more = dict(num_latent_frames_per_chunk=3, num_frames=21)
+    return modular(HeliosAutoBlocks(), parts, ("text_encoder", "decode"), **more, **embeds, **SQUARE)
+
+
+@entry
+def modular_qwen_image21_guided() -> Specimen:
+    from diffusers.modular_pipelines.qwenimage21.modular_blocks_qwenimage21 import QwenImage21AutoBlocks
+
+    transformer = tiny(d.QwenImage21Transformer2DModel, in_channels=4, out_channels=4, context_in_dim=WIDTH)
+    parts = dict(qwen_parts(), transformer=transformer, guider=d.ClassifierFreeGuidance(4.0))
+    pads = {f"{sign}image_pad_mask": torch.zeros(1, TOKENS, dtype=torch.bool) for sign in ("", "negative_")}
+    more = dict(masked_embeds(torch.bool), **pads, height=64, width=64)
+    return modular(QwenImage21AutoBlocks(), parts, ("text_encoder", "decode"), **more)

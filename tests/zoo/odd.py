@@ -13,7 +13,7 @@ from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceConditio
 from diffusers.pipelines.omnigen.processor_omnigen import OmniGenCollator
 
 from zoo.flux import SQUARE, flow, flux_parts, longcat_parts, shifted
-from zoo.image import HUNYUAN_DIT, bria_fibo, hunyuan_dit_parts, sd3_parts
+from zoo.image import HUNYUAN_DIT, SANA, bria_fibo, hunyuan_dit_parts, pixart_parts, sana_parts, sd3_parts
 from zoo.ltx import LTX2, ltx2_parts, ltx_parts
 from zoo.parts import (
     TOKENS,
@@ -31,7 +31,8 @@ from zoo.parts import (
     wan_vae,
 )
 from zoo.qwen import small, z_image_parts, z_image_text
-from zoo.video import cogvideo_parts
+from zoo.unet import sdxl_parts
+from zoo.video import Unchecked, cogvideo_parts
 from zoo.wan import FILM, unipc
 
 EMBEDS = ["prompt_embeds", "negative_prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds_mask"]
@@ -283,3 +284,75 @@ def ltx_long_multi_prompt_guided() -> Specimen:
     subject = specimen(d.LTXI2VLongMultiPromptPipeline, dict(ltx_parts(), scheduler=flow(shift=3.0)), **more)
     kept = torch.ones(1, TOKENS, dtype=torch.bool)
     return stub(subject, encode_prompt=(noise(1, TOKENS, WIDTH), kept, noise(1, TOKENS, WIDTH, seed=1), kept))
+
+
+@entry
+def pixart_sigma_pag_guided() -> Specimen:
+    parts = dict(pixart_parts(d.DDIMScheduler(clip_sample=False)), pag_applied_layers=["blocks.1"])
+    return specimen(d.PixArtSigmaPAGPipeline, parts, use_resolution_binning=False, pag_scale=2.0, **SQUARE)
+
+
+@entry
+def sana_pag_guided() -> Specimen:
+    parts = dict(sana_parts(flow(shift=3.0)), pag_applied_layers=["transformer_blocks.0"])
+    return specimen(d.SanaPAGPipeline, parts, pag_scale=2.0, **SANA)
+
+
+@entry
+def hunyuan_dit_pag_guided() -> Specimen:
+    parts = dict(hunyuan_dit_parts(), pag_applied_layers=["blocks.1"])
+    return specimen(d.HunyuanDiTPAGPipeline, parts, use_resolution_binning=False, pag_scale=2.0, **SQUARE)
+
+
+@entry
+def sdxl_pag_guided() -> Specimen:
+    parts = dict(sdxl_parts(d.EulerDiscreteScheduler()), pag_applied_layers=["mid"])
+    return specimen(d.StableDiffusionXLPAGPipeline, parts, pag_scale=2.0, **SQUARE)
+
+
+@entry
+def hunyuan_image_refiner_guided() -> Specimen:
+    sizes = dict(in_channels=16, out_channels=8, rope_axes_dim=(4, 4, 8), patch_size=(1, 1, 1))
+    vae = tiny(
+        d.AutoencoderKLHunyuanImageRefiner,
+        latent_channels=4,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        spatial_compression_ratio=2,
+        temporal_compression_ratio=1,
+    )
+    parts = dict(
+        transformer=tiny(d.HunyuanImageTransformer2DModel, **sizes),
+        vae=vae,
+        scheduler=flow(shift=4.0),
+        guider=d.ClassifierFreeGuidance(3.0),
+    )
+    return specimen(d.HunyuanImageRefinerPipeline, parts, image=picture(), **SQUARE)
+
+
+@entry
+def stable_cascade_prior_guided() -> Specimen:
+    sizes = dict(
+        conditioning_dim=32,
+        block_out_channels=(32, 32),
+        num_attention_heads=(2, 2),
+        down_num_layers_per_block=(1, 1),
+        up_num_layers_per_block=(1, 1),
+        in_channels=4,
+        out_channels=4,
+        clip_text_pooled_in_channels=WIDTH,
+        clip_text_in_channels=WIDTH,
+        clip_image_in_channels=WIDTH,
+        switch_level=(False,),
+        down_blocks_repeat_mappers=(1, 1),
+        up_blocks_repeat_mappers=(1, 1),
+        block_types_per_layer=(("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),) * 2,
+    )
+    parts = dict(
+        prior=tiny(d.models.unets.StableCascadeUNet, **sizes),
+        scheduler=d.DDPMWuerstchenScheduler(),
+        resolution_multiple=2.0,
+        text_encoder=Unchecked(),
+    )
+    pooled = dict(prompt_embeds_pooled=noise(1, 1, WIDTH), negative_prompt_embeds_pooled=noise(1, 1, WIDTH, seed=1))
+    return specimen(d.StableCascadePriorPipeline, parts, output_type="pt", **pooled, **SQUARE)

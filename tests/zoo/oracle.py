@@ -8,14 +8,14 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet", "prior", "dit")
+DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet", "prior")
 
 Rows = Callable[[Sequence[float], int, Sequence[int]], Sequence[float]]
 
@@ -71,7 +71,8 @@ def combine(values: Sequence[Any], coefficients: Sequence[float]) -> Any:
         terms = [coefficient * value.double() for coefficient, value in zip(coefficients, values, strict=True)]
         return torch.stack(terms).sum(0).to(newest.dtype)
     if isinstance(newest, dict):
-        return type(newest)({key: combine([value[key] for value in values], coefficients) for key in newest})
+        parts = {key: combine([value[key] for value in values], coefficients) for key in newest}
+        return type(newest)(**parts) if is_dataclass(newest) else type(newest)(parts)
     if isinstance(newest, (list, tuple)):
         parts = [combine(part, coefficients) for part in zip(*values, strict=True)]
         return type(newest)(parts)
@@ -102,6 +103,7 @@ class Oracle:
         self.deep = 0  # inside another `step`
 
     def begins(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stand in for `set_timesteps`: the next call of a denoiser opens a run."""
         self.run.begins += not self.deep
         self.fresh = True
         return original(*args, **kwargs)
@@ -123,6 +125,7 @@ class Oracle:
         return self.plain.times[sum(lengths[:run]) : sum(lengths[: run + 1])]
 
     def denoises(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stand in for a call of the denoiser `name`: forecast it on a skipped tick, else run it."""
         if self.fresh:
             self.open()
         stream = (name, self.calls.count(name))
@@ -138,10 +141,11 @@ class Oracle:
         output = original(*args, **kwargs)
         if past and [tensor.shape for tensor in tensors(output)] != [tensor.shape for tensor in tensors(past[-1][1])]:
             past.clear()
-        past.append((self.tick, output))
+        past.append((self.tick, combine([output], [1.0])))  # a copy: pipelines may write into what they get
         return output
 
     def steps(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stand in for `step`; a class whose `step` calls another's counts once."""
         self.deep += 1
         try:
             output = original(*args, **kwargs)

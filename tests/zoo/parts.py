@@ -150,8 +150,8 @@ class Specimen:
 
     def call(self, seed: int = 0) -> Any:
         """Run the pipeline with noise from the seed."""
-        torch.manual_seed(seed)  # for those that draw from the global generator all the same
-        with torch.no_grad(), self.around():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), self.around():
+            torch.manual_seed(seed)  # for those that draw from the global generator all the same
             return self.pipe(**self.arguments, generator=torch.Generator().manual_seed(seed))
 
 

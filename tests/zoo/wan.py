@@ -180,19 +180,19 @@ def anyflow_far_guided() -> Specimen:
     return specimen(d.AnyFlowFARPipeline, parts, guidance_scale=3.0, height=32, width=32, num_frames=5)
 
 
+def helios_parts(channels: int = 4, **config: Any) -> dict[str, Any]:
+    sizes = dict(in_channels=channels, out_channels=channels, rope_dim=(4, 4, 8))
+    scheduler = d.HeliosScheduler(use_dynamic_shifting=True, **config)
+    return dict(transformer=tiny(d.HeliosTransformer3DModel, **sizes), vae=wan_vae(channels), scheduler=scheduler)
+
+
 @entry
 def helios_guided() -> Specimen:
-    transformer = tiny(d.HeliosTransformer3DModel, in_channels=4, out_channels=4, rope_dim=(4, 4, 8))
-    scheduler = d.HeliosScheduler(stage_range=[0, 1], stages=1, use_dynamic_shifting=True)
-    parts = dict(transformer=transformer, vae=wan_vae(), scheduler=scheduler)
+    parts = helios_parts(stage_range=[0, 1], stages=1)
     return specimen(d.HeliosPipeline, parts, num_latent_frames_per_chunk=3, **FILM)
 
 
 @entry
 def helios_pyramid_guided() -> Specimen:
-    transformer = tiny(d.HeliosTransformer3DModel, in_channels=4, out_channels=4, rope_dim=(4, 4, 8))
-    parts = dict(transformer=transformer, vae=wan_vae(), scheduler=d.HeliosScheduler(use_dynamic_shifting=True))
-    more = dict(
-        num_latent_frames_per_chunk=3, pyramid_num_inference_steps_list=[3, 3, 3], height=64, width=64, num_frames=9
-    )
-    return specimen(d.HeliosPyramidPipeline, parts, **more)
+    more = dict(num_latent_frames_per_chunk=3, pyramid_num_inference_steps_list=[3, 3, 3])
+    return specimen(d.HeliosPyramidPipeline, helios_parts(), **more, height=64, width=64, num_frames=9)
