@@ -95,7 +95,7 @@ def test_features_keep_the_dtype_of_the_model(tiny_flux):
 
 
 def test_an_accelerated_run_is_recorded_with_its_forecasts(tiny_flux):
-    with accelerate(tiny_flux, Reuse(), schedule=Schedule.at([0, 2])):
+    with accelerate(tiny_flux, Reuse(), schedule=Schedule.at([0, 2]), tap="feature"):
         [run] = record(tiny_flux, PROMPTS[:1], [5], ALL, **CALL)
         accelerated = tiny_flux(
             PROMPTS[0], output_type="latent", generator=torch.Generator().manual_seed(5), **CALL
@@ -238,7 +238,7 @@ def test_bad_arguments_are_refused_before_anything_runs(tiny_flux, tmp_path):
 
 def test_an_accelerated_pipeline_is_refused(tiny_flux, tmp_path):
     with (
-        accelerate(tiny_flux, Reuse(), schedule=Schedule.at([0, 2])),
+        accelerate(tiny_flux, Reuse(), schedule=Schedule.at([0, 2]), tap="feature"),
         pytest.raises(ValueError, match="got an accelerated pipeline"),
     ):
         collect(tiny_flux, folder=tmp_path, **RUNS)

@@ -86,7 +86,8 @@ def test_swapped_prompts_swap_the_streams(tiny_hunyuan):
     def held(prompt: str, negative_prompt: str) -> dict[str, Tensor]:
         def force(_pipe, step, *_):
             if step == STEPS - 2:  # later they are freed
-                found.update((name, s.history._features.clone()) for name, s in run._executor.streams.items())
+                voices = run._executor._voices.values()
+                found.update((voice.name, voice.parts[0][1][0]._features.clone()) for voice in voices)
             return {"latents": given[step]}
 
         found: dict[str, Tensor] = {}

@@ -9,12 +9,12 @@ from test_training import BOTH, CHANNELS, OUT, STEPS, TOKENS, WEIGHTS, World, be
 from lesa.host.runtime import accelerate
 from lesa.host.tap import tap_of
 from lesa.learn.collect import record
-from lesa.rows.guidance import Guidance
 from lesa.learn.planning import CAUTIONS, Planner, detours, disturbance, responses
 from lesa.learn.training import Problem, Runs, drift, response
 from lesa.learn.trajectory import draw_tokens
 from lesa.predictors.predictor import L2P
 from lesa.rows.forecasters import Lagrange, LinearRows, PlannedRow, Reuse, Taylor
+from lesa.rows.guidance import Guidance
 from lesa.rows.plan import compile, histories
 from lesa.rows.row import Row
 from lesa.rows.schedule import Schedule

@@ -11,6 +11,7 @@ from torch import Tensor
 from lesa.bench import records
 from lesa.cli import main
 from lesa.host.head import head
+from lesa.host.intercept import intercept
 from lesa.host.runtime import accelerate
 from lesa.host.tap import tap_of
 from lesa.learn.collect import record
@@ -55,7 +56,7 @@ def test_swapped_prompts_swap_the_histories(tiny_qwen, place):
     def histories(prompt: str, negative_prompt: str) -> tuple[dict, dict]:
         def force(_pipe, step, *_):
             if step == STEPS - 2:  # later they are freed
-                histories = {name: stream.history for name, stream in run._executor.streams.items()}
+                histories = {voice.name: voice.parts[0][1][0] for voice in run._executor._voices.values()}
                 assert histories["cond"]._shape[-1] == (16 if tap.module is None else 24)
                 held.update((name, history._features.clone()) for name, history in histories.items())
             return {"latents": given[step]}
@@ -65,11 +66,15 @@ def test_swapped_prompts_swap_the_histories(tiny_qwen, place):
         with accelerate(tiny_qwen, Taylor(2), schedule=EVERY, tap=place) as run:
             outputs: dict = {"cond": [], "uncond": []}
             names = iter(["cond", "uncond"] * STEPS)
-            hook = tiny_qwen.transformer.register_forward_hook(
-                lambda _module, _args, output: outputs[next(names)].append(output[0].clone())
-            )
+
+            def record(go_on, _transformer, *args, **kwargs):
+                output = go_on(*args, **kwargs)
+                outputs[next(names)].append(output[0].clone())
+                return output
+
+            undo = intercept(tiny_qwen.transformer, "__call__", record)
             draw(tiny_qwen, prompt, negative_prompt=negative_prompt, true_cfg_scale=3.0, callback_on_step_end=force)
-            hook.remove()
+            undo()
         return held, outputs
 
     held, outputs = histories(PROMPT, OTHER)

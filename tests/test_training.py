@@ -17,13 +17,13 @@ from torch import Tensor
 
 from lesa.host.head import Projection
 from lesa.learn import training
-from lesa.rows.guidance import Guidance
 from lesa.learn.metrics import MOST_DRIFT
 from lesa.learn.training import Config, Lesson, Problem, Runs, drift, least_squares, train
 from lesa.learn.trajectory import Trajectory
 from lesa.predictors import predictor as predictors
 from lesa.predictors.predictor import L2P, LESA, Origin
 from lesa.rows.forecasters import Lagrange, Reuse, Taylor
+from lesa.rows.guidance import Guidance
 from lesa.rows.plan import compile
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap

@@ -434,6 +434,7 @@ def _train(options: argparse.Namespace) -> int:
 
     from lesa.bench import plots
     from lesa.host import needs, tap
+    from lesa.host.head import head
     from lesa.host.runtime import accelerate
     from lesa.learn import outcome, training
     from lesa.learn.collect import fingerprint, kept_paths, record_kept
@@ -518,10 +519,10 @@ def _train(options: argparse.Namespace) -> int:
     recipe = training.Config.paper() if options.paper else training.Config(loss=options.loss)
     chosen = dict(rounds=options.rounds, updates=tuple(options.updates), seed=options.seed, floor=options.floor)
     config = replace(recipe, **chosen)
-    head = tap.head(pipe.transformer, where)
+    outputs_of = head(pipe.transformer, where)
     if options.stages:
-        predictor = _staged(predictor, options.stages, lessons[0], head)
-    result = training.train(predictor, lessons, head, record_runs, config, out / "rounds")
+        predictor = _staged(predictor, options.stages, lessons[0], outputs_of)
+    result = training.train(predictor, lessons, outputs_of, record_runs, config, out / "rounds")
     save(result.predictor, out, drift=round(min(result.scores), 2), **took())
     save(result.ground_truth, out / "ground-truth", drift=round(result.scores[0], 2), phase="ground-truth")
     if not without:

@@ -30,11 +30,11 @@ from lesa.host.head import head
 from lesa.host.runtime import accelerate
 from lesa.host.tap import tap_of
 from lesa.learn.collect import record
-from lesa.rows.guidance import Guidance
 from lesa.learn.training import TINY, Answers, Head, Runs, drift, response
 from lesa.learn.trajectory import Trajectory
 from lesa.rows.detour import Detour
 from lesa.rows.forecasters import Forecaster, Reuse
+from lesa.rows.guidance import Guidance
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
 

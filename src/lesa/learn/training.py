@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from lesa.host.head import Projection
 from lesa.learn import metrics
-from lesa.rows.guidance import Guidance
 from lesa.learn.trajectory import Trajectory, write_atomically
 from lesa.predictors import disk
 from lesa.predictors.predictor import CARD_FILE, FILES, L2P, LESA, Predictor
 from lesa.rows.grid import matches
+from lesa.rows.guidance import Guidance
 from lesa.rows.plan import histories
 from lesa.rows.row import Row
 from lesa.rows.schedule import Schedule
