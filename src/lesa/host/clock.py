@@ -207,7 +207,8 @@ class PipelineClock:
 
 def _is_set(scheduler: Any) -> bool:
     """Tell whether a scheduler's times are set and none of its steps is done."""
-    return bool(getattr(scheduler, "num_inference_steps", None)) and getattr(scheduler, "step_index", None) is None
+    set_to = bool(getattr(scheduler, "num_inference_steps", None))
+    return set_to and hasattr(scheduler, "step_index") and scheduler.step_index is None
 
 
 def _begin_of(scheduler: Any) -> int:

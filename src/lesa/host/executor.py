@@ -123,11 +123,16 @@ class Voice:
         forecast = history.forecast(past, row.coefficients.tolist(), float(row.offset)).float()
         return float((forecast - known).norm() / known.norm())
 
-    def move(self, step: int) -> None:
-        """Say that the step at which the stream began was another one."""
-        for history in (history for _, held in self.parts.values() for history in held):
-            history.rename(self.step, step)
-        self.step = self.began = step
+    def move(self, step: int, plan: Plan) -> None:
+        """Take the plan of a run that began, with the one step done so far, at another place of the grid."""
+        before, self.step, self.began = self.step, step, step
+        self.follow(plan)
+        for _, held in self.parts.values():
+            known = [history.forecast((before,), (1.0,), 0.0) if history.steps else None for history in held]
+            for k, feature in enumerate(known):
+                if feature is not None:
+                    (held[k],) = self._make([feature])
+                    self._remember(held[k], feature)
 
 
 def _is_numbers(x: Any) -> bool:
@@ -229,12 +234,14 @@ class Executor:
             raise RuntimeError(f"stream {name!r} must go on at step {voice.step + 1}, got step {step}.")
 
     def _plan(self, voice: Voice, moment: Moment, detour: Detour | None = None) -> None:
-        times, start = tuple(moment.times.tolist()), moment.start
         others = [] if detour else self.detours.values()
-        compiled = [self._compiled(voice.name, start, voice.began, times, other) for other in others]
-        plan = self._compiled(voice.name, start, voice.began, times, detour)
-        voice.follow(plan, compiled)
+        compiled = [self._compiled_for(voice, moment, voice.began, other) for other in others]
+        voice.follow(self._compiled_for(voice, moment, voice.began, detour), compiled)
+
+    def _compiled_for(self, voice: Voice, moment: Moment, began: int, detour: Detour | None = None) -> Plan:
+        plan = self._compiled(voice.name, moment.start, began, tuple(moment.times.tolist()), detour)
         self.plans[voice.name] = plan
+        return plan
 
     def _tick(self) -> None:
         """Where the first step of a run turns out to be another place of the grid, plan anew from there."""
@@ -243,8 +250,7 @@ class Executor:
             return
         for voice in self._voices.values():
             if voice.began != moment.start:
-                voice.move(moment.start)
-                self._plan(voice, moment)
+                voice.move(moment.start, self._compiled_for(voice, moment, moment.start))
 
     def _judge_run(self, scheduler: Any, args: tuple, kwargs: dict) -> None:
         if self.judge is not None:

@@ -151,10 +151,6 @@ class History:
         """Forget all steps but these."""
         self._slot_of = {step: slot for step, slot in self._slot_of.items() if step in steps}
 
-    def rename(self, step: int, other: int) -> None:
-        """Say that the feature of a step, the only one held, is another step's."""
-        self._slot_of = {other if held == step else held: slot for held, slot in self._slot_of.items()}
-
     def append(self, step: int, feature: Tensor) -> None:
         """Copy a feature in.
 
