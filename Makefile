@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+OLDEST := .venv-oldest
 MODEL := models/emoji-flux
 GRIDS := 64-50 64-40 64-28 64-20 96-50 96-40 96-28 96-20
 ON_VALIDATION := --validation-prompts $(MODEL)/prompts/validation.txt
@@ -11,7 +12,7 @@ QWEN := models/emoji-qwen
 VIDEO := models/emoji-video
 
 .PHONY: setup demo bench bench-claims bench-grids bench-histories bench-qwen bench-video grids runs predictors \
-	predictor-many predictors-qwen predictors-video test lint format clean
+	predictor-many predictors-qwen predictors-video test test-oldest lint format clean
 
 setup: $(STAMP)
 
@@ -144,6 +145,16 @@ predictors-video: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# With the oldest versions that pyproject.toml declares, in an environment of their own.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/pip || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --disable-pip-version-check -c constraints-oldest.txt -e '.[bench,models]' \
+		hypothesis pytest scipy
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -154,5 +165,5 @@ format: setup
 	$(BIN)/ruff format
 
 clean:
-	rm -rf .venv out dist .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv $(OLDEST) out dist .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

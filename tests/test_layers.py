@@ -8,7 +8,8 @@ import pytest
 import lesa
 
 LAYERS = [
-    {"grid", "schedule", "kan", "row", "tap", "metrics", "emoji", "pipelines", "ranks"},
+    {"schedule"},
+    {"grid", "kan", "row", "tap", "metrics", "emoji", "pipelines", "ranks"},
     {"forecasters", "trajectory", "detour", "models", "scores", "clips", "offload"},
     {"predictor", "plan", "guidance"},
     {"runtime", "collect", "flops", "convert", "records", "cost"},

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 from lesa.tap import NORM, PROJECTION
 
+GROUPS_ANYWHERE = "0.41"
 OFFLOADS = ("none", "model", "sequential", "group")
 
 
@@ -35,8 +37,21 @@ def place(pipe: Any, device: str, offload: str = "none") -> None:
     elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
         _keep_head(pipe.transformer, device)
+    elif not groups_layers():
+        raise ValueError(
+            f"before {GROUPS_ANYWHERE} diffusers brings groups of layers to accelerators alone, and here is none; take "
+            "'model', or a newer diffusers."
+        )
     else:
         pipe.enable_group_offload(device, offload_type="leaf_level")
+
+
+def groups_layers() -> bool:
+    """Tell whether diffusers can bring groups of layers over here; its older releases ask for an accelerator."""
+    import diffusers
+
+    new = Version(diffusers.__version__) >= Version(GROUPS_ANYWHERE)
+    return new or torch.accelerator.is_available()
 
 
 def _keep_head(transformer: nn.Module, device: str) -> None:
