@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+OLDEST := .venv-oldest
 MODEL := models/emoji-flux
 GRIDS := 64-50 64-40 64-28 64-20 96-50 96-40 96-28 96-20
 # A training that was of no use has said so, with 3; what was compared is made all the same.
@@ -13,7 +14,7 @@ QWEN := models/emoji-qwen
 VIDEO := models/emoji-video
 
 .PHONY: setup demo bench bench-claims bench-grids bench-histories bench-qwen bench-video gpu-report grids runs \
-	predictors predictor-many predictors-qwen predictors-video test lint format clean
+	predictors predictor-many predictors-qwen predictors-video test test-oldest lint format clean
 
 setup: $(STAMP)
 
@@ -151,6 +152,16 @@ gpu-report: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# With the oldest versions that pyproject.toml declares, in an environment of their own.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/pip || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --disable-pip-version-check -c constraints-oldest.txt -e '.[bench,models]' \
+		hypothesis pytest scipy
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -162,5 +173,5 @@ format: setup
 
 # What was measured, recorded and trained into out/ stays.
 clean:
-	rm -rf .venv dist .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv $(OLDEST) dist .hypothesis .pytest_cache .ruff_cache
 	find benchmarks models src tests -name __pycache__ -prune -exec rm -rf {} +

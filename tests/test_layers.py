@@ -8,8 +8,8 @@ import pytest
 import lesa
 
 LAYERS = [
-    {"needs"},
-    {"grid", "schedule", "kan", "row", "tap", "metrics", "emoji", "pipelines", "ranks"},
+    {"needs", "schedule"},
+    {"grid", "kan", "row", "tap", "metrics", "emoji", "pipelines", "ranks"},
     {"caller", "forecasters", "trajectory", "detour", "models", "scores", "clips", "offload"},
     {"disk", "plan", "guidance"},
     {"predictor"},

@@ -3,6 +3,7 @@
 import copy
 
 import accelerate
+import diffusers
 import pytest
 import torch
 from torch import nn
@@ -28,6 +29,8 @@ def bring_layers(pipe) -> None:
 
 WAYS = {"model": lambda pipe: place(pipe, "cpu", "model"), "group": lambda pipe: place(pipe, "cpu", "group")}
 WAYS["layer by layer"] = bring_layers
+if not offload.groups_layers():
+    del WAYS["group"]
 
 
 def drawn(pipe) -> list[torch.Tensor]:
@@ -79,6 +82,17 @@ def test_other_ways_are_refused(tiny_flux):
         place(tiny_flux, "cpu", "disk")
     with pytest.raises(ValueError, match="another device than the CPU"):
         place(tiny_flux, "cpu", "sequential")
+
+
+def test_an_older_diffusers_groups_layers_for_an_accelerator_alone(tiny_flux, monkeypatch):
+    monkeypatch.setattr(diffusers, "__version__", "0.40.0")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"before 0\.41 diffusers brings groups .* take 'model'"):
+        place(tiny_flux, "cpu", "group")
+    for version, found in (("0.40.0", True), ("0.41.0", False), ("0.42.1", False)):
+        monkeypatch.setattr(diffusers, "__version__", version)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda found=found: found)
+        assert offload.groups_layers()
 
 
 def test_the_commands_know_all_ways():

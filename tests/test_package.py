@@ -155,6 +155,13 @@ def test_a_module_of_an_extra_or_of_nobody_is_seen():
     assert third_party(ast.parse("import os, skimage.metrics\nfrom lesa import grid").body) == {"skimage"}
 
 
+def test_the_oldest_versions_declared_are_those_that_are_tested():
+    oldest = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    tested = dict(re.match(r"([\w.-]+)==([\d.]+)", line).groups() for line in oldest if "==" in line)
+    declared = dict(r.split(">=") for r in PROJECT["dependencies"] if ">=" in r)
+    assert declared and declared == {name: re.sub(r"\.0$", "", tested[name]) for name in declared}
+
+
 @pytest.mark.parametrize("name", sorted(CORE))
 def test_the_core_is_pinned_for_development(name):
     lines = (ROOT / "constraints.txt").read_text().splitlines()

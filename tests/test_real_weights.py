@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 import lesa
 from lesa.bench import models
 from lesa.cli import main
+from lesa.host.offload import groups_layers
 from lesa.learn import collect
 from lesa.learn.trajectory import Store, Trajectory
 from lesa.predictors.predictor import Predictor
@@ -51,7 +52,7 @@ def qwen(pipe):
     return pipe, dict(height=32, width=32, num_inference_steps=STEPS, negative_prompt=" ", true_cfg_scale=4.0)
 
 
-BUILT = {"flux": (flux, "model"), "qwen": (qwen, "group")}
+BUILT = {"flux": (flux, "model"), "qwen": (qwen, "group" if groups_layers() else "model")}
 
 
 @pytest.fixture(scope="module", params=BUILT)

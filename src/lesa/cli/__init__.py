@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 EMBEDDED = "models/emoji-flux"
 PLACES = ("feature", "norm", "projection", "output")
 VALIDATION_SEED, TRAINING_SEED = 1_000_000, 2_000_000  # the first ones; held-out pairs count from 0, so none coincide
+MOST_SEEDS = 1_000_000
 OFFLOADS = ("none", "model", "sequential", "group")
 LEARNED = "learned"
 CONVERTED = {
@@ -155,10 +156,9 @@ def _peers(options: argparse.Namespace) -> list[Any]:
 
 def _planned(options: argparse.Namespace, pipe: Any) -> tuple[Any, Callable[[Any, int, str], Any]]:
     """Return the grid, and the call that plans a forecaster's schedule at a tap; what was planned is kept in a file."""
-    import torch
-
     from lesa.bench import records
     from lesa.learn.trajectory import write_atomically
+    from lesa.rows.grid import validate
     from lesa.rows.schedule import Schedule
 
     path, known = Path(options.out) / records.PLANNED, records.planned(options.out)
@@ -173,7 +173,7 @@ def _planned(options: argparse.Namespace, pipe: Any) -> tuple[Any, Callable[[Any
 
     if "grid" not in known:
         known["grid"] = planner("feature").grid.tolist()
-    return torch.tensor(known["grid"], dtype=torch.float64), plan
+    return validate(known["grid"]), plan
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -1186,6 +1186,8 @@ def _bounds(text: str) -> tuple[float, ...]:
 @_told
 def _seeds(text: str) -> list[int]:
     first, colon, end = text.partition(":")
+    if colon and int(end) - int(first) > MOST_SEEDS:
+        raise ValueError(f"at most {MOST_SEEDS} seeds are run, got {text!r}")
     seeds = list(range(int(first), int(end))) if colon else [int(seed) for seed in text.split(",")]
     if not seeds:
         raise ValueError(f"at least one seed is needed, got {text!r}")

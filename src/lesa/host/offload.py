@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 from lesa.host import needs
 from lesa.host.tap import NORM, PROJECTION
 
+GROUPS_ANYWHERE = "0.41"
 OFFLOADS = ("none", "model", "sequential", "group")
 
 
@@ -48,6 +50,19 @@ def check(device: str, offload: str) -> None:
         raise ValueError("accelerate brings layers over to another device than the CPU; take 'group' or 'model' there.")
     if offload != "none":  # diffusers' own way, too, moves tensors by accelerate's calls
         needs.check(f"offloading ({offload})", "offload")
+    if offload == "group" and not groups_layers():
+        raise ValueError(
+            f"before {GROUPS_ANYWHERE} diffusers brings groups of layers to accelerators alone, and here is none; take "
+            "'model', or a newer diffusers."
+        )
+
+
+def groups_layers() -> bool:
+    """Tell whether diffusers can bring groups of layers over here; its older releases ask for an accelerator."""
+    import diffusers
+
+    new = Version(diffusers.__version__) >= Version(GROUPS_ANYWHERE)
+    return new or torch.accelerator.is_available()
 
 
 def _keep_head(transformer: nn.Module, device: str) -> None:

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from lesa.rows.grid import validate
+
 COLLECTION = "collection.json"
 _GROUPS = ("features", "outputs", "conditioning")
 PARTIAL = ".partial"
@@ -83,7 +85,7 @@ class Trajectory:
                 facts = json.loads(file.metadata()["trajectory"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             streams = facts["streams"]
-            return cls(
+            loaded = cls(
                 prompt=facts["prompt"],
                 seed=facts["seed"],
                 grid=tensors["grid"],
@@ -92,8 +94,21 @@ class Trajectory:
                 latents=tensors["latents"],
                 **{group: {name: tensors[f"{group}.{name}"] for name in streams} for group in _GROUPS},
             )
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            loaded._check()
+            return loaded
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no whole trajectory ({error}); delete it and collect again.") from error
+
+    def _check(self) -> None:
+        """Raise ValueError unless all tensors are of the same steps and tokens: what is made of one fits the others."""
+        steps, tokens = len(validate(self.grid)) - 1, len(self.tokens)
+        if not tokens or not set(self.full) <= set(range(steps)):
+            raise ValueError(f"its {steps} steps have tokens, and full ones, got {tokens} and {self.full[:8]}")
+        wanted = {"latents": (steps + 1, tokens), "conditioning": (steps,)}
+        for name, tensor in self._tensors().items():
+            shape = wanted.get(name.partition(".")[0], (steps, tokens))
+            if name not in ("grid", "tokens") and tensor.shape[:-1] != shape:
+                raise ValueError(f"{name} is {shape} and its channels, got {tuple(tensor.shape)}")
 
     def _tensors(self) -> dict[str, Tensor]:
         grouped = {f"{group}.{name}": x for group in _GROUPS for name, x in getattr(self, group).items()}

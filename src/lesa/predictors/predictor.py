@@ -41,6 +41,11 @@ FILES, CARD_FILE = (CONFIG_FILE, WEIGHTS_FILE), "README.md"
 SHIPPED_FOLDER = "lesa"
 """A pipeline's own folder holds its predictors in this one; each is named by its method and schedule."""
 
+MOST_PARTS = 1000
+"""A predictor of more parts is a mistake, or meant to take all time: two streams of 3 stages have 12."""
+MOST_BYTES = 1 << 20
+"""Of `config.json`; one for eight grids has 11 kB."""
+
 ROUNDING = 1e-6
 HELD = 1e-3
 """How far a KAN may miss the alphas that it takes up."""
@@ -134,6 +139,7 @@ class Predictor(
         self.grid = validate(origin.grid)
         self.schedule = Schedule.parse(origin.schedule)
         self.full = self.schedule.full_steps(len(self.grid) - 1)
+        self.check_parts()
 
     @abstractmethod
     def stream_rows(self, stream: str, grid: Tensor, pasts: Mapping[int, Sequence[int]]) -> dict[int, Row]:
@@ -197,9 +203,23 @@ class Predictor(
                 f"with num_inference_steps={len(self.grid) - 1} and the image size it was trained for, or train one."
             )
 
+    @property
+    def only_shapes(self) -> bool:
+        """Tell whether it is on the `meta` device, where it takes up numbers that are there already."""
+        return any(parameter.is_meta for parameter in self.parameters())
+
+    def check_parts(self, *counts: int) -> None:
+        """Raise ValueError if each stream has so many stages, each of so many layers, that nobody means it."""
+        parts = math.prod((len(self.origin.streams), *counts))
+        if parts > MOST_PARTS:
+            raise ValueError(
+                f"a predictor has at most {MOST_PARTS} parts (streams x stages x layers), got {parts}; name fewer."
+            )
+
     def past(self, step: int) -> list[int]:
         """Return the steps whose features the history holds at a step of a run on the predictor's schedule."""
-        return [k for k in range(step) if self.remembers_forecasts or k in self.full][-self.memory :]
+        held = range(step) if self.remembers_forecasts else [k for k in self.full if k < step]
+        return list(held[-self.memory :])
 
     def check_past(self, step: int, past: Sequence[int]) -> None:
         """Raise ValueError unless a run on the predictor's schedule skips this step and has this past there."""
@@ -237,12 +257,12 @@ class Predictor(
 
         With it h_s = h_new + alpha (h_new - h_old).
         """
-        slopes = torch.zeros(len(self.grid) - 1)
+        slopes = [0.0] * (len(self.grid) - 1)
         for step in range(len(slopes)):
             newest = [k for k in self.full if k < step][-2:]
             if len(newest) == 2:
                 slopes[step] = (step - newest[1]) / (newest[1] - newest[0])
-        return slopes
+        return torch.tensor(slopes)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
@@ -252,6 +272,7 @@ class Predictor(
         """
         source = str(pretrained_model_name_or_path)
         config, weights = (_fetch(source, name, options) for name in (CONFIG_FILE, WEIGHTS_FILE))
+        _check_bytes(config, config.stat().st_size, "fetch or train it again")
         predictor = _read(source, config.read_bytes(), weights.read_bytes())
         if not isinstance(predictor, cls):
             raise ValueError(
@@ -279,8 +300,10 @@ class Predictor(
     def _save_pretrained(self, save_directory: Path) -> None:
         entries, weights = self._contents()
         entries["sha256"] = _digest(entries, weights)
+        config = (json.dumps(entries, indent=1) + "\n").encode()
+        _check_bytes(save_directory / CONFIG_FILE, len(config), "shorten what it says of its training")
         write_atomically(save_directory / WEIGHTS_FILE, weights)
-        write_atomically(save_directory / CONFIG_FILE, (json.dumps(entries, indent=1) + "\n").encode())
+        write_atomically(save_directory / CONFIG_FILE, config)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """Describe the predictor for people; `save_pretrained` writes it where there is no README.md yet."""
@@ -319,11 +342,17 @@ class Expert(nn.Module):
 
     def __init__(self, memory: int, kan: KAN):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(memory))
-        self.bias = nn.Parameter(torch.zeros(()))
+        self.weight = nn.Parameter(torch.empty(memory))
+        self.bias = nn.Parameter(torch.empty(()))
         self.kan = kan
-        with torch.no_grad():
-            self.weight[-2:] = torch.tensor([-1.0, 1.0])[-memory:]
+        if not self.weight.is_meta:
+            self._start()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        self.bias.zero_()
+        self.weight.zero_()
+        self.weight[-2:] = torch.tensor([-1.0, 1.0])[-len(self.weight) :]
 
     def row(self, alpha: Tensor, held: int) -> Row:
         """Return the row over `held` past features; with fewer than K of them, of the newest weights."""
@@ -368,6 +397,7 @@ class LESA(Predictor):
         spline_noise: float = 40.0,
     ):
         super().__init__(origin)
+        self.check_parts(len(memories), len(hidden) + 1)
         bounds = OTHER_BOUNDS.get(origin.transformer, BOUNDS) if bounds is None else bounds
         if len(memories) != len(bounds) + 1 or min(memories) < 1:
             raise ValueError(f"{len(bounds) + 1} stages need as many memories of at least 1, got {list(memories)}.")
@@ -383,7 +413,8 @@ class LESA(Predictor):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             self.experts = nn.ModuleDict({s: nn.ModuleList(map(expert, memories)) for s in origin.streams})
-        self._start()
+        if not self.only_shapes:
+            self._start()
 
     @torch.no_grad()
     def _start(self) -> None:
@@ -493,11 +524,18 @@ class L2P(Predictor):
         if memory < 1:
             raise ValueError(f"a row combines at least 1 past feature, got memory {memory}; raise it.")
         self.memory, self.remembers_forecasts = memory, remembers_forecasts
-        start = torch.zeros(len(self.grid) - 1, memory)
-        start[:, -1] = 1.0
-        if slope and memory > 1 and not remembers_forecasts:
-            start[:, -2:] += self.slopes()[:, None] * torch.tensor([-1.0, 1.0])
-        self.coefficients = nn.ParameterDict({s: nn.Parameter(start.clone()) for s in origin.streams})
+        shape = len(self.grid) - 1, memory
+        self.coefficients = nn.ParameterDict({s: nn.Parameter(torch.empty(shape)) for s in origin.streams})
+        if not self.only_shapes:
+            self._start(slope and memory > 1 and not remembers_forecasts)
+
+    @torch.no_grad()
+    def _start(self, slope: bool) -> None:
+        for start in self.parameters():
+            start.zero_()
+            start[:, -1] = 1.0
+            if slope:
+                start[:, -2:] += self.slopes()[:, None] * torch.tensor([-1.0, 1.0])
 
     def options(self) -> dict[str, Any]:
         return dict(memory=self.memory, remembers_forecasts=self.remembers_forecasts)
@@ -534,7 +572,7 @@ class ContinuousLESA(Predictor):
     the grids that it was trained for with the schedules planned for each, several if they differ in the number of full
     steps; the default is the origin's grid and schedule alone.
 
-    Raises: ValueError if `bounds` do not fall, or `order` is less than 1.
+    Raises: ValueError if `bounds` do not fall, `order` is less than 1, or `schedules` do not fit their grids.
     """
 
     method = "lesa-continuous"
@@ -555,8 +593,10 @@ class ContinuousLESA(Predictor):
         if order < 1:
             raise ValueError(f"a polynomial's order is at least 1, got {order}; raise it.")
         bounds = OTHER_BOUNDS.get(origin.transformer, BOUNDS) if bounds is None else bounds
+        self.check_parts(len(bounds) + 1, len(hidden) + 1)
         self.schedules = [(tuple(grid), tuple(texts)) for grid, texts in schedules]
         self.schedules = self.schedules or [(origin.grid, (origin.schedule,))]
+        _check_schedules(self.schedules)
         self.bounds, self.order, self.memory = _falling(bounds), order, order + 1
         pasts = (_fullest_start(Schedule.parse(text), grid) for grid, texts in self.schedules for text in texts)
         self._fewest = min(self.memory, *pasts)
@@ -566,16 +606,21 @@ class ContinuousLESA(Predictor):
         def expert() -> KAN:
             return KAN(widths, grid_size, span=(0.0, 1.0), spline_noise=spline_noise, spline_scale=1.0)
 
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             self.experts = nn.ModuleDict({s: nn.ModuleList(expert() for _ in (*bounds, 0)) for s in origin.streams})
-            for parameter in self.parameters():
-                parameter.copy_(parameter.half())
-            for stream in origin.streams:
-                for kan in self.stage_kans(stream):
-                    last = cast("KANLayer", kan[-1])
-                    last.base.zero_()
-                    last.spline.zero_()
+        if not self.only_shapes:
+            self._start()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        for parameter in self.parameters():
+            parameter.copy_(parameter.half())
+        for stream in self.origin.streams:
+            for kan in self.stage_kans(stream):
+                last = cast("KANLayer", kan[-1])
+                last.base.zero_()
+                last.spline.zero_()
 
     def options(self) -> dict[str, Any]:
         schedules = [[list(grid), list(texts)] for grid, texts in self.schedules]
@@ -752,6 +797,17 @@ def _middle(grids: Sequence[Tensor]) -> str:
     return " to ".join(dict.fromkeys([middles[0], middles[-1]]))
 
 
+def _check_schedules(schedules: Sequence[tuple[Sequence[float], Sequence[str]]]) -> None:
+    """Raise ValueError unless these are grids, each with schedules of its runs, and no more than anyone trains for."""
+    count = sum(1 + len(texts) for _, texts in schedules)
+    if count > MOST_PARTS:
+        raise ValueError(f"a predictor is for at most {MOST_PARTS} grids and schedules, got {count}; name fewer.")
+    for grid, texts in schedules:
+        steps = len(validate(grid)) - 1
+        for text in texts:
+            Schedule.parse(text).full_steps(steps)
+
+
 def _falling(bounds: Sequence[float]) -> tuple[float, ...]:
     if sorted(bounds, reverse=True) != list(bounds):
         raise ValueError(f"the bounds between stages fall, as times do, got {list(bounds)}; sort them.")
@@ -817,11 +873,42 @@ def _read(source: str, config: bytes, weights: bytes) -> Predictor:
         kind = {known.method: known for known in (LESA, L2P, ContinuousLESA)}[entries.pop("method")]
         options = entries.pop("options")
         del entries["format"]
-        predictor = kind(Origin.from_dict(entries), **options)
-        predictor.load_state_dict({name: t.float() for name, t in from_bytes(weights).items()})
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        predictor = _around(from_bytes(weights), kind, Origin.from_dict(entries), options)
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         raise ValueError(f"{source} holds no whole predictor of lesa ({error}); fetch or train it again.") from error
     return predictor.eval()
+
+
+def _check_bytes(config: Path, count: int, advice: str) -> None:
+    if count > MOST_BYTES:
+        raise ValueError(f"{config} has at most {MOST_BYTES} bytes, got {count}; {advice}.")
+
+
+def _around(
+    weights: Mapping[str, Tensor], kind: type[Predictor], origin: Origin, options: Mapping[str, Any]
+) -> Predictor:
+    """Make a predictor around its weights: its options may claim any size, and nothing of it is made.
+
+    Raises: ValueError if the weights have other names or shapes than the options say.
+    """
+    with torch.device("meta"):
+        predictor = kind(origin, **options)
+    said, found = ({k: tuple(t.shape) for k, t in some.items()} for some in (predictor.state_dict(), weights))
+    if other := sorted(name for name in said.keys() | found.keys() if said.get(name) != found.get(name)):
+        name = other[0]
+        raise ValueError(
+            f"its options say that the weights of {name!r} are of shape {said.get(name)}, they are of {found.get(name)}"
+        )
+    predictor.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    return predictor
 
 
 def _fetch(source: str, name: str, options: Mapping[str, Any]) -> Path:
