@@ -1,14 +1,11 @@
-"""Tie a run to the call that makes it: what calls the transformer next, after a run was stopped, is not its next step.
+"""Tie a run to the call that makes it: who calls a denoiser next, after a run was stopped, is not its next step.
 
-A scheduler tells at which step it is, not who asks. A run that was stopped (an exception, an interruption, a generator
-that is not asked again) leaves it in mid-run, and a probe or another pipeline that shares the transformer then looks
-like the run's next step. Two things tell them apart:
-
-- `watch_calls` knows when a call of the pipeline itself ends, by return or exception. The run that began in it is over
-  at that moment, and what it held is freed.
-- `Caller` knows where the calls of a run come from. It covers what has no such call: pipelines that share transformer
-  and scheduler (`from_pipe`), loops and generators of one's own, whatever wraps a pipeline. What a scheduler was told
-  (`set_timesteps`, `step`) proves less: it may have been told so before the run was stopped.
+A sampler tells at which step it is, not who asks. A run that was stopped (an exception, an interruption, a generator
+that is not asked again) leaves it in mid-run, and a probe or another pipeline that shares the denoiser then looks like
+the run's next step. The pipeline's own call ends its run by itself (`lesa.host.clock`); a `Caller` covers what
+has no such call: pipelines that share denoiser and scheduler (`from_pipe`), loops and generators of one's own, probes
+within a callback. What a scheduler was told (`set_timesteps`, `step`) proves less: it may have been told so before the
+run was stopped.
 
 What is left: in a loop that is written out in a function, another call from that very function, after a `break`, looks
 like the next step.
@@ -16,17 +13,13 @@ like the next step.
 
 from __future__ import annotations
 
-import functools
 import sys
-import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from types import CodeType, FrameType
-from typing import Any
 
 
 class Caller:
-    """Where the transformer is called from in a run.
+    """Where denoisers are called from in a run.
 
     The calls of later steps come from the innermost call of a function that the first step's came from as well and that
     goes on (the pipeline's `__call__`, the function with the loop, the generator), by way of the same functions as in
@@ -34,7 +27,6 @@ class Caller:
     """
 
     def __init__(self, first: int, last: int):
-        self.thread = threading.get_ident()
         self._first, self._last = first, last
         self._held: list[list[FrameType]] = []  # the first step's stacks; then the loop: its id is no other's
         self._loop: int | None = None
@@ -54,12 +46,8 @@ class Caller:
             self._held = []  # no later call can be taken for one of this run, and the loop's variables are let go
         return admitted
 
-    def over(self) -> bool:
-        """Tell whether the loop is known to go on no more."""
-        return self._loop is not None and _way(_stack(), self._loop) is None
-
     def _find_loop(self, here: list[FrameType]) -> bool:
-        """Find what went on since the first step, if this call comes from there by a known way."""
+        """Find what goes on since the first step, if this call comes from there by a known way."""
         loop = next((frame for frame in here if frame in self._held[0]), None)
         ways = {way for stack in self._held if (way := _way(stack, id(loop))) is not None}
         if loop is None or _way(here, id(loop)) not in ways:
@@ -82,27 +70,3 @@ def _way(stack: Sequence[FrameType], loop: int | None) -> tuple[CodeType, ...] |
     """Return the functions between the loop and the transformer; None if the stack does not come from the loop."""
     where = next((k for k, frame in enumerate(stack) if id(frame) == loop), None)
     return None if where is None else tuple(frame.f_code for frame in stack[:where])
-
-
-def watch_calls(pipe: Any, during: Callable[[], AbstractContextManager]) -> Callable[[], None]:
-    """Enter `during()` for each call of a pipeline; returns the call that undoes it.
-
-    The pipeline gets a subclass of the same name, as only a class's `__call__` is asked for. A class put over it later
-    stays when this one is undone. Does nothing where a pipeline has no call.
-    """
-    kind = type(pipe)
-    if not callable(pipe):
-        return lambda: None
-
-    @functools.wraps(kind.__call__)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with during():
-            return kind.__call__(self, *args, **kwargs)
-
-    def undo() -> None:
-        if type(pipe) is watched:
-            pipe.__class__ = kind
-
-    watched = type(kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__})
-    pipe.__class__ = watched
-    return undo
