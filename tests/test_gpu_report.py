@@ -24,7 +24,7 @@ from lesa.host.tap import tap_of
 CPU = torch.device("cpu")
 FLUX, QWEN, VIDEO = chosen(tiny=True)
 WHOLE = "transformer compiled as a whole"
-REASONS = ("torchao is not installed", "cache_dit is not installed")
+REASONS = ("torchao is not installed",)
 TOKENS = 12  # of 64 x 48 pixels
 
 
@@ -53,7 +53,7 @@ def cells_of(markdown: str) -> list[list[str]]:
 
 def test_every_row_has_its_figures_or_says_why(rows):
     for row in rows:
-        if row["note"] in REASONS:
+        if row["note"] in REASONS or row["note"].startswith("ImportError: DBCache needs cache-dit"):
             continue
         assert row["note"] != NOT_REACHED
         if row["how"] == WHOLE:

@@ -62,6 +62,13 @@ def check(denoiser: nn.Module, tap: Tap) -> None:
         )
 
 
+def compiled_from(denoiser: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` made a denoiser of, or the denoiser itself."""
+    while isinstance(inner := getattr(denoiser, "_orig_mod", None), nn.Module):
+        denoiser = inner
+    return denoiser
+
+
 def refuse_compiled(denoiser: nn.Module) -> None:
     """Raise ValueError if a denoiser is compiled as a whole, or is called by one that is."""
     whole = type(denoiser).__name__ == "OptimizedModule" or getattr(denoiser, "_compiled_call_impl", None) is not None

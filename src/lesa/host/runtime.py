@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lesa.host.clock import LoopClock, PipelineClock
 from lesa.host.conditions import Judge
-from lesa.host.denoiser import attach, refuse_compiled
+from lesa.host.denoiser import attach, compiled_from, refuse_compiled
 from lesa.host.executor import Executor, ScheduleFor, StreamOf
 from lesa.host.intercept import mark_of
 from lesa.host.streams import FIRST, hear
@@ -105,10 +105,11 @@ class Run:
                 self._attached[name] = module, self._attach(name, module)
 
     def _attach(self, name: str, module: nn.Module) -> Callable[[], None]:
-        if self._tap != OUTPUT:
+        inner = compiled_from(module)
+        tap = self._tap if isinstance(self._tap, Tap) else tap_of(inner, self._tap)
+        if tap.modules:
             refuse_compiled(module)
-        tap = self._tap if isinstance(self._tap, Tap) else tap_of(module, self._tap)
-        self._check(module, tap)
+        self._check(inner, tap)
         first = name == self._names[0]
         with ExitStack() as undo:
             undo.callback(attach(module, tap, partial(self._executor.begin, "" if first else name)))

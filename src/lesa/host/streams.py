@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lesa.host.denoiser import compiled_from
 from lesa.host.intercept import intercept
 from lesa.host.structure import leaves
 
@@ -131,8 +132,7 @@ def hear(denoiser: nn.Module, within: Callable[[str], AbstractContextManager]) -
     It needs none of diffusers' private interfaces, and does nothing where a denoiser has no `cache_context`. Returns
     the call that undoes it.
     """
-    while isinstance(inner := getattr(denoiser, "_orig_mod", None), nn.Module):  # compiled as a whole
-        denoiser = inner
+    denoiser = compiled_from(denoiser)
     if not hasattr(type(denoiser), "cache_context"):
         return lambda: None
 
