@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from lesa.host.head import to_tokens
 from lesa.host.intercept import intercept
-from lesa.host.tap import tap_of
+from lesa.host.tap import part_of, tap_of
 from lesa.learn.trajectory import draw_tokens
 
 PACKAGES = ("lesa-cache", "torch", "diffusers", "transformers", "numpy", "scikit-image")
@@ -89,12 +89,12 @@ class Watch:
         Of a step in which nothing passed the class's usual tap it is None. A forecast is seen as the feature it is.
         """
         transformer = self._pipe.transformer
-        module = tap_of(transformer).module
+        module = next(iter(tap_of(transformer).modules), None)
         with ExitStack() as undo:
             if module is None:
                 undo.callback(intercept(transformer, "__call__", self._returned))
             else:
-                hook = getattr(transformer, module).register_forward_pre_hook(self._pass, with_kwargs=True)
+                hook = part_of(transformer, module).register_forward_pre_hook(self._pass, with_kwargs=True)
                 undo.callback(hook.remove)
             yield
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from lesa.host.intercept import intercept
+from lesa.host.tap import part_of
 from lesa.rows.tap import Tap
 
 COMPILE_BLOCKS = "compile its repeated blocks instead: transformer.compile_repeated_blocks(fullgraph=True)."
@@ -54,8 +55,8 @@ def attach(denoiser: nn.Module, tap: Tap, begin: Begin) -> Callable[[], None]:
 def check(denoiser: nn.Module, tap: Tap) -> None:
     """Raise ValueError unless a denoiser has what a tap names, and its forward can be run with its blocks shut."""
     refuse_compiled(denoiser)
-    lists = all(isinstance(_get(denoiser, name), nn.ModuleList) for name in tap.blocks)
-    if not (lists and all(isinstance(_get(denoiser, name), nn.Module) for name in tap.modules)):
+    lists = all(isinstance(part_of(denoiser, name), nn.ModuleList) for name in tap.blocks)
+    if not (lists and all(isinstance(part_of(denoiser, name), nn.Module) for name in tap.modules)):
         raise ValueError(
             f"a tap names block lists and modules of its denoiser, got {tuple(tap)} for a {type(denoiser).__name__}; "
             "correct the tap, or take tap='output'."
@@ -77,14 +78,6 @@ def refuse_compiled(denoiser: nn.Module) -> None:
             f"a transformer that skips its blocks is not compiled as a whole, but this one is; take tap='output', or "
             f"{COMPILE_BLOCKS}"
         )
-
-
-def _get(module: nn.Module, name: str) -> Any:
-    """Return what a module has under a dotted name, or None."""
-    found: Any = module
-    for part in name.split("."):
-        found = found[part] if isinstance(found, nn.ModuleDict) and part in found else getattr(found, part, None)
-    return found
 
 
 def _exchange_output(begin: Begin, go_on: Callable, _denoiser: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +113,7 @@ class _AtModules:
     def attach(self) -> Callable[[], None]:
         with ExitStack() as undo:
             for name in self._tap.blocks:
-                blocks = _get(self._denoiser, name)
+                blocks = part_of(self._denoiser, name)
                 undo.callback(setattr, blocks, "__class__", type(blocks))
                 for block in nn.ModuleList.__iter__(blocks):
                     undo.callback(intercept(block, "__call__", self._refuse))
@@ -133,7 +126,7 @@ class _AtModules:
     def _follow(self) -> None:
         """Hook the final modules where they are now."""
         for part, name in enumerate(self._tap.modules):
-            module, (hooked, hook) = _get(self._denoiser, name), self._hooked.get(part, (None, None))
+            module, (hooked, hook) = part_of(self._denoiser, name), self._hooked.get(part, (None, None))
             if module is not hooked:
                 if hook is not None:
                     hook.remove()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lesa.host.tap import PROJECTION
+from lesa.host.tap import PROJECTION, part_of
 from lesa.rows.tap import Tap
 
 
@@ -23,7 +23,8 @@ def head(transformer: nn.Module, tap: Tap) -> Callable[[Tensor, Tensor], Tensor]
     """
     if tap.module is None:
         return lambda features, _conditioning: features
-    module, projection = getattr(transformer, tap.module, None), getattr(transformer, PROJECTION, None)
+    module = part_of(transformer, tap.modules[0]) if len(tap.modules) == 1 else None
+    projection = getattr(transformer, PROJECTION, None)
     if module is None or projection is None:
         raise ValueError(
             f"a head is a final norm and {PROJECTION!r}, got a {type(transformer).__name__} tapped at {tap.module!r}; "

@@ -24,11 +24,12 @@ def replace(structure: Any, kind: type | tuple[type, ...], change: Callable[[Any
     if parts is None:
         return structure
     changed = [(name, replace(part, kind, change)) for name, part in parts]
+    make: Any = type(structure)
     if isinstance(structure, Mapping):
         named = dict(changed)
-        return type(structure)(**named) if all(isinstance(name, str) for name in named) else type(structure)(named)
+        return make(**named) if all(isinstance(name, str) for name in named) else make(named)
     values = [value for _, value in changed]
-    return type(structure)(*values) if hasattr(structure, "_fields") else type(structure)(values)
+    return make(*values) if hasattr(structure, "_fields") else make(values)
 
 
 def _parts(structure: Any) -> list[tuple[Any, Any]] | None:

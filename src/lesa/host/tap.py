@@ -8,6 +8,8 @@ steps; that needs no fact of a class.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from lesa.rows.tap import Tap
@@ -122,3 +124,11 @@ def place_of(kind: str, tap: Tap) -> str:
     if not tap.modules:
         return OUTPUT
     return {FINAL[kind].module: "norm", PROJECTION: "projection"}.get(tap.module, "feature")
+
+
+def part_of(module: nn.Module, name: str) -> Any:
+    """Return what a module has under a dotted name, or None."""
+    found: Any = module
+    for part in name.split("."):
+        found = found[part] if isinstance(found, nn.ModuleDict) and part in found else getattr(found, part, None)
+    return found

@@ -27,7 +27,7 @@ from lesa.host.head import to_tokens
 from lesa.host.intercept import intercept, unmarked
 from lesa.host.pipelines import for_each
 from lesa.host.streams import hear
-from lesa.host.tap import tap_of
+from lesa.host.tap import part_of, tap_of
 from lesa.learn.ranks import ALONE, Ranks
 from lesa.learn.trajectory import COLLECTION, Collection, Store, Trajectory, draw_tokens
 from lesa.rows import grid as grids
@@ -110,7 +110,7 @@ class _Recorder:
             for block in list(getattr(self._transformer, self._tap.blocks[0]))[:1]:
                 undo.callback(block.register_forward_pre_hook(self._see_block).remove)
             if self._tap.module is not None:
-                module = getattr(self._transformer, self._tap.module)
+                module = part_of(self._transformer, self._tap.modules[0])
                 undo.callback(module.register_forward_pre_hook(self._pass, with_kwargs=True).remove)
             undo.callback(hear(self._transformer, self._within))
             yield
