@@ -36,6 +36,10 @@ class Passage(Protocol):
         """Take what passed on a full step: what the denoiser returned, or what entered its `part`-th final module."""
         ...
 
+    def returned(self, output: Any) -> None:
+        """Take what the denoiser returned on a full step."""
+        ...
+
     def fits(self, feature: Any, part: int = 0) -> bool:
         """Tell whether a forecast has the shape of what enters on a skipped step."""
         ...
@@ -116,6 +120,7 @@ def _exchange_output(begin: Begin, go_on: Callable, _denoiser: nn.Module, *args:
         _refuse_gradients(args, kwargs)
         return passage.forecast()
     output = go_on(*args, **kwargs)
+    passage.returned(output)
     passage.keep(output)
     return output
 
@@ -146,6 +151,10 @@ class _Repeated:
         self._features[part] = replace(feature, Tensor, torch.clone)
         if self._passage is not None:
             self._passage.keep(feature, part)
+
+    def returned(self, output: Any) -> None:
+        if self._passage is not None:
+            self._passage.returned(output)
 
     def fits(self, _feature: Any, _part: int = 0) -> bool:
         return True
@@ -250,6 +259,8 @@ class _AtModules:
                 f"a {type(self._denoiser).__name__} ran but no feature entered its {names!r}; correct the tap, or take "
                 "tap='output'."
             )
+        if passage.full:
+            passage.returned(output)
         return output
 
     def _enter(self, part: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

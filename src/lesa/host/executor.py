@@ -258,10 +258,10 @@ class Executor:
         if self.judge is not None:
             self.judge.judge([voice.plan for voice in self._voices.values()], scheduler, args, kwargs)
 
-    def hear(self, voice: Voice, kwargs: dict, feature: Any) -> None:
+    def hear(self, voice: Voice, kwargs: dict, output: Any) -> None:
         """Keep what the judge of a run looks at after its first step."""
         if self.judge is not None and self._moment is not None and self._moment.ticks == 0:
-            self.judge.hear(voice.name, kwargs, feature)
+            self.judge.hear(voice.name, kwargs, output)
 
     def detour(self, voice: Voice, feature: Any) -> None:
         """At a full step, send an unusual run on its detour; the first stream decides for all."""
@@ -314,7 +314,6 @@ class _Passing:
 
     def keep(self, feature: Any, part: int = 0) -> None:
         voice = self._voice
-        self._executor.hear(voice, self._kwargs, feature)
         self._kept.append((feature, part))
         if part == 0:
             voice.count_full(instead=self._forecast)
@@ -327,6 +326,9 @@ class _Passing:
         if self._executor.detours and part == 0:
             self._executor.detour(voice, feature)
         voice.keep(feature, part)
+
+    def returned(self, output: Any) -> None:
+        self._executor.hear(self._voice, self._kwargs, output)
 
     def fits(self, feature: Any, part: int = 0) -> bool:
         return self._voice.fits(feature, part)
