@@ -242,9 +242,7 @@ class _AtModules:
             ) from why
         return output
 
-    def _pass(
-        self, passage: Passage, go_on: Callable, args: tuple, kwargs: dict, unfit: _Unfit | None = None
-    ) -> Any:
+    def _pass(self, passage: Passage, go_on: Callable, args: tuple, kwargs: dict, unfit: _Unfit | None = None) -> Any:
         """Run the denoiser, and see that a feature enters each of its modules."""
         here = self._here
         here.passage, here.awaited, here.unfit = passage, frozenset(range(len(self._tap.modules))), unfit

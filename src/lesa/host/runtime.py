@@ -38,7 +38,9 @@ _lock = threading.RLock()
 class Run:
     """An accelerated pipeline or denoiser; what `accelerate` returns. As a context manager it ends the acceleration."""
 
-    def __init__(self, pipe: Any, names: Sequence[str], executor: Executor, tap: Tap | str, check: Callable, verify: bool):
+    def __init__(
+        self, pipe: Any, names: Sequence[str], executor: Executor, tap: Tap | str, check: Callable, verify: bool
+    ):
         self._pipe, self._names, self._executor = pipe, names, executor
         self._tap, self._check, self._verify = tap, check, verify
         self._attached: dict[str, tuple[nn.Module, Callable[[], None]]] = {}
