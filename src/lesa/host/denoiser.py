@@ -209,7 +209,7 @@ class _AtModules:
 
     def _call(self, go_on: Callable, denoiser: nn.Module, *args: Any, **kwargs: Any) -> Any:
         refuse_compiled(denoiser)
-        passage, here = self._begin(args, kwargs), self._here
+        passage = self._begin(args, kwargs)
         if passage is None:
             return go_on(*args, **kwargs)
         self._follow()
@@ -280,10 +280,10 @@ class _AtModules:
         """Raise RuntimeError if the blocks change a feature's shape, so that no forecast would ever fit."""
         unfit = self._here.unfit
         if unfit is not None and unfit.part == part and unfit.shape != feature.shape:
+            who = f"the {self._tap.modules[part]!r} of a {type(self._denoiser).__name__}"
             raise RuntimeError(
-                f"with its blocks shut what enters the {self._tap.modules[part]!r} of a {type(self._denoiser).__name__} "
-                f"has the shape that it has after them, got {tuple(unfit.shape)} and {tuple(feature.shape)}; correct "
-                "the tap, or take tap='output'."
+                f"with its blocks shut what enters {who} has the shape that it has after them, got "
+                f"{tuple(unfit.shape)} and {tuple(feature.shape)}; correct the tap, or take tap='output'."
             )
 
     def _refuse(self, go_on: Callable, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
