@@ -20,10 +20,12 @@ from diffusers import (
 )
 from test_runtime import EVERY, draw
 
-from lesa.host.conditions import FirstStep, adds_noise, check_embedded, facts
+from lesa.host.conditions import Judge, adds_noise, check_embedded
+from lesa.host.intercept import mark_of
 from lesa.host.runtime import accelerate
 from lesa.host.tap import tap_of
 from lesa.learn.collect import record
+from lesa.learn.guidance import facts
 from lesa.learn.planning import Planner
 from lesa.learn.trajectory import draw_tokens
 from lesa.predictors.predictor import L2P, Origin, configuration
@@ -85,17 +87,16 @@ def test_names_are_asked_where_no_step_can_be_tried():
             assert adds_noise(scheduler, *args) == stochastic
 
 
-def test_the_stand_in_of_a_first_step_goes_with_it_and_its_copies_judge_for_themselves():
-    scheduler, args, _ = first_step(FlowMatchEulerDiscreteScheduler())
-    expected, judged = copy.deepcopy(scheduler).step(*args).prev_sample, []
-    signature = inspect.signature(scheduler.step)
-    FirstStep(scheduler, lambda who, *_: judged.append(who))
-    assert inspect.signature(scheduler.step) == signature
-    twin = copy.deepcopy(scheduler)
-    assert torch.equal(twin.step(*args).prev_sample, expected) and judged == [twin]
-    assert scheduler.step_index is None and "step" in scheduler.__dict__
-    assert torch.equal(scheduler.step(*args).prev_sample, expected) and judged == [twin, scheduler]
-    assert "step" not in scheduler.__dict__ and "step" not in twin.__dict__
+def test_each_run_is_judged_once_at_its_schedulers_own_step(tiny_flux, monkeypatch):
+    judged = []
+    monkeypatch.setattr(Judge, "judge", lambda _self, _plans, who, args, _kwargs: judged.append((who, len(args))))
+    before, members = inspect.signature(tiny_flux.scheduler.step), set(vars(type(tiny_flux.scheduler)))
+    with accelerate(tiny_flux, Lagrange(1), schedule=EVERY):
+        assert inspect.signature(tiny_flux.scheduler.step) == before, "which pipelines look at"
+        for _ in range(2):
+            draw(tiny_flux)
+    assert judged == [(tiny_flux.scheduler, 3)] * 2
+    assert set(vars(type(tiny_flux.scheduler))) == members and mark_of(tiny_flux.scheduler) is None
 
 
 @pytest.fixture
@@ -116,7 +117,6 @@ def test_forecasts_but_reuse_are_refused_under_noise_before_a_step_is_skipped(no
             draw(noisy)
         hook.remove()
         assert calls == [1] and run.summary()["cond"].skipped_steps == 0
-        assert "step" not in noisy.scheduler.__dict__
     with accelerate(noisy, Reuse(), schedule=EVERY) as run:
         assert draw(noisy).isfinite().all()
     assert run.summary()["cond"].skipped_steps == 5
@@ -147,7 +147,6 @@ CALL = dict(height=32, width=32, num_inference_steps=STEPS, max_sequence_length=
 def test_nothing_is_recorded_or_planned_under_noise(noisy):
     with pytest.raises(ValueError, match="runs are recorded with samplers that add no noise"):
         record(noisy, ["a"], [0], draw_tokens, **CALL)
-    assert "step" not in noisy.scheduler.__dict__
     quiet = type(noisy.scheduler).from_config(noisy.scheduler.config, stochastic_sampling=False)
     stochastic, noisy.scheduler = noisy.scheduler, quiet
     reference = record(noisy, ["a"], [0], draw_tokens, **CALL)

@@ -34,7 +34,7 @@ class Caller:
 
     def admits(self, step: int) -> bool:
         """Tell whether the call at `step` that is being made belongs to the run."""
-        here = _stack()
+        here = _stack(self._loop)
         if step == self._first:
             if step < self._last:
                 self._held.append(here)
@@ -56,10 +56,15 @@ class Caller:
         return True
 
 
-def _stack() -> list[FrameType]:
-    """Return the calls of functions that the present one is made from, innermost first, without torch's and ours."""
+def _stack(loop: int | None = None) -> list[FrameType]:
+    """Return the calls of functions that the present one is made from, innermost first, without torch's and ours.
+
+    Where the loop is known, those within it, and it, are all.
+    """
     frame, found = sys._getframe(1), []
     while frame is not None:
+        if id(frame) == loop:
+            return [*found, frame]
         if frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "lesa"):
             found.append(frame)
         frame = frame.f_back

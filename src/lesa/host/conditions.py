@@ -111,10 +111,10 @@ class Judge:
         self._outputs: dict[str, Tensor] = {}
         self._embedded: Tensor | None = None
 
-    def hear(self, stream: str, kwargs: Mapping[str, Any], feature: Any) -> None:
+    def hear(self, stream: str, kwargs: Mapping[str, Any], output: Any) -> None:
         """Keep what guidance is made of: the named arguments of a stream's call in the first step, and its output."""
         if self._origin is not None and len(self._origin.streams) > 1:
-            self._outputs[stream] = next(x for _, x in leaves(feature) if isinstance(x, Tensor)).detach()
+            self._outputs[stream] = next(x for _, x in leaves(output) if isinstance(x, Tensor)).detach()
         self._embedded = kwargs.get("guidance")
 
     def judge(self, plans: Sequence[Plan], scheduler: Any, args: tuple, kwargs: dict) -> None:

@@ -13,10 +13,12 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from lesa.host.intercept import intercept
+from lesa.host.structure import leaves, replace
 from lesa.host.tap import part_of
 from lesa.rows.tap import Tap
 
@@ -24,12 +26,23 @@ COMPILE_BLOCKS = "compile its repeated blocks instead: transformer.compile_repea
 
 
 class Passage(Protocol):
-    """What becomes of one call of a denoiser: it is of a full step, or it is not, and then a forecast is passed on."""
+    """What becomes of one call of a denoiser: it is of a full step, or it is not, and then a forecast is passed on.
+
+    `full` is set where a step that was to be skipped turns out to need a full one.
+    """
 
     full: bool
 
     def keep(self, feature: Any, part: int = 0) -> None:
         """Take what passed on a full step: what the denoiser returned, or what entered its `part`-th final module."""
+        ...
+
+    def returned(self, output: Any) -> None:
+        """Take what the denoiser returned on a full step."""
+        ...
+
+    def fits(self, feature: Any, part: int = 0) -> bool:
+        """Tell whether a forecast has the shape of what enters on a skipped step."""
         ...
 
     def forecast(self, part: int = 0) -> Any:
@@ -41,15 +54,34 @@ Begin = Callable[[tuple, dict], "Passage | None"]
 """(arguments, named arguments of a call) -> what becomes of it; None lets it pass by"""
 
 
-def attach(denoiser: nn.Module, tap: Tap, begin: Begin) -> Callable[[], None]:
+def attach(denoiser: nn.Module, tap: Tap, begin: Begin, *, verify: bool = False) -> Callable[[], None]:
     """Let `begin` say what becomes of every call of a denoiser; returns the call that leaves the denoiser as it was.
 
+    With `verify` the first full step at a feature tap runs twice, to see that the tap is right (see `check_tap`).
+
     Raises: ValueError if a feature tap names what the denoiser does not have, or the denoiser is compiled as a whole.
+        With `verify`, the first full step raises ValueError if the tap is wrong.
     """
     if not tap.modules:
         return intercept(denoiser, "__call__", partial(_exchange_output, begin))
     check(denoiser, tap)
-    return _AtModules(denoiser, tap, begin).attach()
+    return _AtModules(denoiser, tap, begin, verify).attach()
+
+
+def check_tap(denoiser: nn.Module, tap: Tap, args: tuple = (), kwargs: dict | None = None) -> None:
+    """Check that a tap holds all that a denoiser's blocks give to what follows them, by a call with these arguments.
+
+    It runs in full, and again with its blocks shut and what entered the tapped modules put back: the output must be the
+    same to the bit. The output tap is right for every denoiser.
+
+    Raises: ValueError if it is not, or as `attach` does.
+    """
+    undo = attach(denoiser, tap, lambda _args, _kwargs: _Repeated(), verify=True)
+    try:
+        with torch.no_grad():
+            denoiser(*args, **(kwargs or {}))
+    finally:
+        undo()
 
 
 def check(denoiser: nn.Module, tap: Tap) -> None:
@@ -85,8 +117,10 @@ def _exchange_output(begin: Begin, go_on: Callable, _denoiser: nn.Module, *args:
     if passage is None:
         return go_on(*args, **kwargs)
     if not passage.full:
+        _refuse_gradients(args, kwargs)
         return passage.forecast()
     output = go_on(*args, **kwargs)
+    passage.returned(output)
     passage.keep(output)
     return output
 
@@ -96,17 +130,52 @@ class _Here(threading.local):
 
     passage: Passage | None = None
     awaited: frozenset[int] = frozenset()
+    unfit: _Unfit | None = None
 
     @property
     def shut(self) -> bool:
         return self.passage is not None and not self.passage.full
 
 
+class _Repeated:
+    """Passage of a step that is run twice: in full, and with what entered the final modules put back.
+
+    Of a step of some run, what enters goes on to its own passage as well.
+    """
+
+    def __init__(self, passage: Passage | None = None):
+        self.full = True
+        self._passage, self._features = passage, {}
+
+    def keep(self, feature: Any, part: int = 0) -> None:
+        self._features[part] = replace(feature, Tensor, torch.clone)
+        if self._passage is not None:
+            self._passage.keep(feature, part)
+
+    def returned(self, output: Any) -> None:
+        if self._passage is not None:
+            self._passage.returned(output)
+
+    def fits(self, _feature: Any, _part: int = 0) -> bool:
+        return True
+
+    def forecast(self, part: int = 0) -> Any:
+        return self._features[part]
+
+
+class _Unfit(Exception):
+    """A feature of another shape than those held enters a final module on a skipped step."""
+
+    def __init__(self, part: int, shape: torch.Size):
+        super().__init__(part, shape)
+        self.part, self.shape = part, shape
+
+
 class _AtModules:
     """Exchanges the first inputs of a denoiser's final modules, also of one that takes its place (a LoRA's layer)."""
 
-    def __init__(self, denoiser: nn.Module, tap: Tap, begin: Begin):
-        self._denoiser, self._tap, self._begin = denoiser, tap, begin
+    def __init__(self, denoiser: nn.Module, tap: Tap, begin: Begin, verify: bool):
+        self._denoiser, self._tap, self._begin, self._unverified = denoiser, tap, begin, verify
         self._here = _Here()
         self._hooked: dict[int, tuple[nn.Module, Any]] = {}
 
@@ -140,22 +209,56 @@ class _AtModules:
 
     def _call(self, go_on: Callable, denoiser: nn.Module, *args: Any, **kwargs: Any) -> Any:
         refuse_compiled(denoiser)
-        passage, here = self._begin(args, kwargs), self._here
+        passage = self._begin(args, kwargs)
         if passage is None:
             return go_on(*args, **kwargs)
         self._follow()
-        here.passage, here.awaited = passage, frozenset(range(len(self._tap.modules)))
+        if passage.full and self._unverified:
+            return self._verify(_Repeated(passage), go_on, args, kwargs)
+        if passage.full:
+            return self._pass(passage, go_on, args, kwargs)
+        _refuse_gradients(args, kwargs)
+        try:
+            return self._pass(passage, go_on, args, kwargs)
+        except _Unfit as error:  # as where a first step prefills tokens: the next one is full as well
+            passage.full, unfit = True, error
+        return self._pass(passage, go_on, args, kwargs, unfit)
+
+    def _verify(self, passage: _Repeated, go_on: Callable, args: tuple, kwargs: dict) -> Any:
+        """Run a full step twice, the second time with blocks shut, on copies, as pipelines' caches are written to."""
+        copied = replace((args, kwargs), Tensor, torch.clone)
+        output = self._pass(passage, go_on, args, kwargs)
+        passage.full, self._unverified, why = False, False, None
+        try:
+            with torch.no_grad(), torch.random.fork_rng(_gpus(output)):
+                same = _same(output, self._pass(passage, go_on, *copied))
+        except Exception as error:  # whatever a forward raises that misses something
+            same, why = False, error
+        if not same:
+            raise ValueError(
+                "with its blocks shut and what entered the tapped modules put back a denoiser returns what it did, but "
+                f"a {type(self._denoiser).__name__} with {tuple(self._tap)} {f'failed ({why})' if why else 'did not'}; "
+                "name all modules that features enter behind all of its blocks, or take tap='output'."
+            ) from why
+        return output
+
+    def _pass(self, passage: Passage, go_on: Callable, args: tuple, kwargs: dict, unfit: _Unfit | None = None) -> Any:
+        """Run the denoiser, and see that a feature enters each of its modules."""
+        here = self._here
+        here.passage, here.awaited, here.unfit = passage, frozenset(range(len(self._tap.modules))), unfit
         try:
             output = go_on(*args, **kwargs)
             missed = here.awaited
         finally:
-            here.passage, here.awaited = None, frozenset()
+            here.passage, here.awaited, here.unfit = None, frozenset(), None
         if missed:
             names = ", ".join(self._tap.modules[part] for part in sorted(missed))
             raise RuntimeError(
-                f"a {type(denoiser).__name__} ran but no feature entered its {names!r}; correct the tap, or take "
+                f"a {type(self._denoiser).__name__} ran but no feature entered its {names!r}; correct the tap, or take "
                 "tap='output'."
             )
+        if passage.full:
+            passage.returned(output)
         return output
 
     def _enter(self, part: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -165,10 +268,23 @@ class _AtModules:
         self._here.awaited -= {part}
         name, feature = (None, args[0]) if args else next(iter(kwargs.items()))
         if passage.full:
+            self._check_shape(feature, part)
             passage.keep(feature, part)
             return None
-        forecast = _fitting(passage.forecast(part), feature)
+        if not passage.fits(feature, part):
+            raise _Unfit(part, feature.shape)
+        forecast = passage.forecast(part)
         return ((forecast, *args[1:]), kwargs) if args else (args, {**kwargs, name: forecast})
+
+    def _check_shape(self, feature: Tensor, part: int) -> None:
+        """Raise RuntimeError if the blocks change a feature's shape, so that no forecast would ever fit."""
+        unfit = self._here.unfit
+        if unfit is not None and unfit.part == part and unfit.shape != feature.shape:
+            who = f"the {self._tap.modules[part]!r} of a {type(self._denoiser).__name__}"
+            raise RuntimeError(
+                f"with its blocks shut what enters {who} has the shape that it has after them, got "
+                f"{tuple(unfit.shape)} and {tuple(feature.shape)}; correct the tap, or take tap='output'."
+            )
 
     def _refuse(self, go_on: Callable, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self._here.shut:
@@ -180,17 +296,26 @@ class _AtModules:
         return go_on(*args, **kwargs)
 
 
-def _fitting(forecast: Tensor, feature: Tensor) -> Tensor:
-    """Return a forecast; its dtype is that of the newest full step, whatever comes in with the blocks shut.
+def _gpus(structure: Any) -> list[int]:
+    """Return the GPUs that a structure has tensors on, whose random numbers count."""
+    return sorted({x.device.index for _, x in leaves(structure) if isinstance(x, Tensor) and x.is_cuda})
 
-    Raises: RuntimeError if it has another shape or is elsewhere.
-    """
-    if forecast.shape != feature.shape or forecast.device != feature.device:
+
+def _same(one: Any, other: Any) -> bool:
+    """Tell whether two structures have tensors of the same numbers, to the bit."""
+    pairs = [[x for _, x in leaves(each) if isinstance(x, Tensor)] for each in (one, other)]
+    return len(pairs[0]) == len(pairs[1]) and all(
+        x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all()) for x, y in zip(*pairs, strict=True)
+    )
+
+
+def _refuse_gradients(args: tuple, kwargs: dict) -> None:
+    """Raise RuntimeError if a skipped step is to be differentiated: its forecast depends on none of its inputs."""
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for _, x in leaves((args, kwargs))):
         raise RuntimeError(
-            f"a feature keeps its shape and device during a run, got {tuple(feature.shape)}, {feature.device} after "
-            f"{tuple(forecast.shape)}, {forecast.device}; start the run anew."
+            "a skipped step has no gradient, got an input that requires one; call the denoiser within torch.no_grad(), "
+            "or without lesa."
         )
-    return forecast
 
 
 class _Entering:

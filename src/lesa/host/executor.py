@@ -64,7 +64,6 @@ class Voice:
 
     def keep(self, feature: Any, part: int = 0) -> None:
         """Keep the feature of a full step, if a later row combines it."""
-        self.done.full_steps += part == 0
         if not self.plan.rows:
             return
         found = [x for _, x in leaves(feature) if _is_numbers(x)]
@@ -81,6 +80,16 @@ class Voice:
         self.parts[part] = template, held
         self.done.bytes_held = sum(history.nbytes for _, some in self.parts.values() for history in some)
 
+    def count_full(self, instead: bool = False) -> None:
+        """Count a full step, `instead` of one that was counted as skipped."""
+        self.done.full_steps += 1
+        if instead:
+            self._count_skipped(-1)
+
+    def _count_skipped(self, steps: int) -> None:
+        self.done.skipped_steps += steps
+        self.done.short_rows += steps * (self.step in self.plan.truncated)
+
     def fits(self, feature: Any, part: int) -> bool:
         """Tell whether a feature has the shapes of those held, if any are."""
         if part not in self.parts:
@@ -94,11 +103,10 @@ class Voice:
     def forecast(self, part: int = 0) -> Any:
         """Return the forecast of a skipped step, in the place of what a full step gives."""
         began = time.perf_counter()
+        if part == 0:
+            self._count_skipped(1)
         template, held = self.parts[part]
         forecasts = [self._forecast(history, slot) for history, slot in zip(held, _slots(template), strict=True)]
-        if part == 0:
-            self.done.skipped_steps += 1
-            self.done.short_rows += self.step in self.plan.truncated
         self.done.forecast_seconds += time.perf_counter() - began
         return replace(template, _Slot, lambda slot: forecasts[slot.number])
 
@@ -256,10 +264,10 @@ class Executor:
         if self.judge is not None:
             self.judge.judge([voice.plan for voice in self._voices.values()], scheduler, args, kwargs)
 
-    def hear(self, voice: Voice, kwargs: dict, feature: Any) -> None:
+    def hear(self, voice: Voice, kwargs: dict, output: Any) -> None:
         """Keep what the judge of a run looks at after its first step."""
         if self.judge is not None and self._moment is not None and self._moment.ticks == 0:
-            self.judge.hear(voice.name, kwargs, feature)
+            self.judge.hear(voice.name, kwargs, output)
 
     def detour(self, voice: Voice, feature: Any) -> None:
         """At a full step, send an unusual run on its detour; the first stream decides for all."""
@@ -307,16 +315,32 @@ class _Passing:
 
     def __init__(self, executor: Executor, voice: Voice, kwargs: dict):
         self._executor, self._voice, self._kwargs, self.full = executor, voice, kwargs, voice.full
+        self._kept: list[tuple[Any, int]] = []
+        self._forecast = False
 
     def keep(self, feature: Any, part: int = 0) -> None:
-        self._executor.hear(self._voice, self._kwargs, feature)
-        if not self._voice.fits(feature, part):
-            self._executor.restart(self._voice)
-        elif self._executor.detours and part == 0:
-            self._executor.detour(self._voice, feature)
-        self._voice.keep(feature, part)
+        voice = self._voice
+        self._kept.append((feature, part))
+        if part == 0:
+            voice.count_full(instead=self._forecast)
+        if self._forecast or not voice.fits(feature, part):
+            self._forecast = False
+            self._executor.restart(voice)
+            for kept in self._kept:  # whichever part it is that changed its shape
+                voice.keep(*kept)
+            return
+        if self._executor.detours and part == 0:
+            self._executor.detour(voice, feature)
+        voice.keep(feature, part)
+
+    def returned(self, output: Any) -> None:
+        self._executor.hear(self._voice, self._kwargs, output)
+
+    def fits(self, feature: Any, part: int = 0) -> bool:
+        return self._voice.fits(feature, part)
 
     def forecast(self, part: int = 0) -> Any:
+        self._forecast = True
         return self._voice.forecast(part)
 
 

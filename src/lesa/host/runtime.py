@@ -38,9 +38,11 @@ _lock = threading.RLock()
 class Run:
     """An accelerated pipeline or denoiser; what `accelerate` returns. As a context manager it ends the acceleration."""
 
-    def __init__(self, pipe: Any, names: Sequence[str], executor: Executor, tap: Tap | str, check: Callable):
+    def __init__(
+        self, pipe: Any, names: Sequence[str], executor: Executor, tap: Tap | str, check: Callable, verify: bool
+    ):
         self._pipe, self._names, self._executor = pipe, names, executor
-        self._tap, self._check = tap, check
+        self._tap, self._check, self._verify = tap, check, verify
         self._attached: dict[str, tuple[nn.Module, Callable[[], None]]] = {}
         self._closed = False
         with ExitStack() as undo:
@@ -112,7 +114,8 @@ class Run:
         self._check(inner, tap)
         first = name == self._names[0]
         with ExitStack() as undo:
-            undo.callback(attach(module, tap, partial(self._executor.begin, "" if first else name)))
+            begin = partial(self._executor.begin, "" if first else name)
+            undo.callback(attach(module, tap, begin, verify=self._verify))
             undo.callback(hear(module, self._executor.within))
             mark = mark_of(module)
             assert mark is not None
@@ -157,6 +160,7 @@ def accelerate(
     denoisers: Sequence[str] | None = None,
     stream_of: StreamOf | None = None,
     check: bool = True,
+    verify_tap: bool = False,
 ) -> Run:
     """Make a pipeline, or a denoiser in a loop of one's own, run on the full steps of a schedule only.
 
@@ -175,7 +179,8 @@ def accelerate(
 
     `tap` is 'output', what the denoiser returns, of which nothing runs on skipped steps; 'norm', what enters the final
     norm, 'projection', what enters the last projection, or 'feature', the one of them that the paper takes for the
-    model; or a `lesa.Tap`. Without one it is the predictor's own, or 'output'.
+    model; or a `lesa.Tap`. Without one it is the predictor's own, or 'output'. With `verify_tap` the first full step at
+    a tap within the denoiser runs twice, to see that the tap is right: ValueError if it is not.
 
     `history` is how past features are stored: as they are ('model'); the newest as it is and the others as differences
     of a byte an element ('int8', 'fp8'); or the same in the CPU's memory ('cpu', 'int8-cpu', 'fp8-cpu'). In each,
@@ -216,7 +221,7 @@ def accelerate(
         if any(_run_of(module) for module in _modules(pipe, names)):
             raise ValueError("a transformer is accelerated once, but this one is already; call lesa.disable first.")
         fits = own.check_model if own else lambda _module, _tap: None
-        return Run(pipe, names, executor, tap or (own.origin.tap if own else OUTPUT), fits)
+        return Run(pipe, names, executor, tap or (own.origin.tap if own else OUTPUT), fits, verify_tap)
 
 
 enable = accelerate

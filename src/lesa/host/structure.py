@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from torch import Tensor
+
 
 def leaves(structure: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
     """Yield whatever is no container, with its path, in order."""
+    yield from _found(structure, path, [])
+
+
+def _found(structure: Any, path: tuple, found: list[tuple[tuple, Any]]) -> list[tuple[tuple, Any]]:
+    """Add the leaves to a list: each call of a denoiser looks at its inputs, and a skipped one does little else."""
     parts = _parts(structure)
     if parts is None:
-        yield path, structure
-        return
-    for name, part in parts:
-        yield from leaves(part, (*path, name))
+        found.append((path, structure))
+    else:
+        for name, part in parts:
+            _found(part, (*path, name), found)
+    return found
 
 
 def replace(structure: Any, kind: type | tuple[type, ...], change: Callable[[Any], Any]) -> Any:
@@ -34,8 +42,8 @@ def replace(structure: Any, kind: type | tuple[type, ...], change: Callable[[Any
 
 def _parts(structure: Any) -> list[tuple[Any, Any]] | None:
     """Return the parts of a container with their names, or None."""
-    if isinstance(structure, Mapping):
-        return list(structure.items())
+    if isinstance(structure, Tensor):  # most are, and to ask whether it is a mapping takes long
+        return None
     if isinstance(structure, (tuple, list)):
         return list(enumerate(structure))
-    return None
+    return list(structure.items()) if isinstance(structure, Mapping) else None
