@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from lesa.host.conditions import Noise, settings_of
 from lesa.host.intercept import unmarked
 from lesa.rows import levels
 from lesa.rows.levels import Levels
+from lesa.rows.schedule import Schedule
 
 DATA = "data"
 """The name under which a forecaster is asked for the rows of the data prediction, and `run.plan` for their plan."""
@@ -55,11 +56,21 @@ class Known(NamedTuple):
 UNKNOWN = Known(math.nan, math.nan)
 
 
-class DataRun:
-    """What one run's calls of `step` say of the data: a part for each such call within a tick, known by its place."""
+Voice = TypeVar("Voice")
+
+
+class DataRun(Generic[Voice]):
+    """What one run's calls of `step` say of the data: a part for each such call within a tick, known by its place.
+
+    `first` holds the data predictions of the first tick; after it there are the run's `schedule`, and the `voice` that
+    holds the later ones.
+    """
 
     def __init__(self) -> None:
         self._parts: list[tuple[int, Levels]] = []  # its first tick, its levels from there
+        self.first: list[Tensor] = []
+        self.schedule: Schedule | None = None
+        self.voice: Voice | None = None
 
     def __len__(self) -> int:
         return len(self._parts)

@@ -164,10 +164,7 @@ class Executor:
         self.plans: dict[str, Plan] = {}
         self._stream_of, self.judge, self._data = stream_of, judge, data
         self.data: StreamSummary | None = None
-        self._data_run: DataRun | None = None
-        self._data_voice: Voice | None = None
-        self._data_first: list[Tensor] = []  # data predictions of the first tick
-        self._data_schedule: Schedule | None = None
+        self._data_run: DataRun[Voice] | None = None
         self._reuse = Reuse()
         self._name = threading.local()
         self._lock = threading.Lock()
@@ -214,7 +211,7 @@ class Executor:
                 self._judged, self._taken = moment.start, None
             if moment.step != self._at:
                 self._places, self._at = {}, moment.step
-            if self._data_run is not None and moment.ticks and self._data_voice is None:
+            if self._data_run is not None and moment.ticks and self._data_run.voice is None:
                 self._plan_data(moment, self._data_run)
             return _Passing(self, self._voice(moment, self._call_of(denoiser, args, kwargs)), kwargs)
 
@@ -257,8 +254,8 @@ class Executor:
     def _plan(self, voice: Voice, moment: Moment, detour: Detour | None = None) -> None:
         where = voice.name, moment.start, voice.began, tuple(moment.times.tolist())
         others = [] if detour else [self._compiled(*where, other.schedule) for other in self.detours.values()]
-        if self._data_schedule is not None:
-            plan = self._compiled(*where, self._data_schedule, reuse=voice is not self._data_voice)
+        if self._data_run is not None and self._data_run.schedule is not None:
+            plan = self._compiled(*where, self._data_run.schedule, reuse=voice is not self._data_run.voice)
         else:
             plan = self._compiled(*where, detour.schedule if detour else None)
             others += [self._compiled(*where, reuse=True)] if self._data else []
@@ -287,51 +284,53 @@ class Executor:
 
     def _step(self, scheduler: Any, args: tuple, kwargs: dict, tick: int, part: int) -> tuple[tuple, dict]:
         """Where the data prediction is forecast, keep it at a full step, and exchange the output at a skipped one."""
-        moment, run, voice = self._moment, self._data_run, self._data_voice
+        moment, run = self._moment, self._data_run
         if moment is None or run is None:
             return args, kwargs
-        assert self._data is not None
         if part == len(run):
+            assert self._data is not None
             run.add(tick, self._data.levels(scheduler, args, kwargs))
         latents, output = (argument(scheduler, name, args, kwargs) for name in ("sample", "model_output"))
         known, step = run.known(part, tick), moment.start + tick
-        if tick == 0:
-            self._data_first.append(known.data(latents, output))
+        if run.voice is None:  # the first tick: what is skipped is not known yet
+            run.first.append(known.data(latents, output))
             return args, kwargs
-        assert voice is not None
-        voice.enter(step)
-        if voice.full:
-            if known.is_finite and step >= voice.began:
-                self._keep_data(voice, known.data(latents, output), part)
+        run.voice.enter(step)
+        if run.voice.full:
+            if known.is_finite and step >= run.voice.began:
+                self._keep_data(run.voice, known.data(latents, output), part)
             return args, kwargs
-        if not voice.fits(latents, part) or part not in voice.parts:
-            raise RuntimeError(
-                f"the data prediction is forecast for latents that a full step had, got some of {tuple(latents.shape)} "
-                f"at step {step}, which is skipped; make it full, or pass of='output'."
-            )
-        exchanged = known.output(latents, voice.forecast(part), output)
-        return with_argument(scheduler, "model_output", exchanged, args, kwargs)
+        data = self._forecast_data(run.voice, latents, part)
+        return with_argument(scheduler, "model_output", known.output(latents, data, output), args, kwargs)
 
     def _keep_data(self, voice: Voice, data: Tensor, part: int) -> None:
         if not voice.fits(data, part):
             self.restart(voice)
         voice.keep(data, part)
 
-    def _plan_data(self, moment: Moment, run: DataRun) -> None:
+    def _forecast_data(self, voice: Voice, latents: Tensor, part: int) -> Tensor:
+        if part in voice.parts and voice.fits(latents, part):
+            return voice.forecast(part)
+        raise RuntimeError(
+            f"the data prediction is forecast for latents that a full step had, got some of {tuple(latents.shape)} at "
+            f"step {voice.step}, which is skipped; make it full, or pass of='output'."
+        )
+
+    def _plan_data(self, moment: Moment, run: DataRun[Voice]) -> None:
         """After the first step, plan the data prediction's rows, and let the denoisers repeat their newest outputs."""
         assert self.data is not None
         times, start = tuple(moment.times.tolist()), moment.start
         ticks = len(times) - 1 - start
         began = start + run.begin(ticks)
         full = {*self._schedule_for(times, start).full_steps(len(times) - 1, start), *range(start, began + 1)}
-        self._data_schedule = Schedule.at(sorted(full.union(start + tick for tick in run.must_run(ticks))))
-        voice = self._data_voice = Voice(DATA, self.storage, self.data, began)
-        for one in (voice, *self._voices.values()):
-            self._plan(one, moment)
-        first, self._data_first = self._data_first, []
-        if began == start:
-            for part, data in enumerate(first):
-                voice.keep(data, part)
+        run.schedule = Schedule.at(sorted(full.union(start + tick for tick in run.must_run(ticks))))
+        run.voice = Voice(DATA, self.storage, self.data, began)
+        for voice in (run.voice, *self._voices.values()):
+            self._plan(voice, moment)
+        for part, data in enumerate(run.first):
+            if began == start:
+                run.voice.keep(data, part)
+        run.first.clear()
 
     def hear(self, voice: Voice, kwargs: dict, feature: Any) -> None:
         """Keep what the judge of a run looks at after its first step."""
@@ -363,8 +362,7 @@ class Executor:
 
     def forget(self) -> None:
         """End the run: its histories are freed."""
-        self._voices, self._moment = {}, None
-        self._data_run, self._data_voice, self._data_schedule, self._data_first = None, None, None, []
+        self._voices, self._moment, self._data_run = {}, None, None
 
     @contextmanager
     def within(self, name: str) -> Iterator[None]:

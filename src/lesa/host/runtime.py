@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lesa.host.clock import LoopClock, PipelineClock
 from lesa.host import data
+from lesa.host.clock import LoopClock, PipelineClock
 from lesa.host.conditions import Judge, Noise
 from lesa.host.denoiser import attach, refuse_compiled
 from lesa.host.executor import Executor, ScheduleFor, StreamOf
