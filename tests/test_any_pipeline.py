@@ -57,7 +57,7 @@ def test_a_run_is_what_the_oracle_says(name):
     run = plain(name)
     oracle = Oracle(run, range(0, run.ticks, 3), extrapolate)
     expected = watch(built(name).pipe, built(name).call, oracle)
-    with accelerate(built(name).pipe, Taylor(1), schedule=Schedule.every(3), check=False) as accelerated:
+    with accelerate(built(name).pipe, Taylor(1), schedule=Schedule.every(3), of="output", check=False) as accelerated:
         ours = outputs(name)
     skipped = sum(done.skipped_steps for done in accelerated.summary().values())
     assert skipped == expected.skipped > 0

@@ -107,20 +107,21 @@ def noisy(tiny_flux):
     tiny_flux.scheduler = before
 
 
-def test_forecasts_but_reuse_are_refused_under_noise_before_a_step_is_skipped(noisy):
+def test_outputs_but_by_reuse_are_refused_under_noise_before_a_step_is_skipped(noisy):
     torch.manual_seed(0)
     full = draw(noisy)
     for forecaster in (Lagrange(1), Taylor(2)):
         calls = []
         hook = noisy.transformer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        with accelerate(noisy, forecaster, schedule=EVERY) as run, pytest.raises(ValueError, match="add no noise, got"):
+        refused = accelerate(noisy, forecaster, schedule=EVERY, of="output")
+        with refused as run, pytest.raises(ValueError, match="add no noise, got"):
             draw(noisy)
         hook.remove()
         assert calls == [1] and run.summary()["cond"].skipped_steps == 0
-    with accelerate(noisy, Reuse(), schedule=EVERY) as run:
+    with accelerate(noisy, Reuse(), schedule=EVERY, of="output") as run:
         assert draw(noisy).isfinite().all()
     assert run.summary()["cond"].skipped_steps == 5
-    with accelerate(noisy, Lagrange(1), schedule=EVERY, check=False) as run:
+    with accelerate(noisy, Lagrange(1), schedule=EVERY, of="output", check=False) as run:
         draw(noisy)
     assert run.summary()["cond"].skipped_steps == 5
     torch.manual_seed(0)

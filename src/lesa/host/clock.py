@@ -34,6 +34,7 @@ class Moment:
         self.thread = threading.get_ident()
         self.called = False  # a denoiser was, since the last tick
         self.time: Any = None  # of the last tick, as the scheduler counts; on its device
+        self.heard, self.parts = 0, 1  # calls of `step` since the last tick, it included; the most that a tick has
         self.caller = Caller(0, len(times) - 2 - start)
 
     @property
@@ -44,6 +45,10 @@ class Moment:
     def over(self) -> bool:
         """Tell whether the grid is walked."""
         return self.step >= len(self.times) - 1
+
+
+OnStep = Callable[[Any, tuple, dict, int, int], tuple[tuple, dict]]
+"""(scheduler, arguments and named ones of its `step`, tick, place in the tick) -> the arguments that go on"""
 
 
 class LoopClock:
@@ -82,8 +87,9 @@ class PipelineClock:
     """Listens to a pipeline's call and to its scheduler; copies of the scheduler made within a run count as it does.
 
     `on_call` is called as the pipeline's call begins, `on_first_step` before the first `step` of a run, with the
-    scheduler and its arguments, `on_tick` after every tick, `on_end` as a run ends, and `on_unheard` where a denoiser
-    was called in a pipeline's call that made no tick.
+    scheduler and its arguments, `on_step` before every `step` of a run, with these and with its tick and its place
+    therein; what it returns goes on in place of the arguments. `on_tick` is called after every tick, `on_end` as a run
+    ends, and `on_unheard` where a denoiser was called in a pipeline's call that made no tick.
     """
 
     def __init__(self, pipe: Any):
@@ -96,6 +102,7 @@ class PipelineClock:
         self.on_call: Callable[[], None] = lambda: None
         self.on_end: Callable[[], None] = lambda: None
         self.on_first_step: Callable[[Any, tuple, dict], None] = lambda _scheduler, _args, _kwargs: None
+        self.on_step: OnStep = lambda _scheduler, args, kwargs, _tick, _part: (args, kwargs)
         self.on_tick: Callable[[], None] = lambda: None
         self.on_unheard: Callable[[], None] = lambda: None
         self._calls = self._ticks = 0  # within the pipeline's call
@@ -182,12 +189,18 @@ class PipelineClock:
         return result
 
     def _step(self, go_on: Callable, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-        moment, time = self.moment, _argument(scheduler, "timestep", args, kwargs)
-        if moment is not None and moment.called and moment.ticks == 0:
-            self.on_first_step(scheduler, args, kwargs)
-        result = go_on(*args, **kwargs)
+        moment, time = self.moment, argument(scheduler, "timestep", args, kwargs)
         if moment is None or moment.thread != threading.get_ident():
-            return result
+            return go_on(*args, **kwargs)
+        if moment.called and moment.ticks == 0:
+            self.on_first_step(scheduler, args, kwargs)
+        if moment.called:
+            args, kwargs = self.on_step(scheduler, args, kwargs, moment.ticks, 0)
+        elif moment.ticks:
+            args, kwargs = self.on_step(scheduler, args, kwargs, moment.ticks - 1, moment.heard)
+        result = go_on(*args, **kwargs)
+        moment.heard = 1 if moment.called else moment.heard + 1
+        moment.parts = max(moment.parts, moment.heard)
         if moment.called:
             self._tick(moment, scheduler, time)
         elif _time_of(time) != _time_of(moment.time):
@@ -196,6 +209,8 @@ class PipelineClock:
                 f"{_time_of(time)} after one call of the denoiser: frames at different noise levels are not forecast "
                 "together. Run this call without lesa, or set it to one noise level for all frames."
             )
+        if moment.over and moment.heard >= moment.parts:
+            self.end()
         return result
 
     def _tick(self, moment: Moment, scheduler: Any, time: Any) -> None:
@@ -204,8 +219,6 @@ class PipelineClock:
         moment.ticks, moment.called, moment.time = moment.ticks + 1, False, time
         self._ticks += 1
         self.on_tick()
-        if moment.over:
-            self.end()
 
 
 def _is_set(scheduler: Any) -> bool:
@@ -219,12 +232,24 @@ def _begin_of(scheduler: Any) -> int:
     return getattr(scheduler, "begin_index", None) or 0
 
 
-def _argument(scheduler: Any, name: str, args: tuple, kwargs: dict) -> Any:
+def argument(scheduler: Any, name: str, args: tuple, kwargs: dict) -> Any:
     """Return an argument of a call of a scheduler's `step`, whose order is not the same in all classes."""
     if name in kwargs:
         return kwargs[name]
     places = _places(type(scheduler))
     return args[places.index(name)] if name in places[: len(args)] else None
+
+
+def with_argument(scheduler: Any, name: str, value: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Return the arguments of a call of a scheduler's `step` with one of them exchanged, wherever it is handed over.
+
+    What is handed over twice, as `pred_original_sample` too, is exchanged twice.
+    """
+    old = argument(scheduler, name, args, kwargs)
+    return (
+        tuple(value if given is old else given for given in args),
+        {key: value if given is old else given for key, given in kwargs.items()},
+    )
 
 
 @lru_cache(maxsize=64)

@@ -94,20 +94,53 @@ def _is_called_noisy(scheduler: Any, options: Mapping[str, Any]) -> bool:
 def noise_error(scheduler: Any, what: str) -> ValueError:
     """Make the error of a scheduler that adds noise; `what` begins it, such as 'runs are recorded with'."""
     return ValueError(
-        f"{what} samplers that add no noise, got a {type(scheduler).__name__} that does as it steps. Velocities jump "
-        "with the noise: rows other than reuse end at 23 to 26 dB where reuse has 48 to 50. Until rows for it exist, "
-        "accelerate with lesa.Reuse(), or take the sampler without noise (stochastic_sampling=False, eta=0, an "
-        "algorithm_type without 'sde')."
+        f"{what} samplers that add no noise, got a {type(scheduler).__name__} that does as it steps. Outputs jump with "
+        "the noise, and rows over them end far off. Accelerate with an untrained forecaster such as lesa.Reuse(), at "
+        "the output, without detours and with of='auto': it forecasts the data prediction there, which does not jump. "
+        "Or take the sampler without noise (stochastic_sampling=False, eta=0, an algorithm_type without 'sde')."
+    )
+
+
+class Noise:
+    """Looks once for each kind of run whether noise is added in it: by class, settings, grid and options of `step`."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, bool] = {}
+
+    def is_added(self, scheduler: Any, args: tuple, kwargs: dict) -> bool:
+        """Tell whether a run adds noise, given a call of its scheduler's `step`."""
+        key = settings_of(scheduler, args, kwargs)
+        if key not in self._found:
+            self._found[key] = adds_noise(unmarked(scheduler), *args, **kwargs)
+        return self._found[key]
+
+
+def settings_of(scheduler: Any, args: tuple, kwargs: dict) -> str:
+    """Return what the numbers of a run's steps depend on, given a call of its scheduler's `step`."""
+    given = dict(inspect.signature(type(scheduler).step).bind(scheduler, *args, **kwargs).arguments)
+    given.pop(next(iter(given)))
+    tensors = {k: x is given.get("model_output") for k, x in given.items() if isinstance(x, Tensor)}
+    options = {k: x for k, x in given.items() if isinstance(x, (bool, int, float, str))}
+    timestep = torch.as_tensor(given.get("timestep", 0)).flatten()[0].item()
+    return repr(
+        (
+            type(scheduler),
+            dict(getattr(scheduler, "config", {})),
+            [torch.as_tensor(getattr(scheduler, name, ())).tolist() for name in ("timesteps", "sigmas")],
+            getattr(scheduler, "begin_index", None),
+            timestep,
+            tensors,
+            options,
+        )
     )
 
 
 class Judge:
     """Judges the runs of an accelerated pipeline, each at its first step, where no step is skipped yet."""
 
-    def __init__(self, forecaster: Forecaster):
-        self._forecaster = forecaster
+    def __init__(self, forecaster: Forecaster, noise: Noise):
+        self._forecaster, self._noise = forecaster, noise
         self._origin = forecaster.origin if isinstance(forecaster, Predictor) else None
-        self._noisy: dict[str, bool] = {}
         self._outputs: dict[str, Tensor] = {}
         self._embedded: Tensor | None = None
 
@@ -118,21 +151,13 @@ class Judge:
         self._embedded = kwargs.get("guidance")
 
     def judge(self, plans: Sequence[Plan], scheduler: Any, args: tuple, kwargs: dict) -> None:
-        """Raise ValueError if runs on these plans are not right, given a scheduler's first `step`."""
+        """Raise ValueError if outputs are not right on these plans, given a scheduler's first `step`."""
         outputs, self._outputs = self._outputs, {}
-        if not all(map(_reuses, plans)) and self._adds_noise(scheduler, *args, **kwargs):
+        if not all(map(_reuses, plans)) and self._noise.is_added(scheduler, args, kwargs):
             raise noise_error(scheduler, f"{self._forecaster!r} is for")
         if self._origin is not None:
             check_embedded(self._origin, self._embedded)
             check_guidance(self._origin, outputs, args[0] if args else kwargs["model_output"])
-
-    def _adds_noise(self, scheduler: Any, *args: Any, **kwargs: Any) -> bool:
-        """Look once for each class, settings, grid and options of its step."""
-        options = {k: v for k, v in kwargs.items() if k != "generator" and not isinstance(v, Tensor)}
-        key = repr((type(scheduler), dict(getattr(scheduler, "config", {})), list(scheduler.timesteps), options))
-        if key not in self._noisy:
-            self._noisy[key] = adds_noise(unmarked(scheduler), *args, **kwargs)
-        return self._noisy[key]
 
 
 def _reuses(plan: Plan) -> bool:

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lesa.host.clock import LoopClock, Moment, PipelineClock
+from lesa.host.clock import LoopClock, Moment, PipelineClock, argument, with_argument
 from lesa.host.conditions import Judge
+from lesa.host.data import DATA, DataPrediction, DataRun
 from lesa.host.streams import FIRST, Call, Stream, Streams
 from lesa.host.structure import leaves, replace
 from lesa.host.summary import StreamSummary
 from lesa.rows import plan as plans
 from lesa.rows.detour import Detour, Detours
-from lesa.rows.forecasters import Forecaster
+from lesa.rows.forecasters import Forecaster, Reuse
 from lesa.rows.plan import Plan
 from lesa.rows.row import History, Row, Storage
 from lesa.rows.schedule import Schedule
@@ -54,9 +55,11 @@ class Voice:
         self._slots = 0
 
     def follow(self, plan: Plan, others: Sequence[Plan] = ()) -> None:
-        """Take a plan; the run may go on with one of the others later."""
+        """Take a plan; the run may go on with one of the others later, which is known after the first step."""
         lives = [one.live(self.storage.of_differences) for one in (plan, *others)]
         self.plan, self._live = plan, lives[0]
+        if any(live.get(self.began) for live in lives):
+            self._live[self.began] = (self.began,)
         self._slots = max(self._slots, *(len(held) for live in lives for held in live.values()))
 
     def enter(self, step: int) -> None:
@@ -131,10 +134,10 @@ class Voice:
         forecast = history.forecast(past, row.coefficients.tolist(), float(row.offset)).float()
         return float((forecast - known).norm() / known.norm())
 
-    def move(self, step: int, plan: Plan) -> None:
+    def move(self, step: int, plan: Plan, others: Sequence[Plan] = ()) -> None:
         """Take the plan of a run that began, with the one step done so far, at another place of the grid."""
-        before, self.step, self.began = self.step, step, step
-        self.follow(plan)
+        before, self.step = self.step, step
+        self.follow(plan, others)
         for _, held in self.parts.values():
             known = [history.forecast((before,), (1.0,), 0.0) if history.steps else None for history in held]
             for k, feature in enumerate(known):
@@ -167,11 +170,15 @@ class Executor:
         detours: Detours,
         stream_of: StreamOf | None = None,
         judge: Judge | None = None,
+        data: DataPrediction | None = None,
     ):
         self.clock, self.forecaster, self.storage, self.detours = clock, forecaster, storage, detours
         self.done: dict[str, StreamSummary] = {}
         self.plans: dict[str, Plan] = {}
-        self._stream_of, self.judge = stream_of, judge
+        self._stream_of, self.judge, self._data = stream_of, judge, data
+        self.data: StreamSummary | None = None
+        self._data_run: DataRun[Voice] | None = None
+        self._reuse = Reuse()
         self._name = threading.local()
         self._lock = threading.Lock()
         self._voices: dict[Stream, Voice] = {}
@@ -180,16 +187,30 @@ class Executor:
         self._judged, self._taken = 0, None
 
         @lru_cache(PLANS_KEPT)
-        def compiled(name: str, start: int, began: int, times: tuple[float, ...], detour: Detour | None = None) -> Plan:
-            schedule = detour.schedule if detour else schedule_for(times, start)
+        def compiled(
+            name: str,
+            start: int,
+            began: int,
+            times: tuple[float, ...],
+            schedule: Schedule | None = None,
+            reuse: bool = False,
+        ) -> Plan:
+            schedule = schedule or schedule_for(times, start)
             if began > start:  # a stream that joins the run later begins with a full step of its own
                 later = [step for step in schedule.full_steps(len(times) - 1, start) if step > began]
                 schedule = Schedule.at([began, *later])
-            return plans.compile(forecaster.for_stream(name), times, schedule, began, strict)
+            of = self._reuse if reuse else forecaster.for_stream(name)
+            return plans.compile(of, times, schedule, began, strict)
 
-        self._compiled = compiled
+        self._compiled, self._schedule_for = compiled, schedule_for
         if isinstance(clock, PipelineClock):
             clock.on_end, clock.on_tick, clock.on_first_step = self.forget, self._tick, self._judge_run
+            clock.on_step = self._step
+
+    @property
+    def data_reason(self) -> str:
+        """Why the data prediction is forecast."""
+        return self._data.reason if self._data is not None else ""
 
     def begin(self, denoiser: str, args: tuple, kwargs: dict) -> Any:
         """Say what becomes of a call of a denoiser: a `Passage`, or None if it is of no run."""
@@ -203,6 +224,8 @@ class Executor:
                 self._judged, self._taken = moment.start, None
             if moment.step != self._at:
                 self._places, self._at = {}, moment.step
+            if self._data_run is not None and moment.ticks and self._data_run.voice is None:
+                self._plan_data(moment, self._data_run)
             return _Passing(self, self._voice(moment, self._call_of(denoiser, args, kwargs)), kwargs)
 
     def _call_of(self, denoiser: str, args: tuple, kwargs: dict) -> Call:
@@ -242,14 +265,19 @@ class Executor:
             raise RuntimeError(f"stream {name!r} must go on at step {voice.step + 1}, got step {step}.")
 
     def _plan(self, voice: Voice, moment: Moment, detour: Detour | None = None) -> None:
-        others = [] if detour else self.detours.values()
-        compiled = [self._compiled_for(voice, moment, voice.began, other) for other in others]
-        voice.follow(self._compiled_for(voice, moment, voice.began, detour), compiled)
+        voice.follow(*self._plans_of(voice, moment, detour))
 
-    def _compiled_for(self, voice: Voice, moment: Moment, began: int, detour: Detour | None = None) -> Plan:
-        plan = self._compiled(voice.name, moment.start, began, tuple(moment.times.tolist()), detour)
+    def _plans_of(self, voice: Voice, moment: Moment, detour: Detour | None = None) -> tuple[Plan, list[Plan]]:
+        """Return a stream's plan in a run, and those that it may go on with."""
+        where = voice.name, moment.start, voice.began, tuple(moment.times.tolist())
+        others = [] if detour else [self._compiled(*where, other.schedule) for other in self.detours.values()]
+        if self._data_run is not None and self._data_run.schedule is not None:
+            plan = self._compiled(*where, self._data_run.schedule, reuse=voice is not self._data_run.voice)
+        else:
+            plan = self._compiled(*where, detour.schedule if detour else None)
+            others += [self._compiled(*where, reuse=True)] if self._data else []
         self.plans[voice.name] = plan
-        return plan
+        return plan, others
 
     def _tick(self) -> None:
         """Where the first step of a run turns out to be another place of the grid, plan anew from there."""
@@ -258,11 +286,68 @@ class Executor:
             return
         for voice in self._voices.values():
             if voice.began != moment.start:
-                voice.move(moment.start, self._compiled_for(voice, moment, moment.start))
+                voice.began = moment.start
+                voice.move(moment.start, *self._plans_of(voice, moment))
 
     def _judge_run(self, scheduler: Any, args: tuple, kwargs: dict) -> None:
-        if self.judge is not None:
-            self.judge.judge([voice.plan for voice in self._voices.values()], scheduler, args, kwargs)
+        followed = [voice.plan for voice in self._voices.values()]
+        skips = any(plan.rows for plan in followed)
+        if self._data is not None and skips and self._data.wanted(scheduler, args, kwargs):
+            self._data_run = DataRun()
+            self.data = self.data or StreamSummary()
+            self.data.runs += 1
+        elif self.judge is not None:
+            self.judge.judge(followed, scheduler, args, kwargs)
+
+    def _step(self, scheduler: Any, args: tuple, kwargs: dict, tick: int, part: int) -> tuple[tuple, dict]:
+        """Where the data prediction is forecast, keep it at a full step, and exchange the output at a skipped one."""
+        moment, run = self._moment, self._data_run
+        if moment is None or run is None:
+            return args, kwargs
+        if part == len(run):
+            assert self._data is not None
+            run.add(tick, self._data.levels(scheduler, args, kwargs))
+        latents, output = (argument(scheduler, name, args, kwargs) for name in ("sample", "model_output"))
+        known, step = run.known(part, tick), moment.start + tick
+        if run.voice is None:  # the first tick: what is skipped is not known yet
+            run.first.append(known.data(latents, output))
+            return args, kwargs
+        run.voice.enter(step)
+        if run.voice.full:
+            if known.is_finite and step >= run.voice.began:
+                self._keep_data(run.voice, known.data(latents, output), part)
+            return args, kwargs
+        data = self._forecast_data(run.voice, latents, part)
+        return with_argument(scheduler, "model_output", known.output(latents, data, output), args, kwargs)
+
+    def _keep_data(self, voice: Voice, data: Tensor, part: int) -> None:
+        if not voice.fits(data, part):
+            self.restart(voice)
+        voice.keep(data, part)
+
+    def _forecast_data(self, voice: Voice, latents: Tensor, part: int) -> Tensor:
+        if part in voice.parts and voice.fits(latents, part):
+            return voice.forecast(part)
+        raise RuntimeError(
+            f"the data prediction is forecast for latents that a full step had, got some of {tuple(latents.shape)} at "
+            f"step {voice.step}, which is skipped; make it full, or pass of='output'."
+        )
+
+    def _plan_data(self, moment: Moment, run: DataRun[Voice]) -> None:
+        """After the first step, plan the data prediction's rows, and let the denoisers repeat their newest outputs."""
+        assert self.data is not None
+        times, start = tuple(moment.times.tolist()), moment.start
+        ticks = len(times) - 1 - start
+        began = start + run.begin(ticks)
+        full = {*self._schedule_for(times, start).full_steps(len(times) - 1, start), *range(start, began + 1)}
+        run.schedule = Schedule.at(sorted(full.union(start + tick for tick in run.must_run(ticks))))
+        run.voice = Voice(DATA, self.storage, self.data, began)
+        for voice in (run.voice, *self._voices.values()):
+            self._plan(voice, moment)
+        for part, data in enumerate(run.first):
+            if began == start:
+                run.voice.keep(data, part)
+        run.first.clear()
 
     def hear(self, voice: Voice, kwargs: dict, output: Any) -> None:
         """Keep what the judge of a run looks at after its first step."""
@@ -294,7 +379,7 @@ class Executor:
 
     def forget(self) -> None:
         """End the run: its histories are freed."""
-        self._voices, self._moment = {}, None
+        self._voices, self._moment, self._data_run = {}, None, None
 
     @contextmanager
     def within(self, name: str) -> Iterator[None]:

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lesa.host import data
 from lesa.host.clock import LoopClock, PipelineClock
-from lesa.host.conditions import Judge
+from lesa.host.conditions import Judge, Noise
 from lesa.host.denoiser import attach, compiled_from, refuse_compiled
 from lesa.host.executor import Executor, ScheduleFor, StreamOf
 from lesa.host.intercept import mark_of
@@ -85,7 +86,11 @@ class Run:
 
     def summary(self) -> Summary:
         """Return, per stream, what was done since the acceleration began."""
-        return Summary({name: replace(done, clamped=int(done.clamped)) for name, done in self._executor.done.items()})
+        found = Summary({name: replace(done, clamped=int(done.clamped)) for name, done in self._executor.done.items()})
+        if self._executor.data is not None:
+            found.data = replace(self._executor.data, clamped=int(self._executor.data.clamped))
+            found.reason = self._executor.data_reason
+        return found
 
     def close(self) -> None:
         """Leave the denoisers as they were, and free the histories; does nothing the second time."""
@@ -156,6 +161,7 @@ def accelerate(
     tap: Tap | str | None = None,
     history: str = "model",
     detours: Detours | None = None,
+    of: str = "auto",
     strict: bool = False,
     denoisers: Sequence[str] | None = None,
     stream_of: StreamOf | None = None,
@@ -189,18 +195,24 @@ def accelerate(
     `detours` say at which full steps a run may turn out to be unusual, and which schedule it then goes on with (see
     `lesa.learn.planning.detours`). They need a forecaster that is not bound to one schedule.
 
+    `of` is what rows combine: 'output', what the denoiser returns; 'data', what that says of the data, at the sampler;
+    or 'auto', the data prediction where the sampler adds noise, with which outputs jump, and else the output. A trained
+    predictor's rows, and those at a feature tap, with detours or of a module alone, are never of the data prediction.
+    `run.summary()` says what was forecast, and `run.plan("data")` is the plan.
+
     Calls of one step are told apart by the names that a pipeline gives them, else by the conditioning that they bring;
     `stream_of` may name them from a call's arguments and named arguments. `run.streams` says what was found.
 
-    A pipeline's runs are judged at their first step: a sampler that adds noise is refused unless the forecasts are
-    reuse, and so is other guidance than a predictor was trained under, if it says which. With `check=False` they are
-    not, and what is forecast then may be far off. Calls of a denoiser that belong to no run of the pipeline run in
-    full.
+    A pipeline's runs are judged at their first step: a sampler that adds noise is refused unless the data prediction is
+    forecast, or outputs by reuse, and so is other guidance than a predictor was trained under, if it says which. With
+    `check=False` they are not, and what is forecast then may be far off. Calls of a denoiser that belong to no run of
+    the pipeline run in full.
 
-    Raises: ValueError if the schedule, the grid or the tap is missing or does not fit, if there is no such history, or
-        if a denoiser is accelerated already; LookupError if no predictor is shipped for the pipeline. The pipeline's
-        first call raises ValueError, before its first step is done, if its grid, schedule, streams or guidance do not
-        fit the predictor, or its sampler adds noise.
+    Raises: ValueError if the schedule, the grid or the tap is missing or does not fit, if there is no such history, if
+        `of` is none of its values or not for this forecaster, or if a denoiser is accelerated already; LookupError if
+        no predictor is shipped for the pipeline. The pipeline's first call raises ValueError, before its first step is
+        done, if its grid, schedule, streams or guidance do not fit the predictor, its sampler adds noise, or it does
+        not say what outputs say of the data where that is forecast.
     """
     alone = isinstance(pipe, nn.Module)
     if alone != (grid is not None):
@@ -215,13 +227,17 @@ def accelerate(
     own = forecaster if isinstance(forecaster, predictors.Predictor) else None
     storage = Storage.parse(history)
     clock = PipelineClock(pipe) if grid is None else LoopClock(grid)
-    judge = Judge(forecaster) if check else None
-    executor = Executor(clock, forecaster, schedule_for, strict, storage, detours or {}, stream_of, judge)
+    tap, noise = tap or (own.origin.tap if own else OUTPUT), Noise()
+    at_output = tap in (OUTPUT, Tap())
+    may = data.check(of, trained=bool(own), alone=alone, at_output=at_output, detours=detours)
+    judge = Judge(forecaster, noise) if check else None
+    prediction = data.DataPrediction(of, noise) if may else None
+    executor = Executor(clock, forecaster, schedule_for, strict, storage, detours or {}, stream_of, judge, prediction)
     with _lock:
         if any(_run_of(module) for module in _modules(pipe, names)):
             raise ValueError("a transformer is accelerated once, but this one is already; call lesa.disable first.")
         fits = own.check_model if own else lambda _module, _tap: None
-        return Run(pipe, names, executor, tap or (own.origin.tap if own else OUTPUT), fits, verify_tap)
+        return Run(pipe, names, executor, tap, fits, verify_tap)
 
 
 enable = accelerate

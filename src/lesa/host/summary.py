@@ -33,13 +33,20 @@ class StreamSummary:
 
 
 class Summary(dict[str, StreamSummary]):
-    """Stream name to `StreamSummary`; prints as a table."""
+    """Stream name to `StreamSummary`; prints as a table.
+
+    `data` is what was done for the data prediction, where that was forecast, and `reason` why it was.
+    """
+
+    data: StreamSummary | None = None
+    reason: str = ""
 
     def __str__(self) -> str:
         if not self:
             return "no run yet"
         lines = ["stream      runs    full  skipped  step ratio       held  in forecasts"]
-        for name, s in self.items():
+        rows = [*self.items(), *([("data", self.data)] if self.data else [])]
+        for name, s in rows:
             lines.append(
                 f"{name:<10} {s.runs:>5} {s.full_steps:>7} {s.skipped_steps:>8} {s.step_ratio:>11.2f} "
                 f"{_bytes(s.bytes_held):>10} {s.forecast_seconds:>11.3f} s"
@@ -50,6 +57,8 @@ class Summary(dict[str, StreamSummary]):
                 lines.append(f"{'':<10} {s.clamped} forecasts were beyond the range of their dtype and clamped to it")
             if s.detours:
                 lines.append(f"{'':<10} {s.detours} runs were unusual and took a detour")
+        if self.data:
+            lines.append(f"forecast: the data prediction, {self.reason}")
         return "\n".join(lines)
 
 
