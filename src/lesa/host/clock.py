@@ -83,7 +83,8 @@ class PipelineClock:
 
     `on_call` is called as the pipeline's call begins, `on_first_step` before the first `step` of a run, with the
     scheduler and its arguments, `on_tick` after every tick, `on_end` as a run ends, and `on_unheard` where a denoiser
-    was called in a pipeline's call that made no tick.
+    was called in a pipeline's call that made no tick. `on_step` stands in the way of every `step`: it is given what
+    goes on, the scheduler and the arguments, and returns what `step` gives.
     """
 
     def __init__(self, pipe: Any):
@@ -96,6 +97,7 @@ class PipelineClock:
         self.on_call: Callable[[], None] = lambda: None
         self.on_end: Callable[[], None] = lambda: None
         self.on_first_step: Callable[[Any, tuple, dict], None] = lambda _scheduler, _args, _kwargs: None
+        self.on_step: Callable[[Callable, Any, tuple, dict], Any] = lambda go_on, _scheduler, a, k: go_on(*a, **k)
         self.on_tick: Callable[[], None] = lambda: None
         self.on_unheard: Callable[[], None] = lambda: None
         self._calls = self._ticks = 0  # within the pipeline's call
@@ -182,7 +184,7 @@ class PipelineClock:
         moment, time = self.moment, _argument(scheduler, "timestep", args, kwargs)
         if moment is not None and moment.called and moment.ticks == 0:
             self.on_first_step(scheduler, args, kwargs)
-        result = go_on(*args, **kwargs)
+        result = self.on_step(go_on, scheduler, args, kwargs)
         if moment is None or moment.thread != threading.get_ident():
             return result
         if moment.called:

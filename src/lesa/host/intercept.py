@@ -25,14 +25,15 @@ Handler = Callable[..., Any]
 class Mark:
     """What stands in the way of one instance's methods: per method its handlers, the outermost last.
 
-    A copy of the instance carries the mark of the original, but is let pass unless `of_copies` says that it counts now.
+    A copy of the instance carries the mark of the original, but is let pass unless one of `of_copies` says that it
+    counts now.
     Pickled, a mark is nothing.
     """
 
     def __init__(self, owner: Any):
         self._owner = weakref.ref(owner)
         self.handlers: dict[str, list[Handler]] = {}
-        self.of_copies: Callable[[], bool] = lambda: False
+        self.of_copies: list[Callable[[], bool]] = []
         self.run: Any = None
         self._inside = threading.local()
 
@@ -49,7 +50,7 @@ class Mark:
     def call(self, original: Callable, instance: Any, name: str, args: tuple, kwargs: dict) -> Any:
         """Call a method of the instance, through its handlers unless it calls itself (as a subclass's does)."""
         inside: set[str] = self._inside.__dict__.setdefault("names", set())
-        mine = self.is_of(instance) or self.of_copies()
+        mine = self.is_of(instance) or any(counts() for counts in self.of_copies)
         if not mine or name in inside or not self.handlers.get(name):
             return original(instance, *args, **kwargs)
         call = functools.partial(original, instance)
@@ -77,7 +78,7 @@ def intercept(
         handlers = mark.handlers.setdefault(name, [])
         handlers.insert(0 if inner else len(handlers), handler)
         if of_copies is not None:
-            mark.of_copies = of_copies
+            mark.of_copies.append(of_copies)
         kind = type(instance)
         _patch(kind, name)
 
@@ -89,6 +90,8 @@ def intercept(
         with _lock:
             if handler in handlers:
                 handlers.remove(handler)
+                if of_copies is not None:
+                    mark.of_copies.remove(of_copies)
                 restored()
             watched = owner()
             if watched is not None and not any(mark.handlers.values()) and watched.__dict__.get(_MARK) is mark:
