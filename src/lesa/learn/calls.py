@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,8 @@ def described(value: Any) -> Any:
     """
     if isinstance(value, Mapping):
         return {str(name): described(part) for name, part in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {type(value).__name__: described(vars(value))}
     if isinstance(value, (list, tuple)):
         return [described(part) for part in value]
     if value is None or isinstance(value, (bool, int, float, str)):

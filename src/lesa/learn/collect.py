@@ -29,7 +29,7 @@ from lesa.host.streams import hear
 from lesa.host.tap import PAPER, tap_of
 from lesa.learn.calls import NO_PROMPT, Call, Calls, arguments, described, label, listed, seeded, takes
 from lesa.learn.ranks import ALONE, Ranks
-from lesa.learn.seam import SeamRecorder, checked, numbers_of
+from lesa.learn.seam import SeamRecorder, checked, refuse_noise
 from lesa.learn.trajectory import COLLECTION, Collection, Store, Trajectory, draw_numbers, draw_tokens
 from lesa.rows import grid as grids
 from lesa.rows.sampler import Sampler
@@ -226,7 +226,7 @@ class _Recorder:
 
     def _read_sampler(self, go_on: Callable, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         if self._sampler is None:
-            self._sampler = numbers_of(scheduler, *args, **kwargs)
+            self._sampler = refuse_noise(scheduler, *args, **kwargs)
         return go_on(*args, **kwargs)
 
     def _see_block(self, *_: Any) -> None:

@@ -40,31 +40,42 @@ Draw = Callable[[int], Tensor]
 def numbers_of(scheduler: Any, *args: Any, **kwargs: Any) -> Sampler | str:
     """Return a scheduler's numbers, as it is at a run's first `step`, called with these arguments; or why it has none.
 
-    Numbers that were read once are remembered by class, settings, times and options.
-
-    Raises: ValueError if it adds noise.
+    Of tokens at several levels, those are meant that are noisiest: condition tokens stay as they are. Numbers that were
+    read once are remembered by class, settings, times and options.
     """
-    scheduler = unmarked(scheduler)
-    key = _key(scheduler, args, kwargs)
-    found = _known.get(key) if key else None
-    if found is None:
+    scheduler, given = unmarked(scheduler), samplers.bind(scheduler, *args, **kwargs)
+    levels = given.get("per_token_timesteps")
+    if isinstance(levels, Tensor):
+        given["per_token_timesteps"] = torch.full_like(levels, float(levels.max()))
+    key = _key(scheduler, given)
+    if not key or key not in _known:
         try:
-            found = samplers.of(scheduler, *args, **kwargs)
-            noisy = found.injects_noise
+            found = samplers.of(scheduler, **given)
         except ValueError as error:
-            found, noisy = str(error), adds_noise(scheduler, *args, **kwargs)
-        if noisy:
-            raise noise_error(scheduler, "runs are recorded with")
-        if key:
-            if len(_known) >= KEPT:
-                _known.clear()
-            _known[key] = found
+            found = str(error)
+        if not key:
+            return found
+        if len(_known) >= KEPT:
+            _known.clear()
+        _known[key] = found
+    return _known[key]
+
+
+def refuse_noise(scheduler: Any, *args: Any, **kwargs: Any) -> Sampler | str:
+    """Return what `numbers_of` does.
+
+    Raises: ValueError if the scheduler adds noise.
+    """
+    found = numbers_of(scheduler, *args, **kwargs)
+    known = isinstance(found, Sampler)
+    if found.injects_noise if known else adds_noise(unmarked(scheduler), *args, **kwargs):
+        raise noise_error(scheduler, "runs are recorded with")
     return found
 
 
-def _key(scheduler: Any, args: tuple, kwargs: Mapping[str, Any]) -> str:
+def _key(scheduler: Any, given: Mapping[str, Any]) -> str:
     """Name what a run's numbers depend on; '' where they depend on more than can be named."""
-    given = samplers.bind(scheduler, *args, **kwargs)
+    given = dict(given)
     shape, time = given.pop("sample").shape, given.pop("timestep", None)
     given.pop("model_output")
     given.pop("generator", None)
@@ -77,8 +88,9 @@ def _key(scheduler: Any, args: tuple, kwargs: Mapping[str, Any]) -> str:
 
 
 class _Slot(NamedTuple):
-    """One call of `step`: whole tensors."""
+    """One call of `step`: whole tensors, and who was stepped."""
 
+    scheduler: Any
     velocity: Tensor
     before: Tensor
     after: Tensor
@@ -127,14 +139,10 @@ class _Recording:
         self._open = True
 
     def step(self, slot: _Slot) -> None:
-        """Keep a call of `step`; one that is handed the latents of an earlier one of its tick takes its place, since
-        some pipelines step a first time to see the data that is predicted."""
-        again = (k for k, other in enumerate(self._slots) if _same(other.before, slot.before))
-        place = next(again, None)
-        if place is None:
-            self._slots.append(slot)
-        else:
-            self._slots[place] = slot
+        """Keep a call of `step`. One of the same scheduler, or on the same latents, takes the place of an earlier one
+        of its tick: some pipelines step a first time to see the data that is predicted, and set the scheduler back."""
+        self._slots = [other for other in self._slots if not _repeated(other, slot)]
+        self._slots.append(slot)
 
     def close(self) -> None:
         """End the tick: keep the chosen positions."""
@@ -165,8 +173,9 @@ class _Recording:
         return flat[:, self.tokens.to(flat.device)].cpu()
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one is other or (one.shape == other.shape and torch.equal(one, other))
+def _repeated(one: _Slot, other: _Slot) -> bool:
+    counts = one.scheduler is other.scheduler and hasattr(one.scheduler, "step_index")
+    return counts or (one.before.shape == other.before.shape and torch.equal(one.before, other.before))
 
 
 def _one(slots: Sequence[_Slot]) -> Sampler | str:
@@ -247,7 +256,7 @@ class SeamRecorder:
         velocity, before = (given[name].detach().clone() for name in ("model_output", "sample"))
         result = go_on(*args, **kwargs)
         after = result[0] if isinstance(result, tuple) else result.prev_sample
-        run.step(_Slot(velocity, before, after.detach().clone(), read))
+        run.step(_Slot(scheduler, velocity, before, after.detach().clone(), read))
         return result
 
     def trajectories(self, labels: Sequence[str], seeds: Sequence[int]) -> list[Trajectory]:
@@ -332,8 +341,6 @@ def _latents(run: _Recording) -> tuple[Tensor, Tensor, Sampler | str]:
     latents, sampler = torch.cat([before, after[-1:]]), run.sampler
     if isinstance(sampler, Sampler) and len(sampler) != len(velocity):
         sampler = f"its {len(velocity)} steps are read as {len(sampler)}"
-    if isinstance(sampler, Sampler) and (missed := _missed(sampler, velocity, before, after)) > EXPLAINED:
-        sampler = f"its numbers leave {missed:.0%} of a recorded step unexplained"
     size = after[:-1].float().square().mean(dim=-1, keepdim=True).sqrt()
     free = ((before[1:] - after[:-1]).float().abs() <= REWRITTEN * size).all(dim=0)
     if not free.any():
@@ -344,6 +351,10 @@ def _latents(run: _Recording) -> tuple[Tensor, Tensor, Sampler | str]:
             "errors there do not last, and what is learned looks at the others.",
             stacklevel=2,
         )
+    if isinstance(sampler, Sampler) and not sampler.injects_noise:
+        missed = _missed(sampler, velocity * free, before * free, after * free)
+        if missed > EXPLAINED:
+            sampler = f"its numbers leave {missed:.0%} of a recorded step unexplained"
     return velocity * free, latents * free, sampler
 
 
@@ -367,4 +378,5 @@ def _padded(sampler: Sampler, start: int) -> Sampler:
     latents, outputs = (torch.zeros(total, total, dtype=torch.float64) for _ in range(2))
     latents[:start, :start] = torch.eye(start, dtype=torch.float64)
     latents[start:, start:], outputs[start:, start:] = sampler.latents, sampler.outputs
-    return Sampler(latents, outputs, latents.new_zeros(total, 0))
+    draws = sampler.noise.shape[1]
+    return Sampler(latents, outputs, torch.cat([sampler.noise.new_zeros(start, draws), sampler.noise]))
