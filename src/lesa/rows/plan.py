@@ -38,6 +38,8 @@ class Plan:
     remembers_forecasts: bool
     rows: dict[int, PlannedRow]
     truncated: tuple[int, ...] = ()
+    begins: tuple[int, ...] = ()
+    """Full steps at which the history begins anew."""
 
     def __post_init__(self) -> None:
         times_in_order(self.times)
@@ -45,7 +47,7 @@ class Plan:
             raise ValueError(
                 f"the first full step is the run's first, {self.start}, got {self.full[0]}; compile it again."
             )
-        pasts = dict(histories(self.steps, self.full, self.start, self.memory, self.remembers_forecasts))
+        pasts = dict(histories(self.steps, self.full, self.start, self.memory, self.remembers_forecasts, self.begins))
         if pasts.keys() != self.rows.keys():
             raise ValueError(
                 f"a plan has one row for each skipped step, got rows for {sorted(self.rows)} and skipped steps "
@@ -177,10 +179,11 @@ def compile(
     """
     grid = times_in_order(grid)
     steps = len(grid) - 1
-    full = schedule.full_steps(steps, start)
+    begins = tuple(step for step in forecaster.begins if step > start)
+    full = tuple(sorted({*schedule.full_steps(steps, start), *begins}))
     rows: dict[int, PlannedRow] = {}
     truncated: list[int] = []
-    for step, past in histories(steps, full, start, forecaster.memory, forecaster.remembers_forecasts):
+    for step, past in histories(steps, full, start, forecaster.memory, forecaster.remembers_forecasts, begins):
         row = forecaster.row(grid, step, past)
         rows[step] = PlannedRow(past, tuple(row.coefficients.flatten().tolist()), float(row.offset))
         wanted = forecaster.wants(grid, step)
@@ -192,17 +195,22 @@ def compile(
                 f"step {step} is skipped but {forecaster!r} wants {wanted} past features there, got {len(past)}; "
                 f"make more of the steps before it full, or pass strict=False."
             )
-    return Plan(
-        tuple(grid.tolist()), full, start, forecaster.memory, forecaster.remembers_forecasts, rows, tuple(truncated)
-    )
+    remembers = forecaster.remembers_forecasts
+    times = tuple(grid.tolist())
+    return Plan(times, full, start, forecaster.memory, remembers, rows, tuple(truncated), begins)
 
 
 def histories(
-    steps: int, full: Sequence[int], start: int, memory: int, remembers_forecasts: bool
+    steps: int, full: Sequence[int], start: int, memory: int, remembers_forecasts: bool, begins: Sequence[int] = ()
 ) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Walk a run and yield every skipped step with the steps whose features the history holds by then."""
+    """Walk a run and yield every skipped step with the steps whose features the history holds by then.
+
+    It begins anew at the steps `begins`.
+    """
     history: deque[int] = deque(maxlen=memory)
     for step in range(start, steps):
+        if step in begins:
+            history.clear()
         skipped = step not in full
         if skipped:
             yield step, tuple(history)
