@@ -1,6 +1,7 @@
 """Plans and trainings know what any affine sampler makes of errors; Euler's is what it always was."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -155,7 +156,7 @@ def test_a_sampler_carries_few_numbers_from_step_to_step(name, rank):
     carry = Carry(found)
     errors = torch.randn(STEPS, 1, 2, generator=torch.Generator().manual_seed(0))
     places, state = [0, 3, 4, 9, 15, 16], torch.zeros(0, 1, 2)
-    for begin, end in zip(places, places[1:], strict=False):
+    for begin, end in pairwise(places):
         kept, moves = carry.between(begin, end)
         assert len(kept) <= rank
         state = torch.einsum("rq,qpd->rpd", kept, state) + torch.einsum("rs,spd->rpd", moves, errors[begin:end])
