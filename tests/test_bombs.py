@@ -312,7 +312,7 @@ def test_a_compressed_checkpoint_is_refused(tmp_path, monkeypatch):
         (dict(latents=torch.zeros(9, 3, 2)), "latents is"),
         (dict(latents=torch.zeros(0, 10**9, 10**6)), "latents is"),
         (dict(tokens=torch.zeros(0, dtype=torch.int64)), "have tokens"),
-        (dict(grid=torch.zeros(5, dtype=torch.float64)), "fall at every step"),
+        (dict(grid=torch.zeros(5, dtype=torch.float64)), "fall from a run"),
         (dict(grid=flux_grid(MOST_STEPS + 1)), "at most 2000 steps"),
         (dict(full=(0, 99999999999)), "99999999999"),
         (dict(features={"cond": torch.zeros(4, 2, 5), "uncond": torch.zeros(4, 3, 5)}), "features.cond is"),

@@ -65,7 +65,7 @@ def test_streams_that_agree_need_no_scale():
 def test_what_no_guidance_explains_is_an_error():
     [run] = World(bending, Guidance(BOTH, 3.0)).runs([0])
     other = replace(run, latents=torch.randn(run.latents.shape, generator=torch.Generator().manual_seed(0)))
-    with pytest.raises(ValueError, match=r"leaves .* unexplained; record runs of an Euler sampler"):
+    with pytest.raises(ValueError, match=r"leaves .* unexplained; record runs with the same guidance"):
         Guidance.of([other], BOTH)
     with pytest.raises(ValueError, match="streams are cond and uncond, or one alone, got cond, text"):
         Guidance.of([run], ("cond", "text"))

@@ -228,7 +228,8 @@ def test_rows_are_differentiable_to_every_number():
         (lambda: LESA(origin(schedule="at:1,5")), "first step of a run is full"),
         (lambda: LESA(origin(schedule="at:0,50")), "below 50"),
         (lambda: L2P(origin(schedule="paper")), "a schedule reads"),
-        (lambda: L2P(origin(grid=(1.0, 0.5))), "last time of a grid is 0"),
+        (lambda: L2P(origin(grid=(1.5, 0.5))), "times of a grid lie in"),
+        (lambda: ContinuousLESA(origin(grid=(1.0, 0.5), schedule="at:0")), "last time of a grid is 0"),
     ],
 )
 def test_what_does_not_fit_is_an_error_at_construction(make, message):

@@ -89,7 +89,9 @@ class PipelineClock:
     `on_call` is called as the pipeline's call begins, `on_first_step` before the first `step` of a run, with the
     scheduler and its arguments, `on_step` before every `step` of a run, with these and with its tick and its place
     therein; what it returns goes on in place of the arguments. `on_tick` is called after every tick, `on_end` as a run
-    ends, and `on_unheard` where a denoiser was called in a pipeline's call that made no tick.
+    ends, and `on_unheard` where a denoiser was called in a pipeline's call that made no tick. `around_step`
+    stands in the way of every `step`: it is given what goes on, the scheduler and the arguments that go on, and returns
+    what `step` gives.
     """
 
     def __init__(self, pipe: Any):
@@ -103,6 +105,7 @@ class PipelineClock:
         self.on_end: Callable[[], None] = lambda: None
         self.on_first_step: Callable[[Any, tuple, dict], None] = lambda _scheduler, _args, _kwargs: None
         self.on_step: OnStep = lambda _scheduler, args, kwargs, _tick, _part: (args, kwargs)
+        self.around_step: Callable[[Callable, Any, tuple, dict], Any] = lambda go_on, _scheduler, a, k: go_on(*a, **k)
         self.on_tick: Callable[[], None] = lambda: None
         self.on_unheard: Callable[[], None] = lambda: None
         self._calls = self._ticks = 0  # within the pipeline's call
@@ -198,7 +201,7 @@ class PipelineClock:
             args, kwargs = self.on_step(scheduler, args, kwargs, moment.ticks, 0)
         elif moment.ticks:
             args, kwargs = self.on_step(scheduler, args, kwargs, moment.ticks - 1, moment.heard)
-        result = go_on(*args, **kwargs)
+        result = self.around_step(go_on, scheduler, args, kwargs)
         moment.heard = 1 if moment.called else moment.heard + 1
         moment.parts = max(moment.parts, moment.heard)
         if moment.called:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,17 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lesa.host.conditions import adds_noise, noise_error
 from lesa.host.head import to_tokens
-from lesa.host.intercept import intercept, unmarked
+from lesa.host.intercept import intercept
 from lesa.host.pipelines import for_each
 from lesa.host.streams import hear
-from lesa.host.tap import part_of, tap_of
+from lesa.host.tap import PAPER, part_of, tap_of
+from lesa.learn.calls import NO_PROMPT, Call, Calls, arguments, described, label, listed, seeded, takes
 from lesa.learn.ranks import ALONE, Ranks
-from lesa.learn.trajectory import COLLECTION, Collection, Store, Trajectory, draw_tokens
+from lesa.learn.seam import SeamRecorder, checked, refuse_noise
+from lesa.learn.trajectory import COLLECTION, Collection, Store, Trajectory, draw_numbers, draw_tokens
 from lesa.rows import grid as grids
+from lesa.rows.sampler import Sampler
 from lesa.rows.tap import Tap
 
 DEFAULT_STREAM = "cond"
@@ -47,24 +49,99 @@ _OURS = (
 
 def record(
     pipe: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Call],
     seeds: Sequence[int],
-    tokens: Tensor | Callable[[int], Tensor],
+    tokens: Tensor | Callable[[int], Tensor] | None = None,
     tap: Tap | None = None,
+    *,
+    seam: bool | None = None,
     **call: Any,
 ) -> list[Trajectory]:
-    """Run each prompt with the seed beside it, in one batched call of the pipeline, and return what passed.
+    """Run each prompt, or call, with the seed beside it, and return what passed.
 
-    `tokens` are the positions to keep, (n,) int64, or a function that draws them from the number of image tokens. Other
-    arguments go to the pipeline; a text (such as `negative_prompt`) goes with every prompt. An accelerated pipeline is
-    recorded as it runs, with its forecasts; if it is so at another tap than the class's usual one, name it. At the
-    output tap the features are the outputs, and the conditioning is empty. Latents and outputs of videos are kept as
-    the tokens that the transformer makes of them.
+    A call is a prompt, or any arguments by name (images, masks, class labels, embeddings); other arguments here go with
+    all of them, and a text among these (such as `negative_prompt`) with every prompt. Prompts are run in one batch,
+    other calls one by one. `tokens` are the positions to keep, (n,) int64, or a function that draws them from how many
+    there are. An accelerated pipeline is recorded as it runs, with its forecasts.
 
-    Raises: ValueError if the prompts and seeds do not pair up, if an argument is the recording's own, if the pipeline
-    does not walk its whole grid once per stream, if it is accelerated at another tap, or if its sampler adds noise.
+    With `seam` runs are recorded at the sampler, which any pipeline has: the velocity after guidance and the latents,
+    of each picture as numbers in a row. Without, per stream at a feature `tap` of the paper's three classes, by default
+    the class's usual one; at the output tap the features are then the outputs, and the conditioning is empty; latents
+    and outputs of videos are kept as the tokens that the transformer makes of them. By default a pipeline of these
+    classes is recorded the latter way if it is given prompts, and all others at the sampler.
+
+    Raises: ValueError if the calls and seeds do not pair up, if an argument is the recording's own, if the pipeline
+        does not walk its whole grid, or per stream not once, if it is accelerated at another tap, or if its sampler
+        adds noise.
     """
     _check_pairs(prompts, seeds)
+    if not _at_sampler(pipe, prompts, tap, seam):
+        given = draw_tokens if tokens is None else tokens
+        return _record_tokens(pipe, _only_prompts(prompts), seeds, given, tap, call)
+    draw = draw_numbers if tokens is None else tokens if callable(tokens) else lambda _: tokens
+    if len(prompts) > 1 and all(isinstance(one, str) for one in prompts) and takes(pipe, "prompt"):
+        return _record_batch(pipe, _only_prompts(prompts), seeds, draw, call)
+    return [
+        run
+        for one, seed in zip(prompts, seeds, strict=True)
+        for run in _record_call(pipe, one, seed, arguments(pipe, one, seed, call), draw)
+    ]
+
+
+def _at_sampler(pipe: Any, calls: Sequence[Call], tap: Tap | None, seam: bool | None) -> bool:
+    """Tell where runs are recorded.
+
+    Raises: ValueError if that is at the sampler, but a feature tap is asked for.
+    """
+    inner = tap is not None and bool(tap.modules)
+    if seam is None:
+        kinds = {parent.__name__ for parent in type(getattr(pipe, "transformer", None)).__mro__}
+        seam = not ((inner or kinds & PAPER.keys()) and all(isinstance(call, str) for call in calls))
+    if seam and inner:
+        raise ValueError(
+            f"at a feature tap prompts are recorded, got other calls, or seam=True, at {tap}; leave the tap out: the "
+            "sampler is where any pipeline is recorded."
+        )
+    return seam
+
+
+def _only_prompts(calls: Sequence[Call]) -> list[str]:
+    if other := [call for call in calls if not isinstance(call, str)]:
+        raise ValueError(f"runs are recorded per stream for prompts, got {label(other[0])}; leave out seam=False.")
+    return [call for call in calls if isinstance(call, str)]
+
+
+def _record_call(pipe: Any, call: Call, seed: int, given: Mapping[str, Any], draw: Any) -> list[Trajectory]:
+    recorder = SeamRecorder(pipe, draw)
+    with recorder.listening(), seeded(seed), torch.no_grad():
+        pipe(**given)
+    found = recorder.trajectories([label(call)], [seed])
+    return found if isinstance(call, str) else [replace(run, call=call) for run in found]
+
+
+def _record_batch(
+    pipe: Any, prompts: list[str], seeds: Sequence[int], draw: Any, call: Mapping[str, Any]
+) -> list[Trajectory]:
+    recorder = SeamRecorder(pipe, draw, len(prompts))
+    given = {**for_each(prompts, dict(call)), "prompt": prompts}
+    if takes(pipe, "generator"):
+        given["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if takes(pipe, "output_type"):
+        given.setdefault("output_type", "latent")
+    with recorder.listening(), seeded(seeds[0]), torch.no_grad():
+        pipe(**given)
+    return recorder.trajectories(prompts, seeds)
+
+
+def _record_tokens(
+    pipe: Any,
+    prompts: list[str],
+    seeds: Sequence[int],
+    tokens: Tensor | Callable[[int], Tensor],
+    tap: Tap | None,
+    call: dict[str, Any],
+) -> list[Trajectory]:
+    """Record prompts in one batch, per stream at a tap of one of the paper's classes."""
     if reserved := sorted(set(call) & set(_OURS)):
         raise ValueError(f"a recording sets {', '.join(reserved)} itself; leave it out of the call.")
     recorder = _Recorder(pipe, tokens, tap or tap_of(pipe.transformer))
@@ -79,7 +156,25 @@ def record(
     return recorder.trajectories(prompts, seeds, final)
 
 
-def _check_pairs(prompts: Sequence[str], seeds: Sequence[int]) -> None:
+def rerun(
+    pipe: Any, runs: Sequence[Trajectory], tap: Tap | None = None, calls: Sequence[Call] = (), **call: Any
+) -> list[Trajectory]:
+    """Record the calls of recorded runs once more, as the pipeline is now, where and at the positions that they were.
+
+    What a store keeps of a call may be its label alone; those `calls` are given again, in any order.
+
+    Raises: ValueError if one is missing, or as `record` does.
+    """
+    known = {label(one): one for one in calls}
+    again = [known.get(run.prompt, run.call or run.prompt) for run in runs]
+    seam = runs[0].at_sampler
+    if lost := [one for one in again if isinstance(one, str) and one.startswith(f"{NO_PROMPT}{{")]:
+        raise ValueError(f"large arguments are kept by their digest alone, got {lost[0]}; give such calls: calls=...")
+    seeds = [run.seed for run in runs]
+    return record(pipe, again, seeds, runs[0].tokens, None if seam else tap, seam=seam, **call)
+
+
+def _check_pairs(prompts: Sequence[Call], seeds: Sequence[int]) -> None:
     if not prompts or len(prompts) != len(seeds):
         raise ValueError(f"each prompt needs one seed, got {len(prompts)} prompts and {len(seeds)} seeds.")
 
@@ -98,7 +193,7 @@ class _Recorder:
         self._shape = torch.Size()
         self._full: set[int] = set()
         self._latents: dict[int, Tensor] = {}
-        self._judged = False
+        self._sampler: Sampler | str | None = None
         self._kept: dict[str, dict[str, list[Tensor]]] = {}  # stream, then group; one tensor per step
 
     @contextmanager
@@ -106,7 +201,7 @@ class _Recorder:
         # around an acceleration that is there, so that its forecasts are seen
         with ExitStack() as undo:
             undo.callback(intercept(self._transformer, "__call__", self._call))
-            undo.callback(intercept(self._scheduler, "step", self._refuse_noise))
+            undo.callback(intercept(self._scheduler, "step", self._read_sampler))
             for block in list(getattr(self._transformer, self._tap.blocks[0]))[:1]:
                 undo.callback(block.register_forward_pre_hook(self._see_block).remove)
             if self._tap.module is not None:
@@ -129,10 +224,9 @@ class _Recorder:
         self._leave(transformer, args, output)
         return output
 
-    def _refuse_noise(self, go_on: Callable, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._judged and adds_noise(unmarked(scheduler), *args, **kwargs):
-            raise noise_error(scheduler, "runs are recorded with")
-        self._judged = True
+    def _read_sampler(self, go_on: Callable, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._sampler is None:
+            self._sampler = refuse_noise(scheduler, *args, **kwargs)
         return go_on(*args, **kwargs)
 
     def _see_block(self, *_: Any) -> None:
@@ -144,13 +238,13 @@ class _Recorder:
         if not self._latents:
             self._shape = latents.shape
             available = to_tokens(transformer, latents).shape[1]
-            self._tokens = _checked(self._draw(available), available)
+            self._tokens = checked(self._draw(available), available)
         kept = self._kept.setdefault(self._stream, {"features": [], "conditioning": [], "outputs": []})
         if len(kept["outputs"]) != self._step:
             raise ValueError(
                 f"a recorded run walks its whole grid once per stream; stream {self._stream!r} was called at step "
                 f"{self._step} after {len(kept['outputs'])} calls. Record text-to-image runs of pipelines that name "
-                "their streams with transformer.cache_context(...)."
+                "their streams with transformer.cache_context(...), or any at the sampler (seam=True)."
             )
         self._latents[self._step] = self._keep(latents)
 
@@ -197,16 +291,12 @@ class _Recorder:
                 full=tuple(sorted(self._full)),
                 tokens=self._tokens,
                 latents=latents[k],
+                sampler=self._sampler if isinstance(self._sampler, Sampler) else None,
+                refusal=self._sampler if isinstance(self._sampler, str) else "",
                 **{group: {name: runs[k] for name, runs in streams.items()} for group, streams in kept.items()},
             )
             for k, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
-
-
-def _checked(tokens: Tensor, available: int) -> Tensor:
-    if not len(tokens) or tokens.min() < 0 or tokens.max() >= available:
-        raise ValueError(f"tokens are positions from 0 to {available - 1}, got {tokens.tolist()}; see draw_tokens.")
-    return tokens.cpu()
 
 
 def _per_run(steps: list[Tensor]) -> tuple[Tensor, ...]:
@@ -216,7 +306,7 @@ def _per_run(steps: list[Tensor]) -> tuple[Tensor, ...]:
 
 def collect(
     pipe: Any,
-    prompts: Sequence[str],
+    prompts: Calls,
     seeds: Sequence[int],
     folder: str | Path,
     *,
@@ -225,22 +315,38 @@ def collect(
     batch_size: int = 1,
     tap: Tap | None = None,
     at: Ranks = ALONE,
+    seam: bool | None = None,
     **call: Any,
 ) -> Store:
-    """Record each prompt with the seed beside it, every step full, into a store on disk.
+    """Record each prompt, or call, with the seed beside it, every step full, into a store on disk.
 
     Called again after it was stopped, at whatever moment, it goes on and ends with the same bytes as if it had not been
-    stopped: its batches are fixed by number, and a batch that is partly there is run again as a whole. `model` is the
-    name that the store remembers; `tokens` how many tokens are kept (see `draw_tokens`); `tap` where the features are
-    taken, by default at the class's usual tap; the rest goes to the pipeline. Several processes (`at`) share the
-    batches, and end with the same bytes as one; the store holds everything once all of them are done.
+    stopped: its batches are fixed by number, and a batch that is partly there is run again as a whole. `prompts` are
+    prompts, calls (see `record`), or a function from a number to one. `model` is the name that the store remembers;
+    `tokens` how many tokens, or at the sampler numbers, are kept (see `draw_tokens`); `tap` where the features are
+    taken, by default at the class's usual tap; `seam` is that of `record`; the rest goes to the pipeline. Several
+    processes (`at`) share the batches, and end with the same bytes as one; the store holds everything once all of them
+    are done.
 
     Raises: ValueError if prompts and seeds do not pair up or a pair is repeated, if the folder holds another
     collection, or if the pipeline is accelerated; RuntimeError if another process collects into the folder; OSError if
     the disk is full: what is stored by then stays.
     """
-    tap = tap or tap_of(pipe.transformer)
-    folder, wanted = Path(folder), _describe(pipe, prompts, seeds, model, tokens, batch_size, tap, call)
+    calls = listed(prompts, len(seeds))
+    seam = _at_sampler(pipe, calls, tap, seam)
+    tap = Tap() if seam else tap or tap_of(pipe.transformer)
+    folder, wanted = Path(folder), _describe(pipe, calls, seeds, model, tokens, batch_size, tap, seam, call)
+
+    def recorded(batch: Sequence[tuple[int, int]]) -> list[Trajectory]:
+        draw = draw_numbers if seam else draw_tokens
+        some = [calls[number] for number, _ in batch]
+        drawn = record(pipe, some, [seed for _, seed in batch], lambda n: draw(n, tokens), tap, seam=seam, **call)
+        if not drawn[0].whole:
+            raise ValueError(
+                "a collection records reference runs, got an accelerated pipeline; call lesa.disable first."
+            )
+        return drawn
+
     with _alone_in(folder, at.rank):
         store = Store.open(folder) if (folder / COLLECTION).exists() else None
         if store is not None:
@@ -251,27 +357,21 @@ def collect(
         with _quiet(pipe), tqdm(total=runs, desc="collect", unit="run", disable=not at.leads) as bar:
             for batch in batches:
                 if store is None or not all(store.path(*pair).exists() for pair in batch):
-                    store = _add(pipe, store, batch, folder, tap, wanted)
+                    store = _add(store, batch, recorded(batch), folder, wanted)
                 bar.update(len(batch))
     at.wait()
     return Store.open(folder)
 
 
 def _add(
-    pipe: Any, store: Store | None, batch: list[tuple[int, int]], folder: Path, tap: Tap, wanted: dict[str, Any]
+    store: Store | None,
+    batch: list[tuple[int, int]],
+    trajectories: Sequence[Trajectory],
+    folder: Path,
+    wanted: dict[str, Any],
 ) -> Store:
-    """Record one batch and write what the store lacks of it; the first batch begins the store."""
-    trajectories = record(
-        pipe,
-        [wanted["prompts"][number] for number, _ in batch],
-        [seed for _, seed in batch],
-        lambda available: draw_tokens(available, wanted["sample"]),
-        tap,
-        **wanted["call"],
-    )
+    """Write what the store lacks of a recorded batch; the first one begins the store."""
     first = trajectories[0]
-    if len(first.full) < first.steps:
-        raise ValueError("a collection records reference runs, got an accelerated pipeline; call lesa.disable first.")
     found: dict[str, Any] = {"grid": tuple(first.grid.tolist()), "tokens": tuple(first.tokens.tolist())}
     with FileLock(folder / ".lock-begin"):  # several processes may come to it at once
         if store is None and not (folder / COLLECTION).exists():
@@ -286,12 +386,13 @@ def _add(
 
 def record_kept(
     pipe: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Call],
     seeds: Sequence[int],
     tokens: Tensor,
     tap: Tap,
     folder: str | Path,
     batch_size: int,
+    seam: bool | None = None,
     **call: Any,
 ) -> list[Trajectory]:
     """Record as `record` does, in batches, and keep each run in a folder: called again, it records what is not there.
@@ -308,8 +409,8 @@ def record_kept(
             runs = [Trajectory.load(path) for path in paths]
         except (FileNotFoundError, ValueError):
             runs = []
-        if [run.prompt for run in runs] != list(prompts[batch]):
-            runs = record(pipe, prompts[batch], seeds[batch], tokens, tap, **call)
+        if [run.prompt for run in runs] != [label(one) for one in prompts[batch]]:
+            runs = record(pipe, prompts[batch], seeds[batch], tokens, tap, seam=seam, **call)
             for path, run in zip(paths, runs, strict=True):
                 run.save(path)
         found += runs
@@ -323,25 +424,24 @@ def kept_paths(folder: str | Path, seeds: Sequence[int]) -> list[Path]:
 
 def _describe(
     pipe: Any,
-    prompts: Sequence[str],
+    calls: Sequence[Call],
     seeds: Sequence[int],
     model: str,
     tokens: int | None,
     batch_size: int,
     tap: Tap,
+    seam: bool,
     call: dict[str, Any],
 ) -> dict[str, Any]:
     """Check the arguments of a collection; returns the fields of `Collection` that are known before it runs."""
-    _check_pairs(prompts, seeds)
+    _check_pairs(calls, seeds)
+    prompts = [label(one) for one in calls]
     pairs = list(zip(prompts, seeds, strict=True))
     if len(set(pairs)) < len(pairs):
         raise ValueError(f"each pair of a prompt and a seed is collected once; got {reprlib.repr(pairs)}.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    try:
-        plain = json.loads(json.dumps(call))
-    except TypeError as error:
-        raise ValueError(f"the call's arguments are kept as JSON: {error}; pass numbers, texts and lists.") from error
+    plain = described(call)
     return {
         "model": model,
         "pipeline": type(pipe).__name__,
@@ -352,6 +452,7 @@ def _describe(
         "sample": tokens,
         "prompts": tuple(prompts),
         "seeds": tuple(seeds),
+        **({"seam": True} if seam else {}),
     }
 
 
@@ -414,6 +515,9 @@ def _alone_in(folder: Path, rank: int) -> Iterator[None]:
 def _quiet(pipe: Any) -> Iterator[None]:
     """Hide the pipeline's own progress bar, which would draw a line per batch."""
     before = getattr(pipe, "_progress_bar_config", {})
+    if not hasattr(pipe, "set_progress_bar_config"):
+        yield
+        return
     pipe.set_progress_bar_config(**{**before, "disable": True})
     try:
         yield

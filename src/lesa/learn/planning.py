@@ -2,12 +2,14 @@
 
 Forecasts are linear, so what a schedule leaves in the latents is algebra on the recorded runs. With E_ks the error that
 reusing the feature of step k leaves in the output of step s, a row with coefficients c leaves sum_k c_k E_ks there
-(rows whose coefficients sum to 1; the head is nearly affine). The drift d of the latents then runs as
+(rows whose coefficients sum to 1; the head is nearly affine). The drift d of the latents is then what the sampler makes
+of the errors e of its velocities, by its response R (`lesa.rows.sampler`):
 
-    d_{s+1} = d_s + (t_{s+1} - t_s) (sum_k c_k E_ks + sum_k c_k r_k d_k)
+    d_s = sum_{j < s} R_sj e_j,    e_j = sum_k c_k E_kj + sum_k c_k r_k d_k
 
-over the full steps k that the row of s combines, a full step being its own. r_k is how the transformer answers a drift:
-full steps take most of an early drift back, which is why full steps are worth more late in a run.
+over the full steps k that the row of j combines, a full step being its own. Euler's R_sj is t_{j+1} - t_j. r_k is how
+the denoiser answers a drift: full steps take most of an early drift back, which is why full steps are worth more late
+in a run.
 
 Where there are two streams, an output is the velocity that guidance makes of theirs, and no one number says how it
 answers: guidance multiplies the difference of the streams, and uncond answers a drift by another picture. `search` can
@@ -19,7 +21,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations, product
+from functools import cached_property
+from itertools import combinations, pairwise, product
 from typing import Any
 
 import torch
@@ -29,9 +32,12 @@ from torch.nn import functional
 from lesa.host.head import head
 from lesa.host.runtime import accelerate
 from lesa.host.tap import tap_of
-from lesa.learn.collect import record
+from lesa.learn.calls import Call
+from lesa.learn.collect import rerun
+from lesa.learn.sampling import sampler_of
 from lesa.learn.training import TINY, Answers, Head, Runs, drift, response
 from lesa.learn.trajectory import Trajectory
+from lesa.rows.carry import Carry
 from lesa.rows.detour import Detour
 from lesa.rows.forecasters import Forecaster, Reuse
 from lesa.rows.guidance import Guidance
@@ -48,9 +54,14 @@ Run = Callable[[Forecaster, Schedule], float]
 """(forecaster, schedule) -> the drift in dB of real runs"""
 
 
-def disturbance(steps: int) -> Schedule:
-    """Return the schedule whose runs, with reused features, show how full steps answer a drift: early steps skipped."""
-    return Schedule.at([0, *range(min(max(2, steps // 6), steps - 1), steps)])
+def disturbance(steps: int, begins: Sequence[int] = (0,)) -> Schedule:
+    """Return the schedule whose runs, with reused features, show how full steps answer a drift: early steps skipped.
+
+    Histories begin at the steps `begins`, the first of which is the run's.
+    """
+    start, length = begins[0], steps - begins[0]
+    later = range(start + min(max(2, length // 6), length - 1), steps)
+    return Schedule.at(sorted({*begins, *later}))
 
 
 def responses(disturbed: Sequence[Trajectory], reference: Sequence[Trajectory]) -> Answers:
@@ -67,8 +78,9 @@ def responses(disturbed: Sequence[Trajectory], reference: Sequence[Trajectory]) 
         )
     full, streams = disturbed[0].full, reference[0].streams
     runs, wanted = (Runs.stack(some, streams) for some in (disturbed, reference))
-    answers = response(runs, wanted, full, Guidance.of(reference, streams))
-    times, first = reference[0].grid[:-1].float(), full[1]
+    answers = response(runs, wanted, full, Guidance.of(reference, streams, sampler_of(reference)))
+    times = reference[0].grid[:-1].float().clamp_min(TINY)
+    first = next((step for before, step in pairwise(full) if step > before + 1), full[-1])
     for found in answers:
         found[:first] = found[first] * times[first] / times[:first]
     return answers
@@ -81,6 +93,7 @@ def detours(
     schedule: Schedule,
     reference: Sequence[Trajectory],
     share: float = 0.1,
+    calls: Sequence[Call] = (),
     **call: Any,
 ) -> dict[int, Detour]:
     """Plan what unusual runs do: at which full steps they show, and the schedule of a full step more that they go on.
@@ -93,16 +106,15 @@ def detours(
     """
     if not reference:
         raise ValueError("planning needs recorded runs, got none; collect some first.")
-    full, stream = schedule.full_steps(planner.steps), reference[0].streams[0]
+    full, stream = schedule.full_steps(planner.steps, planner.begins[0]), reference[0].streams[0]
     with accelerate(pipe, forecaster, schedule=schedule, tap=planner.tap):
-        prompts, seeds = [run.prompt for run in reference], [run.seed for run in reference]
-        runs = record(pipe, prompts, seeds, reference[0].tokens, planner.tap, **call)
+        runs = rerun(pipe, reference, planner.tap, calls, **call)
     features = torch.stack([run.features[stream] for run in runs]).float()
     found: dict[int, Detour] = {}
     for number, step in enumerate(full[1:], start=1):
         if planner.steps - 1 - step <= len(full) - 1 - number:
             break
-        past = full[max(0, number - forecaster.memory) : number]
+        past = planner.past(forecaster, full[:number])
         row = forecaster.for_stream(stream).row(planner.grid, step, past)
         forecast = torch.einsum("k,pknc->pnc", row.coefficients.detach().float(), features[:, list(past)]) + row.offset
         errors = (forecast - features[:, step]).flatten(1).norm(dim=1) / features[:, step].flatten(1).norm(dim=1)
@@ -114,10 +126,11 @@ def detours(
 class Planner:
     """What recorded reference runs say of schedules: the drift in dB that a forecaster leaves, and the best full steps.
 
-    `size` is to how many random numbers the error at one step of one run is projected; drifts are theirs. `errors`
-    holds (t_{s+1} - t_s) E_ks so projected, (S, S, runs, size), 0 unless k < s. `run` gives the drift of real runs.
+    `size` is to how many random numbers the error at one step of one run is projected; drifts are theirs. `run` gives
+    the drift of real runs. The sampler's numbers are those that the runs hold. Steps at which histories begin anew,
+    `begins`, are full in every schedule: of two denoisers, the second one's first.
 
-    Raises: ValueError if there are no runs, or the runs do not fit each other.
+    Raises: ValueError if there are no runs, the runs do not fit each other, or their sampler has no numbers.
     """
 
     def __init__(
@@ -133,37 +146,55 @@ class Planner:
         streams = reference[0].streams if reference else ()
         runs = Runs.stack(reference, streams, tap=tap)
         self.grid, self.steps, self.tap = reference[0].grid, reference[0].steps, tap
+        self.begins = reference[0].begins
         self.guided = len(streams) > 1
-        self._durations = self.grid.diff().float()
+        self.sampler = sampler_of(reference)
+        self._carry = Carry(self.sampler.response)
         self._responses = responses or Answers(torch.zeros(self.steps), torch.zeros(self.steps))
-        self.errors, self._scale = _errors(runs, outputs_of, Guidance.of(reference, streams), self._durations, size)
-        directions = torch.randn(self.errors.shape[1:], generator=torch.Generator().manual_seed(1))
+        self._errors, self._scale = _errors(runs, outputs_of, Guidance.of(reference, streams, self.sampler), size)
+        directions = torch.randn(self._errors.shape[1:], generator=torch.Generator().manual_seed(1))
         self._directions = functional.normalize(directions, dim=-1)
         self._run = run
         self._known: dict[tuple[Forecaster, Schedule], float] = {}
-        self._gaps: dict[tuple, list[tuple[Tensor, list[float]]]] = {}
+        self._gaps: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._states: dict[tuple, tuple[Tensor, Tensor]] = {}
 
+    @cached_property
+    def errors(self) -> Tensor:
+        """R_Ss E_ks projected: what reusing the feature of step k at step s leaves in the end, (S, S, runs, size), 0
+        unless k < s."""
+        return self._errors * self.sampler.response[-1].float()[:, None, None]
+
     @classmethod
-    def of(cls, pipe: Any, reference: Sequence[Trajectory], tap: Tap | None = None, **call: Any) -> Planner:
+    def of(
+        cls,
+        pipe: Any,
+        reference: Sequence[Trajectory],
+        tap: Tap | None = None,
+        calls: Sequence[Call] = (),
+        **call: Any,
+    ) -> Planner:
         """Plan for a pipeline: its reference runs are given, and some of them are run once more, disturbed.
+
+        `calls` are those of the runs, where a store holds no more than their labels; `call` what goes with all of them.
 
         Raises: ValueError as the constructor and `lesa.learn.collect.record` do.
         """
         if not reference:
             raise ValueError("planning needs recorded runs, got none; collect some first.")
-        tap, again = tap or tap_of(pipe.transformer), reference[:DISTURBED]
+        again, sampled = reference[:DISTURBED], reference[0].at_sampler
+        tap = Tap() if sampled else tap or tap_of(pipe.transformer)
 
         def runs(forecaster: Forecaster, schedule: Schedule) -> list[Trajectory]:
-            prompts, seeds = [one.prompt for one in again], [one.seed for one in again]
             with accelerate(pipe, forecaster, schedule=schedule, tap=tap):
-                return record(pipe, prompts, seeds, reference[0].tokens, tap, **call)
+                return rerun(pipe, again, tap, calls, **call)
 
         def run(forecaster: Forecaster, schedule: Schedule) -> float:
             return drift(runs(forecaster, schedule), again)
 
-        answers = responses(runs(Reuse(), disturbance(reference[0].steps)), again)
-        return cls(reference[:PLANNED_ON], head(pipe.transformer, tap), answers, tap=tap, run=run)
+        answers = responses(runs(Reuse(), disturbance(reference[0].steps, reference[0].begins)), again)
+        outputs_of = _outputs if sampled else head(pipe.transformer, tap)
+        return cls(reference[:PLANNED_ON], outputs_of, answers, tap=tap, run=run)
 
     def drift(self, forecaster: Forecaster, full: Sequence[int], caution: float = 0.0) -> float:
         """Return how far a run would end from its reference run: mean over runs of 10 log10(|d|^2 / |x|^2), in dB.
@@ -175,20 +206,35 @@ class Planner:
         if forecaster.remembers_forecasts:
             raise ValueError(f"planning follows histories of full steps only, got {forecaster!r}; take e.g. Lagrange.")
         end, _ = self._state(forecaster, caution, tuple(full), self.steps)
+        end = self._drift_of(end, self.steps)
         error = end.square().sum(-1) / self._scale
         return float(10 * error.add(TINY).log10().mean())
 
+    def past(self, forecaster: Forecaster, full: Sequence[int]) -> tuple[int, ...]:
+        """Return the steps that a forecast after these full steps combines, oldest first."""
+        begin = max(step for step in self.begins if step <= full[-1])
+        return tuple(step for step in full[-forecaster.memory :] if step >= begin)
+
     def _state(self, forecaster: Forecaster, caution: float, full: tuple[int, ...], end: int) -> tuple[Tensor, Tensor]:
-        """Return the drift before step `end`, after these full steps, and what the velocity of `end` answers to it:
-        (P, size) each."""
+        """Return what the sampler carries into step `end` after these full steps, (r, P, size), and what the velocity
+        of `end` answers to its drift, (P, size)."""
         key = (forecaster, caution, full, end)
         if key not in self._states:
-            left, weights = self._gap(forecaster, full[-forecaster.memory :], end)
-            for k, weight in zip(range(len(full) - 1, 0, -1), reversed(weights), strict=False):
+            newest, past = full[-1], self.past(forecaster, full)
+            kept, moves = self._carry.between(newest, end)
+            errors, rows = self._gap(forecaster, past, end)
+            state = torch.einsum("rs,spd->rpd", moves, errors)
+            weights = moves @ rows  # (r, past): how much enters of what each full step's velocity answered
+            for k, number in zip(range(len(full) - 1, 0, -1), range(len(past) - 1, -1, -1), strict=False):
                 before, answer = self._state(forecaster, caution, full[:k], full[k])
-                left = left + weight * answer + (before if k == len(full) - 1 else 0)
-            self._states[key] = left, self._answer(left, end, caution)
+                state = state + weights[:, number, None, None] * answer
+                if full[k] == newest:
+                    state = state + torch.einsum("rq,qpd->rpd", kept, before)
+            self._states[key] = state, self._answer(self._drift_of(state, end), end, caution)
         return self._states[key]
+
+    def _drift_of(self, state: Tensor, step: int) -> Tensor:
+        return torch.einsum("r,rpd->pd", self._carry.drift_of(step), state)
 
     def plan(self, forecaster: Forecaster, budget: int) -> Schedule:
         """Return the schedule whose real runs end nearest to their reference runs.
@@ -226,7 +272,7 @@ class Planner:
         self,
         forecaster: Forecaster,
         budget: int,
-        begin: Sequence[int] = (0,),
+        begin: Sequence[int] | None = None,
         *,
         caution: float = 0.0,
         near: Schedule | None = None,
@@ -234,25 +280,28 @@ class Planner:
         """Return the best schedule found with `budget` full steps, by moving full steps until none is better elsewhere.
 
         It starts from the best of several spreads of the full steps over the run, or from the schedule `near`. The
-        first full steps are those of `begin`. The same runs give the same schedule, however busy the machine is.
-        `caution` is that of `drift`.
+        first full steps are those of `begin`, or the run's first. The same runs give the same schedule, however busy
+        the machine is. `caution` is that of `drift`.
 
         Raises: ValueError if the budget is not from 1 to S, or has no room after `begin`, or as `drift` does.
         """
-        if not len(begin) <= budget <= self.steps - begin[-1] - 1 + len(begin):
-            raise ValueError(
-                f"a budget is from {len(begin)} to {self.steps - begin[-1] - 1 + len(begin)} full steps, got {budget}; "
-                "change it."
-            )
+        begin = begin or self.begins[:1]
+        later = [step for step in self.begins if step > begin[-1]]  # full in any case
+        least, most = len(begin) + len(later), self.steps - begin[-1] - 1 + len(begin)
+        if not least <= budget <= most:
+            raise ValueError(f"a budget is from {least} to {most} full steps, got {budget}; change it.")
 
         def cost(full: Sequence[int]) -> float:
-            return self.drift(forecaster, full, caution)
+            if not set(full).isdisjoint(later):
+                return math.inf
+            return self.drift(forecaster, sorted({*full, *later}), caution)
 
         self._states.clear()
-        spread = sorted(_starts(self.steps, budget, begin), key=cost)[:TRIED_STARTS]
-        starts = [list(near.full_steps(self.steps))] if near else spread
-        found = [_descend(start, cost, self.steps, len(begin)) for start in starts]
-        return Schedule.at(min(found, key=cost))
+        starts = [_beside(start, later, self.steps) for start in _starts(self.steps, budget - len(later), begin)]
+        if near:
+            starts = [[step for step in near.full_steps(self.steps, self.begins[0]) if step not in later]]
+        found = [_descend(start, cost, self.steps, len(begin)) for start in sorted(starts, key=cost)[:TRIED_STARTS]]
+        return Schedule.at(sorted({*min(found, key=cost), *later}))
 
     def _answer(self, drift: Tensor, step: int, caution: float) -> Tensor:
         if step == self.steps:
@@ -264,28 +313,33 @@ class Planner:
         return answer
 
     @torch.no_grad()
-    def _gap(self, forecaster: Forecaster, past: tuple[int, ...], end: int) -> tuple[Tensor, list[float]]:
-        """Return what the steps from the newest of `past` to `end` add to the drift, (P, size), and by how much they
-        add what the velocity of each step of `past` answered to the drift there."""
-        newest = past[-1]
-        if (forecaster, past) not in self._gaps:
-            own = [0.0] * (len(past) - 1) + [float(self._durations[newest])]
-            self._gaps[forecaster, past] = [(torch.zeros(self.errors.shape[2:]), own)]
-        gaps = self._gaps[forecaster, past]  # for every end after the newest step, as far as they were asked for
-        missing = range(newest + len(gaps), end)
+    def _gap(self, forecaster: Forecaster, past: tuple[int, ...], end: int) -> tuple[Tensor, Tensor]:
+        """Return the errors of the velocities from the newest step of `past` to `end`, (end - newest, P, size), without
+        what full steps answered, and the rows that say how much of these answers is in them, (end - newest, past)."""
+        newest, key = past[-1], (forecaster, past)
+        if key not in self._gaps:
+            own = functional.one_hot(torch.tensor([len(past) - 1]), len(past)).float()
+            self._gaps[key] = torch.zeros(1, *self._errors.shape[2:]), own
+        errors, rows = self._gaps[key]  # for every step after the newest, as far as they were asked for
+        missing = range(newest + len(rows), end)
         if missing:
-            rows = forecaster.rows_of(self.grid, dict.fromkeys(missing, past))
-            for step in missing:
-                (left, weights), row = gaps[-1], rows[step].coefficients.float()
-                left = left + torch.einsum("k,kpd->pd", row, self.errors[list(past), step])
-                moves = (float(self._durations[step]) * row).tolist()
-                gaps.append((left, [a + b for a, b in zip(weights, moves, strict=True)]))
-        return gaps[end - newest - 1]
+            found = forecaster.rows_of(self.grid, dict.fromkeys(missing, past))
+            more = torch.stack([found[step].coefficients.float() for step in missing])
+            known = self._errors[list(past), missing.start : end]
+            errors = torch.cat([errors, torch.einsum("sk,kspd->spd", more, known)])
+            rows = torch.cat([rows, more])
+            self._gaps[key] = errors, rows
+        return errors[: end - newest], rows[: end - newest]
+
+
+def _outputs(features: Tensor, _conditioning: Tensor) -> Tensor:
+    """The head of what was recorded at the sampler."""
+    return features
 
 
 @torch.no_grad()
-def _errors(runs: Runs, outputs_of: Head, guidance: Guidance, durations: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return (t_{s+1} - t_s) E_ks projected, (S, S, P, size), 0 unless k < s, and |x|^2 of every run's end, (P,)."""
+def _errors(runs: Runs, outputs_of: Head, guidance: Guidance, size: int) -> tuple[Tensor, Tensor]:
+    """Return E_ks projected, (S, S, P, size), 0 unless k < s, and |x|^2 of every run's end, (P,)."""
     prompts, _, steps, tokens, channels = runs.outputs.shape
     generator = torch.Generator().manual_seed(0)
     projection = torch.randn(tokens * channels, size, generator=generator) / math.sqrt(size)
@@ -296,7 +350,7 @@ def _errors(runs: Runs, outputs_of: Head, guidance: Guidance, durations: Tensor,
         reused = runs.features[:, :, k : k + 1].expand(-1, -1, steps - k - 1, -1, -1)
         outputs = outputs_of(reused, runs.conditioning[:, :, later]).float()
         velocity = guidance.velocity(outputs).flatten(2) @ projection
-        errors[k, later] = ((velocity - own[:, later]) * durations[later, None]).movedim(1, 0)
+        errors[k, later] = (velocity - own[:, later]).movedim(1, 0)
     return errors, runs.latents[:, -1].float().square().sum(dim=(1, 2))
 
 
@@ -304,6 +358,16 @@ def _starts(steps: int, budget: int, begin: Sequence[int]) -> list[list[int]]:
     """Spread full steps after those of `begin` evenly, more and more towards the run's end, and at random."""
     *first, last = begin
     return [[*first, *(last + step for step in some)] for some in _spreads(steps - last, budget - len(first))]
+
+
+def _beside(full: list[int], taken: Sequence[int], steps: int) -> list[int]:
+    """Move the full steps that are taken to the nearest ones that are free."""
+    found = [step for step in full if step not in taken]
+    while len(found) < len(full):
+        lost = full[len(found)]
+        free = [step for step in range(full[0] + 1, steps) if step not in taken and step not in found]
+        found.append(min(free, key=lambda step: abs(step - lost)))
+    return sorted(found)
 
 
 def _spreads(steps: int, budget: int) -> list[list[int]]:

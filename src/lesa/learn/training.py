@@ -24,13 +24,14 @@ from tqdm import tqdm
 
 from lesa.host.head import Projection
 from lesa.learn import metrics
+from lesa.learn.sampling import euler, sampler_of
 from lesa.learn.trajectory import Trajectory, write_atomically
 from lesa.predictors import disk
 from lesa.predictors.predictor import CARD_FILE, FILES, L2P, LESA, Predictor
 from lesa.rows.grid import matches
 from lesa.rows.guidance import Guidance
-from lesa.rows.plan import histories
 from lesa.rows.row import Row
+from lesa.rows.sampler import Sampler
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
 
@@ -167,8 +168,8 @@ RecordRuns = Callable[[Predictor, Lesson], tuple[Sequence[Trajectory], Sequence[
 class Problem:
     """What a predictor's rows are fitted to: the head, the guidance, the loss, and the shape of a schedule on a grid.
 
-    Grid and schedule are the predictor's own if not given, and `floor` is that of `Config`. Where the head is a
-    `projection` and the loss one of outputs, it takes folded runs.
+    Grid and schedule are the predictor's own if not given, the sampler is Euler's, and `floor` is that of `Config`.
+    Where the head is a `projection` and the loss one of outputs, it takes folded runs.
 
     Raises: ValueError if the schedule skips no step.
     """
@@ -182,16 +183,17 @@ class Problem:
         grid: Tensor | None = None,
         schedule: Schedule | None = None,
         floor: float = Config.floor,
+        sampler: Sampler | None = None,
     ):
         self.grid = predictor.grid if grid is None else grid
         schedule = schedule or predictor.schedule_for(self.grid)
         self.steps = len(self.grid) - 1
-        self.full = schedule.full_steps(self.steps)
-        self.pasts = dict(histories(self.steps, self.full, 0, predictor.memory, predictor.remembers_forecasts))
+        self.full = predictor.full_of(schedule, self.steps)
+        self.pasts = predictor.pasts_of(self.full, self.steps)
         self.skipped = list(self.pasts)
         if not self.skipped:
             raise ValueError(f"there is nothing to forecast where {schedule!r} skips no step; skip some.")
-        self.durations = self.grid.diff().float()[:, None, None]  # x_{s+1} = x_s + (t_{s+1} - t_s) v
+        self.response = (sampler or euler(self.grid)).response.float()  # of x_s to v_k
         self.guidance = Guidance(predictor.origin.streams) if guidance is None else guidance
         self.streams, self.head, self.loss_name = predictor.origin.streams, head, loss
         self.floor = 10 ** (floor / 10)
@@ -212,30 +214,33 @@ class Problem:
         outputs = self._outputs(forecasts, runs.conditioning[:, :, self.skipped]).float()
         outputs = runs.outputs.float().index_copy(2, torch.tensor(self.skipped), outputs)
         velocity, wanted = (self.guidance.velocity(x) for x in (outputs, reference.outputs.float()))
-        moves = self.durations * (velocity - wanted)
+        errors = velocity - wanted
         if not closed_loop:
+            moves = self.response[-1, :, None, None] * errors
             return moves.square().mean(dim=(1, 2, 3)).add(TINY).log().mean()
-        drifts = self.drift(rows, moves, runs, reference).square().mean(dim=(2, 3))
+        drifts = self.drift(rows, errors, runs, reference).square().mean(dim=(2, 3))
         floor = self.floor * reference.latents[:, -1].float().square().mean(dim=(1, 2))
         return 0.5 * ((drifts[:, -1] + floor).log() + (drifts.mean(1) + floor).log()).mean()
 
-    def drift(self, rows: Rows, moves: Tensor, runs: Runs, reference: Runs) -> Tensor:
-        """Return how far the latents are from the reference run's after every step, (P, S, n, C_out).
+    def drift(self, rows: Rows, errors: Tensor, runs: Runs, reference: Runs) -> Tensor:
+        """Return how far the latents are from the reference run's after every step, (P, S, n, C_out), where velocities
+        are off by `errors`.
 
         The full steps were recorded at latents that drifted by r_k. Where these rows make them drift by d_k, the
-        velocity of full step k differs by `responses[k]` (d_k - r_k), and so does what is forecast from it:
-        d_{s+1} = d_s + moves_s + dt_s sum_k m_sk responses_k (d_k - r_k), with m the matrix of the closed loop, its
-        streams weighted as guidance does.
+        velocity of full step k differs by `responses[k]` (d_k - r_k), and so does what is forecast from it. With R the
+        sampler's response and m the matrix of the closed loop, its streams weighted as guidance does,
+        d_s = sum_j R_sj (errors_j + sum_k m_jk responses_k (d_k - r_k)).
         """
+        later = self.response[1:]
         if not self.responses.any():
-            return moves.cumsum(1)
+            return torch.einsum("sj,pjnc->psnc", later, errors)
         matrix = torch.einsum("i,isk->sk", self.guidance.weights, self.matrix(rows, True)[0])
         steps = torch.eye(self.steps).index_copy(0, torch.tensor(self.skipped), matrix)
-        feedback = self.durations[:, :, 0] * steps * self.responses
+        feedback = steps * self.responses
         recorded = (runs.latents - reference.latents)[:, :-1].float()
-        moves = moves - torch.einsum("sk,pknc->psnc", feedback, recorded)
-        carried = functional.pad((torch.eye(self.steps) + feedback)[1:, 1:], (0, 1, 1, 0))  # of d_s to d_{s+1}
-        return torch.einsum("sk,pknc->psnc", torch.linalg.inv(torch.eye(self.steps) - carried), moves)
+        errors = errors - torch.einsum("sk,pknc->psnc", feedback, recorded)
+        carried = functional.pad((later @ feedback)[:, 1:], (0, 1))  # of the drifts after all steps to themselves
+        return torch.einsum("sj,pjnc->psnc", torch.linalg.solve(torch.eye(self.steps) - carried, later), errors)
 
     def forecasts(self, rows: Rows, features: Tensor, closed_loop: bool) -> Tensor:
         """Return the skipped steps' forecasts (P, streams, skipped, n, C) of all features, or those of full steps."""
@@ -378,7 +383,12 @@ class _Task:
         predictor.check_grid(problem.grid)
         for step, past in problem.pasts.items():
             predictor.check_past(step, past)
-        if skipping := [run for run in (*reference, *validation) if len(run.full) < run.steps]:
+        if other := [run for run in (*reference, *validation) if run.begins != predictor.begins]:
+            raise ValueError(
+                f"this predictor is for runs whose histories begin at the steps {list(predictor.begins)}, got "
+                f"{list(other[0].begins)}; say so in its origin: training=dict(begins={list(other[0].begins)})."
+            )
+        if skipping := [run for run in (*reference, *validation) if not run.whole]:
             raise ValueError(f"reference runs have every step full, got {skipping[0]!r}; record it unaccelerated.")
         self.sets = [(truth[0].at(problem.full), truth[1].at(problem.full))]
 
@@ -388,7 +398,7 @@ class _Task:
         for runs, wanted in ((trained, self.lesson.reference), (validated, self.lesson.validation)):
             _check_pairs(runs, wanted)
             _check_alike(runs, wanted[0], problem.streams)
-            if other := [run for run in runs if run.full != problem.full]:
+            if other := [run for run in runs if _full_of(run) != problem.full]:
                 raise ValueError(f"a round's runs are accelerated by {self.predictor!r}, got {other[0]!r}; do so.")
         tap = self.predictor.origin.tap
         stacked = [Runs.stack(runs, problem.streams, problem.full, tap) for runs in (trained, validated)]
@@ -430,8 +440,9 @@ class _Fit:
         self.tasks: list[_Task] = []
         for lesson in lessons:
             truth = stack(lesson.reference), stack(lesson.validation)
-            guidance, grid = Guidance.of(lesson.reference, streams), lesson.reference[0].grid
-            problem = Problem(predictor, head, config.loss, guidance, grid, lesson.schedule, config.floor)
+            sampler, grid = sampler_of([*lesson.reference, *lesson.validation]), lesson.reference[0].grid
+            guidance = Guidance.of(lesson.reference, streams, sampler)
+            problem = Problem(predictor, head, config.loss, guidance, grid, lesson.schedule, config.floor, sampler)
             self.tasks.append(_Task(predictor, lesson, truth, problem))
         if config.free_alphas and isinstance(predictor, LESA):  # better known before the training than after
             rough = torch.rand(self.tasks[0].problem.steps, generator=torch.Generator().manual_seed(0))
@@ -614,6 +625,11 @@ def _settings(predictor: Predictor, lessons: Sequence[Lesson], config: Config) -
     }
     unimportant = ("versions", "training", "rounds")
     return json.loads(json.dumps({name: value for name, value in settings.items() if name not in unimportant}))
+
+
+def _full_of(run: Trajectory) -> tuple[int, ...]:
+    """Return the full steps of a run from its first one on."""
+    return tuple(step for step in run.full if step >= run.begins[0])
 
 
 def _check_alike(runs: Sequence[Trajectory], first: Trajectory, streams: Sequence[str]) -> None:

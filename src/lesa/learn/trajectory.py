@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from lesa.rows.grid import validate
+from lesa.rows.grid import times_in_order
+from lesa.rows.guidance import ALL
+from lesa.rows.sampler import Sampler
 
 COLLECTION = "collection.json"
 _GROUPS = ("features", "outputs", "conditioning")
@@ -25,14 +27,18 @@ PARTIAL = ".partial"
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """What one run of a prompt recorded at `n` of its tokens, in the dtypes that the model used.
+    """What one run of a call recorded at `n` of its tokens, in the dtypes that the model used.
 
-    Features, outputs and conditioning are kept per stream. The head (`lesa.host.tap.head`) turns a step's features and
+    Features, outputs and conditioning are kept per stream. The head (`lesa.host.head.head`) turns a step's features and
     conditioning into its outputs, since it works on each token alone. In a run with skipped steps the features at those
     steps are the forecasts.
+
+    Recorded at the sampler (`at_sampler`), features and outputs are the velocity that `step` was handed, under the one
+    name of all streams; there is no conditioning, and a token is one number of the latents.
     """
 
     prompt: str
+    """The prompt, or another call's label (`lesa.learn.calls.label`)."""
     seed: int
     grid: Tensor
     """(S + 1,) float64, falling to 0."""
@@ -48,6 +54,23 @@ class Trajectory:
     """(S, n, output channels) per stream: what the transformer returned."""
     conditioning: dict[str, Tensor]
     """(S, conditioning channels) per stream: what the final norm gets beside the feature."""
+    begins: tuple[int, ...] = (0,)
+    """The steps at which histories begin: the run's first one, and those at which another denoiser takes over."""
+    sampler: Sampler | None = None
+    """The sampler as numbers, where it was read."""
+    refusal: str = ""
+    """Why it was not, if it was tried."""
+    call: Mapping[str, Any] | None = field(default=None, repr=False)
+    """The arguments of a call that is no prompt alone; of a stored one, if all of them are kept."""
+
+    @property
+    def at_sampler(self) -> bool:
+        return self.streams == (ALL,)
+
+    @property
+    def whole(self) -> bool:
+        """Tell whether every step is full, as in a reference run."""
+        return len(self.full) == self.steps
 
     @property
     def steps(self) -> int:
@@ -70,7 +93,7 @@ class Trajectory:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all; the same trajectory gives the same bytes."""
         # one metadata entry, since safetensors writes several in no fixed order
-        facts = json.dumps({"prompt": self.prompt, "seed": self.seed, "full": self.full, "streams": self.streams})
+        facts = json.dumps(self._facts())
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
         write_atomically(Path(path), to_bytes(tensors, {"trajectory": facts}))
 
@@ -85,6 +108,8 @@ class Trajectory:
                 facts = json.loads(file.metadata()["trajectory"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             streams = facts["streams"]
+            if tuple(streams) == (ALL,):
+                tensors[f"features.{ALL}"] = tensors[f"outputs.{ALL}"]
             loaded = cls(
                 prompt=facts["prompt"],
                 seed=facts["seed"],
@@ -93,6 +118,10 @@ class Trajectory:
                 tokens=tensors["tokens"],
                 latents=tensors["latents"],
                 **{group: {name: tensors[f"{group}.{name}"] for name in streams} for group in _GROUPS},
+                begins=tuple(facts.get("begins", (0,))),
+                sampler=_sampler(tensors),
+                refusal=facts.get("refusal", ""),
+                call=facts.get("call"),
             )
             loaded._check()
             return loaded
@@ -101,18 +130,42 @@ class Trajectory:
 
     def _check(self) -> None:
         """Raise ValueError unless all tensors are of the same steps and tokens: what is made of one fits the others."""
-        steps, tokens = len(validate(self.grid)) - 1, len(self.tokens)
+        steps, tokens = len(times_in_order(self.grid)) - 1, len(self.tokens)
         if not tokens or not set(self.full) <= set(range(steps)):
             raise ValueError(f"its {steps} steps have tokens, and full ones, got {tokens} and {self.full[:8]}")
         wanted = {"latents": (steps + 1, tokens), "conditioning": (steps,)}
         for name, tensor in self._tensors().items():
             shape = wanted.get(name.partition(".")[0], (steps, tokens))
-            if name not in ("grid", "tokens") and tensor.shape[:-1] != shape:
+            if name.partition(".")[0] in ("latents", *_GROUPS) and tensor.shape[:-1] != shape:
                 raise ValueError(f"{name} is {shape} and its channels, got {tuple(tensor.shape)}")
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what is no tensor; what a run of a plain prompt has not is left out."""
+        facts: dict[str, Any] = dict(prompt=self.prompt, seed=self.seed, full=self.full, streams=self.streams)
+        if self.begins != (0,):
+            facts["begins"] = self.begins
+        if self.refusal:
+            facts["refusal"] = self.refusal
+        if self.call is not None:
+            with suppress(TypeError, ValueError):
+                if json.loads(json.dumps(dict(self.call))) == dict(self.call):
+                    facts["call"] = dict(self.call)
+        return facts
 
     def _tensors(self) -> dict[str, Tensor]:
         grouped = {f"{group}.{name}": x for group in _GROUPS for name, x in getattr(self, group).items()}
+        if self.at_sampler:
+            del grouped[f"features.{ALL}"]  # they are the outputs
+        if self.sampler is not None:
+            grouped |= {"sampler.latents": self.sampler.latents, "sampler.outputs": self.sampler.outputs}
         return {"grid": self.grid, "tokens": self.tokens, "latents": self.latents, **grouped}
+
+
+def _sampler(tensors: Mapping[str, Tensor]) -> Sampler | None:
+    latents = tensors.get("sampler.latents")
+    if latents is None:
+        return None
+    return Sampler(latents, tensors["sampler.outputs"], latents.new_zeros(len(latents), 0))
 
 
 @dataclass(frozen=True)
@@ -135,6 +188,8 @@ class Collection:
     seeds: tuple[int, ...]
     grid: tuple[float, ...]
     tokens: tuple[int, ...]
+    seam: bool = False
+    """Whether it was recorded at the sampler."""
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -142,7 +197,8 @@ class Collection:
         return list(enumerate(self.seeds))
 
     def to_json(self) -> str:
-        return json.dumps(vars(self), indent=1, ensure_ascii=False) + "\n"
+        fields = {name: value for name, value in vars(self).items() if name != "seam" or value}  # as it always was
+        return json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Collection:
@@ -220,6 +276,17 @@ def draw_tokens(available: int, count: int | None = None, seed: int = 0) -> Tens
     if not 1 <= count <= available:
         raise ValueError(f"the model has {available} image tokens at this size, cannot keep {count}; ask for fewer.")
     return torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+
+
+MOST_NUMBERS = 4096
+
+
+def draw_numbers(available: int, count: int | None = None) -> Tensor:
+    """Draw positions of numbers of the latents as `draw_tokens` does; by default `MOST_NUMBERS`, or all.
+
+    Raises: ValueError if there are not so many.
+    """
+    return draw_tokens(available, min(available, MOST_NUMBERS) if count is None else count)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -26,7 +26,8 @@ from lesa.learn.trajectory import write_atomically
 from lesa.predictors import disk
 from lesa.predictors.kan import KAN, KANLayer, bspline_basis
 from lesa.rows.forecasters import Forecaster, Lagrange
-from lesa.rows.grid import matches, stage_of, validate
+from lesa.rows.grid import matches, stage_of, times_in_order, validate
+from lesa.rows.guidance import ALL
 from lesa.rows.plan import histories
 from lesa.rows.row import Row
 from lesa.rows.schedule import Schedule
@@ -136,9 +137,10 @@ class Predictor(
     def __init__(self, origin: Origin):
         super().__init__()
         self.origin = origin
-        self.grid = validate(origin.grid)
+        self.grid = times_in_order(origin.grid)
         self.schedule = Schedule.parse(origin.schedule)
-        self.full = self.schedule.full_steps(len(self.grid) - 1)
+        self.begins = tuple(origin.training.get("begins", (0,)))
+        self.full = self.full_of(self.schedule, len(self.grid) - 1)
         self.check_parts()
 
     @abstractmethod
@@ -168,10 +170,12 @@ class Predictor(
         return self.for_stream(self.origin.streams[0]).rows_of(grid, pasts)
 
     def for_stream(self, name: str) -> Forecaster:
-        """Return the forecaster of one stream.
+        """Return the forecaster of one stream; trained on what passed at the sampler, it is the same for all.
 
         Raises: ValueError if the predictor was not trained for it.
         """
+        if self.origin.streams == (ALL,):
+            return _Stream(self, ALL)
         if name not in self.origin.streams:
             raise ValueError(
                 f"this predictor was trained for the streams {', '.join(self.origin.streams)}, got {name!r}; train one "
@@ -179,12 +183,21 @@ class Predictor(
             )
         return _Stream(self, name)
 
+    def full_of(self, schedule: Schedule, steps: int) -> tuple[int, ...]:
+        """Return the full steps of a run of so many steps on a schedule; where histories begin they are full anyway."""
+        return tuple(sorted({*schedule.full_steps(steps, self.begins[0]), *self.begins}))
+
+    def pasts_of(self, full: Sequence[int], steps: int) -> dict[int, tuple[int, ...]]:
+        """Return the steps in the history at every skipped step of a run with these full steps."""
+        begins = self.begins
+        return dict(histories(steps, full, begins[0], self.memory, self.remembers_forecasts, begins))
+
     def schedule_for(self, grid: Sequence[float] | Tensor, budget: int | None = None, start: int = 0) -> Schedule:
         """Return the schedule of a run on this grid that begins at `start`; with a `budget`, one of so many full steps.
 
         Raises: ValueError if there is none such, or the predictor is not for this grid.
         """
-        self.check_grid(validate(grid))
+        self.check_grid(times_in_order(grid))
         if budget not in (None, len(self.full)):
             raise ValueError(
                 f"this predictor was trained for {len(self.full)} full steps, got a budget of {budget}; take another."
@@ -218,7 +231,8 @@ class Predictor(
 
     def past(self, step: int) -> list[int]:
         """Return the steps whose features the history holds at a step of a run on the predictor's schedule."""
-        held = range(step) if self.remembers_forecasts else [k for k in self.full if k < step]
+        begin = max((begin for begin in self.begins if begin <= step), default=0)
+        held = range(begin, step) if self.remembers_forecasts else [k for k in self.full if begin <= k < step]
         return list(held[-self.memory :])
 
     def check_past(self, step: int, past: Sequence[int]) -> None:
@@ -246,7 +260,7 @@ class Predictor(
             raise ValueError(
                 f"this predictor was trained for {mine.model}, got another {name} ({differences}); {advice}"
             )
-        if tap != mine.tap:
+        if tap != mine.tap and (tap.modules or mine.tap.modules):
             raise ValueError(
                 f"this predictor was trained for the feature at {tuple(mine.tap)}, got the tap {tuple(tap)}; "
                 "accelerate with the predictor's tap, or train one for this."
@@ -259,7 +273,8 @@ class Predictor(
         """
         slopes = [0.0] * (len(self.grid) - 1)
         for step in range(len(slopes)):
-            newest = [k for k in self.full if k < step][-2:]
+            begin = max((begin for begin in self.begins if begin <= step), default=0)
+            newest = [k for k in self.full if begin <= k < step][-2:]
             if len(newest) == 2:
                 slopes[step] = (step - newest[1]) / (newest[1] - newest[0])
         return torch.tensor(slopes)
@@ -315,6 +330,7 @@ class _Stream(Forecaster):
 
     def __init__(self, predictor: Predictor, name: str):
         self._predictor, self._name = predictor, name
+        self.begins = predictor.begins
         self.memory, self.remembers_forecasts = predictor.memory, predictor.remembers_forecasts
 
     def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
@@ -590,6 +606,7 @@ class ContinuousLESA(Predictor):
         spline_noise: float = 3.0,
     ):
         super().__init__(origin)
+        validate(origin.grid)
         if order < 1:
             raise ValueError(f"a polynomial's order is at least 1, got {order}; raise it.")
         bounds = OTHER_BOUNDS.get(origin.transformer, BOUNDS) if bounds is None else bounds

@@ -17,11 +17,13 @@ class Forecaster(Protocol):
     """What every forecaster has; deriving from this class gives the defaults of all but `row`.
 
     `memory` is how many past features one forecast may combine; `remembers_forecasts` says whether its own forecasts
-    enter the history (LESA and L2P) or full steps only (reuse, Taylor).
+    enter the history (LESA and L2P) or full steps only (reuse, Taylor). At steps that it names in `begins` it has full
+    steps whose past it does not look at, as where another denoiser takes over.
     """
 
     memory: int
     remembers_forecasts: bool
+    begins: tuple[int, ...] = ()
 
     def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
         """Return the row of `step`: one coefficient for each step of `past`, the history's steps, oldest first."""

@@ -50,6 +50,11 @@ def times_in_order(times: Sequence[float] | Tensor) -> Tensor:
             f"the times of a grid lie in [0, 1], got {float(grid.min()):g} to {float(grid.max()):g}; "
             "pass the noise levels of a flow-matching scheduler."
         )
+    if not grid[-1] < grid[0]:
+        raise ValueError(
+            f"times fall from a run's first step to its end, got {float(grid[0]):g} and {float(grid[-1]):g}; pass "
+            "them so."
+        )
     return grid
 
 

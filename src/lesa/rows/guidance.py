@@ -8,9 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lesa.rows.sampler import Sampler
+
 UNEXPLAINED = 0.1
 """The share of a run's way that its outputs may leave unexplained; the rounding of bfloat16 leaves some."""
 MEASURED_ON = 4
+ALL = "all"
+"""The stream of what is the same in all of them: a row for it acts on the velocity, whatever guidance makes of them."""
 
 
 class Guidance(NamedTuple):
@@ -24,8 +28,10 @@ class Guidance(NamedTuple):
     rescaled: bool = False
 
     @classmethod
-    def of(cls, runs: Sequence[Any], streams: Sequence[str]) -> Guidance:
+    def of(cls, runs: Sequence[Any], streams: Sequence[str], sampler: Sampler | None = None) -> Guidance:
         """Measure how recorded runs combine these streams: by what way their outputs lead from noise to picture.
+
+        The way is that of the runs' `sampler`, or else of Euler's on their grid.
 
         Raises: ValueError if they combine them in none of the ways that are known here.
         """
@@ -35,13 +41,16 @@ class Guidance(NamedTuple):
             raise ValueError(f"streams are cond and uncond, or one alone, got {', '.join(streams)}; record such runs.")
         runs = runs[:MEASURED_ON]
         outputs = torch.stack([torch.stack([run.outputs[name] for name in streams]) for run in runs]).float()
-        way = torch.stack([run.latents[-1].float() - run.latents[0].float() for run in runs])
-        durations = runs[0].grid.diff().float()
+        durations, kept = runs[0].grid.diff().float(), 1.0
+        if sampler is not None:
+            durations, kept = sampler.response[-1].float(), float(sampler.decay[-1])
+        way = torch.stack([run.latents[-1].float() - kept * run.latents[0].float() for run in runs])
         guidance, missing = _best(streams, outputs, durations, way)
         if not missing < UNEXPLAINED:
             raise ValueError(
                 "the streams of a run make its velocity by classifier-free guidance, got runs of which it leaves "
-                f"{missing:.0%} unexplained; record runs of an Euler sampler with the same guidance at all steps."
+                f"{missing:.0%} unexplained; record runs with the same guidance at all steps, or at the sampler, where "
+                "no stream is told from another (seam=True)."
             )
         return guidance
 

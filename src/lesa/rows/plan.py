@@ -38,6 +38,8 @@ class Plan:
     remembers_forecasts: bool
     rows: dict[int, PlannedRow]
     truncated: tuple[int, ...] = ()
+    begins: tuple[int, ...] = ()
+    """Full steps at which the history begins anew."""
 
     def __post_init__(self) -> None:
         times_in_order(self.times)
@@ -51,7 +53,8 @@ class Plan:
                 f"a plan has one row for each skipped step, got rows for {sorted(self.rows)} and skipped steps "
                 f"{sorted(skipped)}; compile it again."
             )
-        for step, past in histories(self.steps, self.full, self.start, self.memory, self.remembers_forecasts):
+        held = self.memory, self.remembers_forecasts, self.begins
+        for step, past in histories(self.steps, self.full, self.start, *held):
             _check(step, past, self.rows[step])
 
     @property
@@ -133,8 +136,8 @@ class Plan:
             data = json.loads(text)
             if data.pop("format") != FORMAT:
                 raise ValueError("its format is another")
-            for name in ("times", "full", "truncated"):
-                data[name] = tuple(data[name])
+            for name in ("times", "full", "truncated", "begins"):
+                data[name] = tuple(data.get(name, ()))
             data["rows"] = {
                 int(step): PlannedRow(tuple(row["past"]), tuple(row["coefficients"]), row["offset"])
                 for step, row in data["rows"].items()
@@ -177,10 +180,11 @@ def compile(
     """
     grid = times_in_order(grid)
     steps = len(grid) - 1
-    full = schedule.full_steps(steps, start)
+    begins = tuple(step for step in forecaster.begins if step > start)
+    full = tuple(sorted({*schedule.full_steps(steps, start), *begins}))
     rows: dict[int, PlannedRow] = {}
     truncated: list[int] = []
-    for step, past in histories(steps, full, start, forecaster.memory, forecaster.remembers_forecasts):
+    for step, past in histories(steps, full, start, forecaster.memory, forecaster.remembers_forecasts, begins):
         row = forecaster.row(grid, step, past)
         rows[step] = PlannedRow(past, tuple(row.coefficients.flatten().tolist()), float(row.offset))
         wanted = forecaster.wants(grid, step)
@@ -192,18 +196,23 @@ def compile(
                 f"step {step} is skipped but {forecaster!r} wants {wanted} past features there, got {len(past)}; "
                 f"make more of the steps before it full, or pass strict=False."
             )
-    return Plan(
-        tuple(grid.tolist()), full, start, forecaster.memory, forecaster.remembers_forecasts, rows, tuple(truncated)
-    )
+    remembers = forecaster.remembers_forecasts
+    times = tuple(grid.tolist())
+    return Plan(times, full, start, forecaster.memory, remembers, rows, tuple(truncated), begins)
 
 
 def histories(
-    steps: int, full: Sequence[int], start: int, memory: int, remembers_forecasts: bool
+    steps: int, full: Sequence[int], start: int, memory: int, remembers_forecasts: bool, begins: Sequence[int] = ()
 ) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Walk a run and yield every skipped step with the steps whose features the history holds by then."""
+    """Walk a run and yield every skipped step with the steps whose features the history holds by then.
+
+    It begins anew at the steps `begins`.
+    """
     history: deque[int] = deque(maxlen=min(memory, steps))
     all_full = frozenset(full)
     for step in range(start, steps):
+        if step in begins:
+            history.clear()
         skipped = step not in all_full
         if skipped:
             yield step, tuple(history)
