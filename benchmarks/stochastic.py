@@ -4,7 +4,8 @@
 
 Draws held-out prompts under samplers that add noise, with 10 of 50 steps full: evenly spread, and at times chosen for
 each line, among a few, on validation prompts. PSNR is against the same sampler with every step full, from the same
-noise. Beside them stands the same sampler with 10 steps, whose noise is drawn for other steps. Bootstrap 95 % intervals.
+noise. Beside them stands the same sampler with 10 steps, whose noise is drawn for other steps. Bootstrap 95 %
+intervals.
 """
 
 import argparse
