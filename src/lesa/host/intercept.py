@@ -89,8 +89,6 @@ def intercept(
         with _lock:
             if handler in handlers:
                 handlers.remove(handler)
-                if of_copies is not None:
-                    mark.of_copies.remove(of_copies)
                 restored()
                 if of_copies is not None:
                     mark.of_copies.remove(of_copies)
