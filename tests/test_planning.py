@@ -125,7 +125,7 @@ def test_without_the_answers_the_drift_is_another(planner, reference):
 
 def test_how_full_steps_answer_a_drift_is_measured(reference):
     disturbed = plain_world(answering).runs(range(6), Forecast(Reuse(), disturbance(STEPS)))
-    found, rest = responses(disturbed, reference)
+    found, rest, _ = responses(disturbed, reference)
     first, times = disturbed[0].full[1], reference[0].grid.float()
     torch.testing.assert_close(found[first:], torch.full((STEPS - first,), ANSWER), atol=1e-3, rtol=0)
     torch.testing.assert_close(rest, torch.zeros(STEPS), atol=1e-3, rtol=0)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from samplers import FLOW, Case
 from samplers import call as first_call
-from test_planning import SCHEDULES, Forecast, answering, plain_world
+from test_planning import ANSWER, BACK, SCHEDULES, Forecast, answering, bending, plain_world
 from test_training import GRID, OUT, STEPS, TOKENS, head, origin
 
-from lesa.learn.planning import Planner, disturbance, responses
+from lesa.learn.planning import Planner, disturbance, freshly, responses, spread
 from lesa.learn.sampling import euler, sampler_of
 from lesa.learn.training import Problem, Runs, drift, response
 from lesa.learn.trajectory import Trajectory
@@ -183,3 +183,24 @@ def test_where_a_history_begins_anew_nothing_older_is_combined():
     assert predictor.full == (0, 2, 4, 8) and predictor.past(9) == [8]
     whole, second = compile(predictor, GRID, predictor.schedule), compile(predictor, GRID, Schedule.at([8]), 8)
     assert whole.rows[10] == second.rows[10] and whole.rows[7].past == (0, 2, 4)
+
+
+def test_what_is_new_in_a_drift_is_answered_by_its_own_number():
+    """Half of the numbers of the latents are answered, and what was answered before is mostly in the other half."""
+
+    def halfway(seed, step, latents):
+        answered = latents * torch.tensor([1.0, 0.0, 0.0])
+        return bending(seed, step, latents) + 8 * ANSWER * answered @ BACK
+
+    world = plain_world(halfway)
+    reference = world.runs(range(6))
+    old = responses(world.runs(range(6), Forecast(Reuse(), disturbance(STEPS))), reference)
+    found = freshly(old, world.runs(range(6), Forecast(Reuse(), spread(STEPS))), reference)
+    assert found.fresh is not None and float((found.fresh - old.along)[8:].mean()) > 0.2
+    missed = {}
+    for answers in (old, found):
+        planner, missed[answers is found] = Planner(reference, head, answers, size=2048), 0.0
+        for full in SCHEDULES:
+            real = drift(world.runs(range(6), Forecast(Lagrange(1), Schedule.at(full))), reference)
+            missed[answers is found] += abs(planner.drift(Lagrange(1), full) - real)
+    assert missed[True] < missed[False]

@@ -25,6 +25,7 @@ from functools import cached_property
 from itertools import combinations, pairwise, product
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -81,9 +82,44 @@ def responses(disturbed: Sequence[Trajectory], reference: Sequence[Trajectory]) 
     answers = response(runs, wanted, full, Guidance.of(reference, streams, sampler_of(reference)))
     times = reference[0].grid[:-1].float().clamp_min(TINY)
     first = next((step for before, step in pairwise(full) if step > before + 1), full[-1])
-    for found in answers:
+    for found in answers[:2]:
         found[:first] = found[first] * times[first] / times[:first]
     return answers
+
+
+def spread(steps: int, begins: Sequence[int] = (0,)) -> Schedule:
+    """Return the schedule whose runs, with reused features, show how full steps answer what came since the last one."""
+    return Schedule.at(sorted({*begins, *range(begins[0], steps, max(2, (steps - begins[0]) // 8))}))
+
+
+def freshly(answers: Answers, disturbed: Sequence[Trajectory], reference: Sequence[Trajectory]) -> Answers:
+    """Measure how the denoiser answers the part of a drift that came since the last full step, on runs on `spread`.
+
+    What full steps have answered before, `along`, is what they did not take back; they take back more of what is new.
+    In between its full steps the answer is on a line from one to the next.
+
+    Raises: ValueError if the runs do not fit each other.
+    """
+    streams, sampler, full = reference[0].streams, sampler_of(reference), disturbed[0].full
+    runs, wanted = (Runs.stack(some, streams) for some in (disturbed, reference))
+    guidance, carry = Guidance.of(reference, streams, sampler), Carry(sampler.response)
+    wrong = guidance.velocity(runs.outputs.float()) - guidance.velocity(wanted.outputs.float())
+    moved = (runs.latents - wanted.latents).float()
+    if wrong.shape[2:] != moved.shape[2:]:
+        return answers
+    found: dict[int, float] = {}
+    for before, step in pairwise(full):
+        errors = wrong[:, before:step] - wrong[:, before : before + 1]  # without what `before` answered
+        new = torch.einsum("s,psnc->pnc", carry.drift_of(step) @ carry.between(before, step)[1], errors)
+        size, old = float(new.square().sum()), answers.along[step] * (moved[:, step] - new)
+        if size > TINY and step > before + 1:
+            found[step] = float((new * (wrong[:, step] - old)).sum()) / size
+    if not found:
+        return answers
+    times, first = reference[0].grid[:-1].float().clamp_min(TINY), min(found)
+    fresh = torch.from_numpy(np.interp(range(len(times)), list(found), list(found.values()))).float()
+    fresh[:first] = found[first] * times[first] / times[:first]
+    return answers._replace(fresh=fresh)
 
 
 def detours(
@@ -192,7 +228,9 @@ class Planner:
         def run(forecaster: Forecaster, schedule: Schedule) -> float:
             return drift(runs(forecaster, schedule), again)
 
-        answers = responses(runs(Reuse(), disturbance(reference[0].steps, reference[0].begins)), again)
+        shape = reference[0].steps, reference[0].begins
+        answers = responses(runs(Reuse(), disturbance(*shape)), again)
+        answers = freshly(answers, runs(Reuse(), spread(*shape)), again)
         outputs_of = _outputs if sampled else head(pipe.transformer, tap)
         return cls(reference[:PLANNED_ON], outputs_of, answers, tap=tap, run=run)
 
@@ -224,13 +262,14 @@ class Planner:
             kept, moves = self._carry.between(newest, end)
             errors, rows = self._gap(forecaster, past, end)
             state = torch.einsum("rs,spd->rpd", moves, errors)
+            new = self._drift_of(state, end)
             weights = moves @ rows  # (r, past): how much enters of what each full step's velocity answered
             for k, number in zip(range(len(full) - 1, 0, -1), range(len(past) - 1, -1, -1), strict=False):
                 before, answer = self._state(forecaster, caution, full[:k], full[k])
                 state = state + weights[:, number, None, None] * answer
                 if full[k] == newest:
                     state = state + torch.einsum("rq,qpd->rpd", kept, before)
-            self._states[key] = state, self._answer(self._drift_of(state, end), end, caution)
+            self._states[key] = state, self._answer(self._drift_of(state, end), new, end, caution)
         return self._states[key]
 
     def _drift_of(self, state: Tensor, step: int) -> Tensor:
@@ -303,11 +342,14 @@ class Planner:
         found = [_descend(start, cost, self.steps, len(begin)) for start in sorted(starts, key=cost)[:TRIED_STARTS]]
         return Schedule.at(sorted({*min(found, key=cost), *later}))
 
-    def _answer(self, drift: Tensor, step: int, caution: float) -> Tensor:
+    def _answer(self, drift: Tensor, new: Tensor, step: int, caution: float) -> Tensor:
+        """Return what the velocity of a full step answers to a drift, part of which is new since the last one."""
         if step == self.steps:
             return drift
-        along, across = (float(found[step]) for found in self._responses)
+        along, across = (float(found[step]) for found in self._responses[:2])
         answer = along * drift
+        if self._responses.fresh is not None:
+            answer = answer + (float(self._responses.fresh[step]) - along) * new
         if caution:
             answer = answer + caution * across * drift.norm(dim=-1, keepdim=True) * self._directions[step]
         return answer

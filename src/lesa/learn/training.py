@@ -345,10 +345,12 @@ def train(
 
 class Answers(NamedTuple):
     """How the velocity of every step answers a drift d of the latents: by `along` d, and by more of the size `across`
-    |d|, which no one number explains. (S,) each, 0 at steps that are not full."""
+    |d|, which no one number explains. (S,) each, 0 at steps that are not full. What came since the last full step is
+    answered by `fresh` in the place of `along`, where that is known."""
 
     along: Tensor
     across: Tensor
+    fresh: Tensor | None = None
 
 
 def response(runs: Runs, reference: Runs, full: Sequence[int], guidance: Guidance) -> Answers:
