@@ -194,12 +194,13 @@ def accelerate(
     A pipeline's runs are judged at their first step: a sampler that adds noise is refused unless the forecasts are
     reuse, and so is other guidance than a predictor was trained under, if it says which. With `check=False` they are
     not, and what is forecast then may be far off. Calls of a denoiser that belong to no run of the pipeline run in
-    full.
+    full. Another cache within the denoiser, such as diffusers' `enable_cache`, acts in full steps, and counts only them.
 
     Raises: ValueError if the schedule, the grid or the tap is missing or does not fit, if there is no such history, or
         if a denoiser is accelerated already; LookupError if no predictor is shipped for the pipeline. The pipeline's
         first call raises ValueError, before its first step is done, if its grid, schedule, streams or guidance do not
-        fit the predictor, or its sampler adds noise.
+        fit the predictor, or its sampler adds noise. A skipped step raises RuntimeError if a block runs in it all the
+        same, or an input of it requires a gradient.
     """
     alone = isinstance(pipe, nn.Module)
     if alone != (grid is not None):
