@@ -30,9 +30,9 @@ class Watch:
     """Looks at one call of a pipeline from the outside: times its denoising loop, or sees what its steps do.
 
     The loop begins when the transformer is first called and ends with the last step's `callback_on_step_end`, which
-    comes right after the scheduler's step: text encoders and decoder are outside, and what an acceleration does in
-    the transformer's calls is inside. Work queued on a GPU is waited for at both ends. A step is full if the last block ran in it, in whatever
-    stream; seeing that hooks a block, so it is left to calls that are not timed.
+    comes right after the scheduler's step: text encoders and decoder are outside, and what an acceleration does in the
+    transformer's calls is inside. Work queued on a GPU is waited for at both ends. A step is full if the last block ran
+    in it, in whatever stream; seeing that hooks a block, so it is left to calls that are not timed.
     """
 
     def __init__(self, pipe: Any) -> None:

@@ -194,7 +194,8 @@ def accelerate(
     A pipeline's runs are judged at their first step: a sampler that adds noise is refused unless the forecasts are
     reuse, and so is other guidance than a predictor was trained under, if it says which. With `check=False` they are
     not, and what is forecast then may be far off. Calls of a denoiser that belong to no run of the pipeline run in
-    full. Another cache within the denoiser, such as diffusers' `enable_cache`, acts in full steps, and counts only them.
+    full. Another cache within the denoiser, such as diffusers' `enable_cache`, acts in full steps, and counts only
+    them.
 
     Raises: ValueError if the schedule, the grid or the tap is missing or does not fit, if there is no such history, or
         if a denoiser is accelerated already; LookupError if no predictor is shipped for the pipeline. The pipeline's
