@@ -1,18 +1,20 @@
 """Measure what skipped steps cost, and how much of the step ratio a pipeline gets as speedup.
 
     python benchmarks/overhead.py
+    python benchmarks/overhead.py --taps output --size 256
 
 Runs a FluxPipeline with random weights (FLUX.1's proportions: heads of 128 channels, two single blocks for each double
 one, text embeddings of 4096 channels; about 200 M parameters, 1024 image and 512 text tokens, batch 1) with every step
-full and accelerated by an untrained LESA predictor, which costs what a trained one does. The two take turns; figures
-are medians. Prompt embeddings are given and the autoencoder is small: the whole call is the denoising loop and the
-decoding.
+full and accelerated by an untrained LESA predictor, which costs what a trained one does, at each tap. They take turns;
+figures are medians. What stands in the way of the sampler is in the step as well: the rest of a skipped step less that
+of a step of the pipeline alone. Prompt embeddings are given and the autoencoder is small: the whole call is the
+denoising loop and the decoding.
 """
 
 import argparse
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -22,7 +24,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 import lesa
-from lesa.host.tap import tap_of
+from lesa.host.intercept import intercept
+from lesa.host.tap import PLACES, tap_of
 from lesa.predictors.predictor import Origin, configuration
 from lesa.rows.grid import from_scheduler
 
@@ -57,7 +60,7 @@ def build(heads: int, layers: int, dtype: torch.dtype) -> FluxPipeline:
     return pipe
 
 
-def untrained(pipe: FluxPipeline, tokens: int, steps: int, schedule: str) -> lesa.LESA:
+def untrained(pipe: FluxPipeline, tokens: int, steps: int, schedule: str, tap: str) -> lesa.LESA:
     """A LESA predictor for the grid that the pipeline will walk: K = 4, 8, 8, its history holds its own forecasts."""
     shift = calculate_shift(tokens, base_shift=0.5, max_shift=1.15)
     pipe.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=shift)
@@ -66,7 +69,7 @@ def untrained(pipe: FluxPipeline, tokens: int, steps: int, schedule: str) -> les
         model="random weights",
         transformer=type(transformer).__name__,
         config=configuration(transformer),
-        tap=tap_of(transformer),
+        tap=tap_of(transformer, tap),
         grid=tuple(from_scheduler(pipe.scheduler).tolist()),
         schedule=schedule,
     )
@@ -77,47 +80,55 @@ def untrained(pipe: FluxPipeline, tokens: int, steps: int, schedule: str) -> les
 
 
 class Timing(NamedTuple):
-    """Seconds of one call: of the transformer at each step, of its parts at each step, of the loop, of the whole."""
+    """Seconds of one call: of the transformer at each step, of its parts and of the rest of it, of loop and whole.
+
+    The parts' are by step; a step in which a part is not called has none. The rest of a step is what comes after the
+    transformer: guidance, the sampler, what stands in their way.
+    """
 
     steps: list[float]
-    parts: dict[str, list[float]]
+    parts: dict[str, dict[int, float]]
+    rests: list[float]
     loop: float
     call: float
 
 
-@contextmanager
-def stopwatch(module: torch.nn.Module, laps: list[float]) -> Iterator[None]:
-    """Note the seconds of each call of a module, with the work of hooks that are registered after this."""
-    began: list[float] = []
-    hooks = (
-        module.register_forward_pre_hook(lambda *_: began.append(time.perf_counter())),
-        module.register_forward_hook(lambda *_: laps.append(time.perf_counter() - began.pop())),
-    )
-    yield
-    for hook in hooks:
-        hook.remove()
+def stopwatch(module: torch.nn.Module, note: Callable[[float, float], None]) -> Callable[[], None]:
+    """Note when each call of a module begins and ends, with all that was put around it before this."""
+
+    def timed(go_on: Callable, _module: Any, *args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        output = go_on(*args, **kwargs)
+        note(began, time.perf_counter())
+        return output
+
+    return intercept(module, "__call__", timed)
 
 
 def measure(pipe: FluxPipeline, call: dict[str, Any], predictor: lesa.Predictor | None) -> Timing:
     """Time one call of the pipeline, accelerated if there is a predictor."""
-    steps: list[float] = []
-    parts: dict[str, list[float]] = {name: [] for name in PARTS}
+    steps: list[tuple[float, float]] = []
+    parts: dict[str, dict[int, float]] = {name: {} for name in PARTS}
     ends: list[float] = []
 
     def at_step_end(_pipe: Any, _step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         ends.append(time.perf_counter())
         return tensors
 
+    def noting(laps: dict[int, float]) -> Callable[[float, float], None]:
+        return lambda began, ended: laps.__setitem__(len(steps), ended - began)
+
     with ExitStack() as stack:
-        stack.enter_context(stopwatch(pipe.transformer, steps))
-        for name, laps in parts.items():
-            stack.enter_context(stopwatch(getattr(pipe.transformer, name), laps))
         if predictor is not None:
             stack.enter_context(lesa.accelerate(pipe, predictor))
+        stack.callback(stopwatch(pipe.transformer, lambda *lap: steps.append(lap)))
+        for name, laps in parts.items():
+            stack.callback(stopwatch(getattr(pipe.transformer, name), noting(laps)))
         began = time.perf_counter()
         pipe(**call, callback_on_step_end=at_step_end, generator=torch.Generator().manual_seed(0))
         whole = time.perf_counter() - began
-    return Timing(steps, parts, ends[-1] - ends[0] + steps[0], whole)
+    rests = [end - ended for end, (_, ended) in zip(ends, steps, strict=True)]
+    return Timing([b - a for a, b in steps], parts, rests, ends[-1] - steps[0][0], whole)
 
 
 def prompt(pipe: FluxPipeline, text_tokens: int) -> dict[str, torch.Tensor]:
@@ -131,18 +142,24 @@ def prompt(pipe: FluxPipeline, text_tokens: int) -> dict[str, torch.Tensor]:
 
 
 def report(schedule: lesa.Schedule, plain: list[Timing], fast: list[Timing], out_of: int) -> None:
-    """Print what one dtype's runs say."""
+    """Print what the runs of one dtype at one tap say."""
     full = set(schedule.full_steps(out_of))
     skipped = [step for step in range(out_of) if step not in full]
     full_step = median(lap for timing in plain for lap in timing.steps)
-    skipped_step = median(timing.steps[step] for timing in fast for step in skipped)
     ratio = out_of / len(full)
+    inside = {"the call": median(timing.steps[step] for timing in fast for step in skipped)}
+    for name in PARTS:
+        laps = [timing.parts[name][step] for timing in fast for step in skipped if step in timing.parts[name]]
+        if laps:
+            inside[name] = median(laps)
+    rests = median(lap for timing in plain for lap in timing.rests[1:])
+    seam = median(timing.rests[step] for timing in fast for step in skipped) - rests
+    skipped_step = inside.pop("the call") + max(seam, 0.0)
+    inside |= {"sampler seam": seam, "forecast and rest": skipped_step - max(seam, 0.0) - sum(inside.values())}
     print(f"  full step     {1e3 * full_step:9.1f} ms")
-    print(f"  skipped step  {1e3 * skipped_step:9.1f} ms   {skipped_step / full_step:.2%} of a full step")
-    inside = {name: median(timing.parts[name][step] for timing in fast for step in skipped) for name in PARTS}
-    inside["forecast and rest"] = skipped_step - sum(inside.values())
+    print(f"  skipped step  {1e3 * skipped_step:9.3f} ms   {skipped_step / full_step:.3%} of a full step")
     for name, seconds in inside.items():
-        print(f"    {name:<18} {1e3 * seconds:9.2f} ms   {seconds / full_step:.2%}")
+        print(f"    {name:<18} {1e3 * seconds:9.3f} ms   {seconds / full_step:.3%}")
     for what in ("loop", "call"):
         before, after = (median(getattr(timing, what) for timing in timings) for timings in (plain, fast))
         share = f", {before / after / ratio:.3f} of the step ratio {ratio:.2f}"
@@ -159,25 +176,29 @@ def main() -> None:
     parser.add_argument("--schedule", default="paper:7")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--taps", nargs="+", default=["feature", "output"], choices=PLACES)
     options = parser.parse_args()
 
     tokens = (options.size // 16) ** 2
     for dtype in options.dtypes:
         pipe = build(options.heads, options.layers, getattr(torch, dtype))
-        predictor = untrained(pipe, tokens, options.steps, options.schedule)
+        predictors = {tap: untrained(pipe, tokens, options.steps, options.schedule, tap) for tap in options.taps}
         call = dict(height=options.size, width=options.size, **prompt(pipe, options.text_tokens))
         pipe(**call, num_inference_steps=1)  # warm-up
-        plain, fast = [], []
+        call["num_inference_steps"] = options.steps
+        timings: dict[str | None, list[Timing]] = {tap: [] for tap in (None, *options.taps)}
         for _ in range(options.repeats):
-            plain.append(measure(pipe, call | {"num_inference_steps": options.steps}, None))
-            fast.append(measure(pipe, call | {"num_inference_steps": options.steps}, predictor))
+            for tap, some in timings.items():
+                some.append(measure(pipe, call, predictors.get(tap)))
         millions = sum(p.numel() for p in pipe.transformer.parameters()) / 1e6
         print(
             f"{dtype}: {millions:.0f} M parameters with random weights, {tokens} image and {options.text_tokens} text "
             f"tokens, batch 1; {options.steps} steps, {options.schedule}; {torch.get_num_threads()} threads; medians "
             f"of {options.repeats} runs each, every step full and accelerated"
         )
-        report(predictor.schedule, plain, fast, options.steps)
+        for tap, predictor in predictors.items():
+            print(f" {tap} tap")
+            report(predictor.schedule, timings[None], timings[tap], options.steps)
 
 
 if __name__ == "__main__":

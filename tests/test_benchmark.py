@@ -403,6 +403,28 @@ def test_a_step_is_full_if_a_block_ran_in_any_of_its_streams(pipe):
     assert watch.full_steps == STEPS
 
 
+@pytest.mark.parametrize("place", ["feature", "output"])
+def test_what_skipped_steps_take_is_counted_at_each_tap(pipe, clock, place):
+    """The plan of a run is made in its first step, before any forward."""
+
+    class Slow(Reuse):
+        def row(self, *about):
+            clock.now += 0.5
+            return super().row(*about)
+
+    with benchmark.forecast("slow", Slow(), EVERY_OTHER, place).switch(pipe):
+        counted, timed = Watch(pipe), Watch(pipe)
+        with counted.counting(), counted.counting_flops(), timed.timing():
+            pipe(
+                PROMPTS[0], callback_on_step_end=lambda *state: counted.on_step_end(*state) | timed.on_step_end(*state)
+            )
+    assert counted.full == [0, 2, 4, 6] and counted.flops > 0
+    steps = timed.step_seconds()
+    assert steps[0] == 3.0 + 4 * 0.5
+    assert steps[1:] == [0.0 if step % 2 and place == "output" else 3.0 for step in range(1, STEPS)]
+    assert timed.seconds == sum(steps)
+
+
 def test_the_machine_is_described():
     described = cost.machine()
     assert described["torch"] == torch.__version__ and described["cores"] >= 1 and described["cpu"]

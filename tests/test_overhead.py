@@ -13,5 +13,8 @@ def test_the_overhead_of_a_small_model_is_printed(monkeypatch, capsys):
     runpy.run_path(str(SCRIPT), run_name="__main__")
     printed = capsys.readouterr().out
     assert "4 image and 4 text tokens, batch 1; 10 steps, paper:4" in printed
-    assert "of the step ratio 2.00" in printed
-    assert all(part in printed for part in ("full step", "skipped step", "context_embedder", "forecast and rest"))
+    assert printed.count("of the step ratio 2.00") == 4, "loop and call, at each tap"
+    feature, output = printed.split(" output tap\n")
+    for part in ("full step", "skipped step", "sampler seam", "forecast and rest"):
+        assert part in feature and part in output
+    assert "context_embedder" in feature and "context_embedder" not in output, "where nothing runs on a skipped step"

@@ -27,12 +27,12 @@ PACKAGES = ("lesa-cache", "torch", "diffusers", "transformers", "numpy", "scikit
 
 
 class Watch:
-    """Looks at one call of a pipeline, by public hooks alone: times its denoising loop, or sees what its steps do.
+    """Looks at one call of a pipeline from the outside: times its denoising loop, or sees what its steps do.
 
     The loop begins when the transformer is first called and ends with the last step's `callback_on_step_end`, which
-    comes right after the scheduler's step: text encoders and decoder are outside, and nothing of the pipeline is
-    patched. Work queued on a GPU is waited for at both ends. A step is full if the last block ran in it, in whatever
-    stream; seeing that hooks a block, so it is left to calls that are not timed.
+    comes right after the scheduler's step: text encoders and decoder are outside, and what an acceleration does in the
+    transformer's calls is inside. Work queued on a GPU is waited for at both ends. A step is full if the last block ran
+    in it, in whatever stream; seeing that hooks a block, so it is left to calls that are not timed.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -50,11 +50,9 @@ class Watch:
     @contextmanager
     def timing(self) -> Iterator[None]:
         """Set `seconds`, and those that `step_seconds` returns, by the call made inside."""
-        hook = self._pipe.transformer.register_forward_pre_hook(self._begin)
-        try:
+        with ExitStack() as undo:  # around an acceleration that is there, whose plan is made before the first forward
+            undo.callback(intercept(self._pipe.transformer, "__call__", self._begin))
             yield
-        finally:
-            hook.remove()
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -124,11 +122,12 @@ class Watch:
             self.latents = tensors["latents"]
         return {}
 
-    def _begin(self, transformer: torch.nn.Module, _inputs: Any) -> None:
+    def _begin(self, go_on: Callable, transformer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self._began is None:
             _wait_for(transformer)
             self._began = time.perf_counter()
             self._marks = [_mark(transformer)]
+        return go_on(*args, **kwargs)
 
     def _see_block(self, _block: torch.nn.Module, _inputs: Any) -> None:
         self._ran = True

@@ -156,8 +156,8 @@ class _Repeated:
         if self._passage is not None:
             self._passage.returned(output)
 
-    def fits(self, _feature: Any, _part: int = 0) -> bool:
-        return True
+    def fits(self, feature: Any, part: int = 0) -> bool:
+        return feature.shape == self._features[part].shape
 
     def forecast(self, part: int = 0) -> Any:
         return self._features[part]

@@ -206,13 +206,15 @@ def accelerate(
     A pipeline's runs are judged at their first step: a sampler that adds noise is refused unless the data prediction is
     forecast, or outputs by reuse, and so is other guidance than a predictor was trained under, if it says which. With
     `check=False` they are not, and what is forecast then may be far off. Calls of a denoiser that belong to no run of
-    the pipeline run in full.
+    the pipeline run in full. Another cache within the denoiser, such as diffusers' `enable_cache`, acts in full steps,
+    and counts only them.
 
     Raises: ValueError if the schedule, the grid or the tap is missing or does not fit, if there is no such history, if
         `of` is none of its values or not for this forecaster, or if a denoiser is accelerated already; LookupError if
         no predictor is shipped for the pipeline. The pipeline's first call raises ValueError, before its first step is
         done, if its grid, schedule, streams or guidance do not fit the predictor, its sampler adds noise, or it does
-        not say what outputs say of the data where that is forecast.
+        not say what outputs say of the data where that is forecast. A skipped step raises RuntimeError if a block runs
+        in it all the same, or an input of it requires a gradient.
     """
     alone = isinstance(pipe, nn.Module)
     if alone != (grid is not None):
