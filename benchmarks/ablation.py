@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 import lesa
-from lesa.bench.benchmark import Method, compare, fewer_steps, forecast
+from lesa.bench.benchmark import compare
+from lesa.bench.methods import Method, fewer_steps, forecast
 from lesa.bench.report import markdown
 from lesa.cli import VALIDATION_SEED
 from lesa.host.head import head

@@ -21,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 import lesa
-from lesa.bench.benchmark import Pair, pair_up
+from lesa.bench.benchmark import pair_up
+from lesa.bench.lines import Pair
 from lesa.bench.report import markdown
 from lesa.cli import TRAINING_SEED
 from lesa.host.runtime import Run

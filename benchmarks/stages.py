@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 import lesa
-from lesa.bench.benchmark import compare, forecast
+from lesa.bench.benchmark import compare
+from lesa.bench.methods import forecast
 from lesa.bench.report import markdown
 from lesa.cli import VALIDATION_SEED
 from lesa.cli import main as command

@@ -16,6 +16,7 @@ from tiny import TRAINED
 
 from lesa import cli
 from lesa.bench import benchmark, records
+from lesa.bench.methods import forecast
 from lesa.cli import main
 from lesa.host import offload, pipelines, tap
 from lesa.learn import outcome
@@ -270,7 +271,7 @@ def test_training_leaves_a_curve_and_what_it_took_and_goes_on_where_it_stopped(m
     before, trained = (out / "model.safetensors").read_bytes(), Predictor.from_pretrained(out)
     stored = sum(path.stat().st_size for path in runs.glob("*.safetensors"))
     assert trained.origin.training["bytes"] == stored > 0 and trained.origin.training["seconds"] > 0
-    assert benchmark.forecast("LESA", trained, trained.schedule).recipe["bytes"] == stored
+    assert forecast("LESA", trained, trained.schedule).recipe["bytes"] == stored
     capsys.readouterr()
     assert train(model, runs, out) in TRAINED
     assert (out / "model.safetensors").read_bytes() == before
