@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 import lesa
-from lesa import cli
 from lesa.host import offload
 from lesa.host.head import head
-from lesa.host.offload import OFFLOADS, place
+from lesa.host.offload import place
 from lesa.host.tap import tap_of
 from lesa.learn.collect import fingerprint, record
 
@@ -79,7 +78,3 @@ def test_other_ways_are_refused(tiny_flux):
         place(tiny_flux, "cpu", "disk")
     with pytest.raises(ValueError, match="another device than the CPU"):
         place(tiny_flux, "cpu", "sequential")
-
-
-def test_the_commands_know_all_ways():
-    assert cli.OFFLOADS == OFFLOADS
