@@ -60,7 +60,7 @@ class Reruns:
     def forget(self) -> None:
         """Remove the runs."""
         files = [path for folder, seeds in self._used.items() for path in kept_paths(folder, seeds)]
-        disk.remove(files, self.folder)
+        disk.remove(files, self.folder.parent)
 
     def _record(self, like: Trajectory, prompts: Sequence[str], seeds: Sequence[int], name: str) -> list[Trajectory]:
         self._used[self.folder / name] = seeds
