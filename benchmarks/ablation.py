@@ -22,12 +22,13 @@ import torch
 from torch import nn
 
 import lesa
-from lesa.bench.benchmark import Method, compare, fewer_steps, forecast
+from lesa.bench.benchmark import compare
+from lesa.bench.methods import Method, fewer_steps, forecast
 from lesa.bench.report import markdown
-from lesa.cli import VALIDATION_SEED
 from lesa.host.head import head
 from lesa.host.tap import tap_of
 from lesa.learn.collect import read_prompts, record
+from lesa.learn.collecting import VALIDATION_SEED
 from lesa.learn.metrics import interval
 from lesa.learn.training import Config, Lesson, train
 from lesa.learn.trajectory import Store, Trajectory

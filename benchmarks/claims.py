@@ -20,7 +20,8 @@ import argparse
 from collections.abc import Iterator, Sequence
 
 from lesa.bench import records
-from lesa.bench.records import DRIFT, Comparison, Result
+from lesa.bench.lines import DRIFT
+from lesa.bench.records import Comparison, Result
 from lesa.bench.report import markdown
 from lesa.learn.metrics import Interval
 

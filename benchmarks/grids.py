@@ -24,10 +24,11 @@ import torch
 from tqdm import tqdm
 
 import lesa
-from lesa.bench.benchmark import Pair, batches, pair_up
+from lesa.bench.benchmark import batches, pair_up
+from lesa.bench.lines import Pair
 from lesa.bench.report import markdown
-from lesa.cli import TRAINING_SEED
 from lesa.learn.collect import read_prompts, record
+from lesa.learn.collecting import TRAINING_SEED
 from lesa.learn.metrics import drift, interval, paired_interval, psnr
 from lesa.learn.planning import PLANNED_ON, Planner
 from lesa.learn.trajectory import draw_tokens

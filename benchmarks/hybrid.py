@@ -21,11 +21,12 @@ import torch
 from tqdm import tqdm
 
 import lesa
-from lesa.bench.benchmark import Pair, pair_up
+from lesa.bench.benchmark import pair_up
+from lesa.bench.lines import Pair
 from lesa.bench.report import markdown
-from lesa.cli import TRAINING_SEED
 from lesa.host.runtime import Run
 from lesa.learn.collect import read_prompts, record
+from lesa.learn.collecting import TRAINING_SEED
 from lesa.learn.metrics import drift, interval, psnr
 from lesa.learn.planning import Planner, detours
 from lesa.learn.trajectory import draw_tokens

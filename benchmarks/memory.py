@@ -20,7 +20,9 @@ import torch
 from tqdm import tqdm
 
 import lesa
-from lesa.bench.benchmark import REFERENCE, Method, Pair, batches, draw, label, pair_up
+from lesa.bench.benchmark import batches, draw, pair_up
+from lesa.bench.lines import Pair
+from lesa.bench.methods import REFERENCE, Method, label
 from lesa.host.tap import PLACES, place_of, tap_of
 from lesa.learn.collect import read_prompts
 from lesa.learn.metrics import interval, paired_interval, psnr

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 import lesa
-from lesa.bench.benchmark import compare, forecast
+from lesa.bench.benchmark import compare
+from lesa.bench.methods import forecast
 from lesa.bench.report import markdown
-from lesa.cli import VALIDATION_SEED
 from lesa.cli import main as command
 from lesa.learn.collect import read_prompts, record
+from lesa.learn.collecting import VALIDATION_SEED
 from lesa.learn.metrics import interval
 from lesa.learn.outcome import GAINED_NOTHING
 from lesa.learn.training import drift

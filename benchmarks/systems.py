@@ -58,7 +58,7 @@ def rows(comparison: Comparison) -> Iterator[list[str]]:
     for full_steps in budgets:
         for line, lesa in chosen(results, full_steps):
             cost = comparison.costs.get((line.method, line.schedule))
-            gain = comparison.difference((lesa.method, lesa.rows.schedule), (line.method, line.schedule))
+            gain = comparison.difference((lesa.method, lesa.schedule), (line.method, line.schedule))
             yield [
                 *(name, str(full_steps), line.method, line.schedule),
                 f"{line.psnr:.2f} [{line.psnr_low:.2f}, {line.psnr_high:.2f}]",

@@ -27,7 +27,9 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 import lesa
-from lesa.bench.benchmark import REFERENCE, Method, Pair, batches, draw, forecast, pair_up, untrained
+from lesa.bench.benchmark import batches, draw, pair_up
+from lesa.bench.lines import Pair
+from lesa.bench.methods import REFERENCE, Method, forecast, untrained
 from lesa.bench.report import markdown
 from lesa.emoji import Atlas, parse
 from lesa.learn.collect import read_prompts

@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from lesa.bench import benchmark, cost, records
-from lesa.bench.benchmark import BOUND, REFERENCE, Method
+from lesa.bench.bound import add_bounds, bound_error, decode
 from lesa.bench.cost import Watch
-from lesa.bench.records import Comparison, Log, Pair, Record, Result, Time
+from lesa.bench.lines import Pair, Record, Time
+from lesa.bench.methods import BOUND, REFERENCE, Method, fewer_steps, forecast, label, line_up, line_up_planned, rebuild
+from lesa.bench.records import Comparison, Log, Result
 from lesa.emoji import COMPOSITIONS, Atlas, caption
 from lesa.host.pipelines import with_call
 from lesa.learn import metrics
@@ -32,8 +34,8 @@ PROMPTS = ["small red apple on white, left", "large blue fish on grey, right", "
 SEEDS = [0, 1, 5]
 STEPS = 8
 EVERY_OTHER = Schedule.every(2)
-REUSE = benchmark.forecast("reuse", Reuse(), EVERY_OTHER)
-FEWER = benchmark.fewer_steps(4)
+REUSE = forecast("reuse", Reuse(), EVERY_OTHER)
+FEWER = fewer_steps(4)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def comparison(pipe) -> Comparison:
     def recognise(prompts, pictures):
         return ["red" in prompt for prompt in prompts]
 
-    unchanged = benchmark.forecast("nothing skipped", Taylor(1), Schedule.every(1))
+    unchanged = forecast("nothing skipped", Taylor(1), Schedule.every(1))
     methods = [FEWER, REUSE, unchanged]
     return benchmark.compare(pipe, methods, PROMPTS, SEEDS, batch_size=2, timed=3, shown=2, recognise=recognise)
 
@@ -192,7 +194,7 @@ def test_a_comparison_goes_on_where_it_was_killed(pipe, comparison, tmp_path, mo
 def test_a_method_is_not_measured_under_the_name_of_another(pipe, comparison):
     log = Log()
     log.comparison = copy.deepcopy(comparison)
-    other = benchmark.forecast("reuse", Taylor(1), EVERY_OTHER)
+    other = forecast("reuse", Taylor(1), EVERY_OTHER)
     with pytest.raises(ValueError, match=r"reuse on every:2 was measured as .*Reuse\(\).*, got .*Taylor"):
         benchmark.compare(pipe, [other], PROMPTS, SEEDS, log=log)
 
@@ -211,7 +213,7 @@ def test_only_what_may_fail_does_not_stop_the_others(pipe):
 
 def test_errors_of_the_feature_are_those_of_recorded_runs(pipe, comparison):
     [exact] = record(pipe, PROMPTS[:1], SEEDS[:1], torch.arange)
-    with benchmark.forecast("", Reuse(), EVERY_OTHER).switch(pipe):
+    with forecast("", Reuse(), EVERY_OTHER).switch(pipe):
         [reused] = record(pipe, PROMPTS[:1], SEEDS[:1], torch.arange)
     pairs = zip(reused.features["cond"], exact.features["cond"], strict=True)
     expected = [relative_error(*pair) for pair in pairs]
@@ -235,19 +237,19 @@ def test_cost_is_measured_of_each_method(comparison):
 
 def test_a_method_is_made_again_of_what_records_say(pipe, comparison):
     for method in (REFERENCE, FEWER, REUSE):
-        made = benchmark.rebuild(comparison.entry(method.key))
+        made = rebuild(comparison.entry(method.key))
         assert (made.key, made.call, made.entry()) == (method.key, method.call, method.entry())
     predictor = trained(L2P, "every:2", {})
-    ours = benchmark.forecast("L2P", predictor, EVERY_OTHER)
-    assert benchmark.rebuild(ours.entry(), [trained(L2P, "every:3", {}), predictor]).entry() == ours.entry()
+    ours = forecast("L2P", predictor, EVERY_OTHER)
+    assert rebuild(ours.entry(), [trained(L2P, "every:3", {}), predictor]).entry() == ours.entry()
     with pytest.raises(LookupError, match="which is not at hand"):
-        benchmark.rebuild(ours.entry(), [trained(L2P, "every:3", {})])
+        rebuild(ours.entry(), [trained(L2P, "every:3", {})])
 
 
 def test_a_record_can_be_reproduced(pipe, comparison):
     setting = {"pairs": list(zip(PROMPTS, SEEDS, strict=True)), "batch_size": 2}
     then = comparison.records[REUSE.key][1]
-    again = benchmark.reproduce(pipe, benchmark.rebuild(comparison.entry(REUSE.key)), then, setting)
+    again = benchmark.reproduce(pipe, rebuild(comparison.entry(REUSE.key)), then, setting)
     assert again == replace(then, prompted=None)
     with pytest.raises(ValueError, match="one of the run's pairs"):
         benchmark.reproduce(pipe, REUSE, replace(then, seed=77), setting)
@@ -269,13 +271,13 @@ def trained(kind, schedule: str, training: dict, **options) -> Predictor:
     ],
 )
 def test_predictors_are_named_by_what_sets_them_apart(kind, training, options, name):
-    assert benchmark.label(trained(kind, "paper:4", training, **options)) == name
+    assert label(trained(kind, "paper:4", training, **options)) == name
 
 
 def test_the_line_up_has_every_method_on_every_schedule_and_fewer_steps_once():
     schedules = [Schedule.paper(4), Schedule.at([0, 2, 4, 6, 7])]
     predictors = [trained(L2P, "paper:4", {}), trained(L2P, "every:3", {})]
-    methods = [method.key for method in benchmark.line_up(STEPS, schedules, predictors, reuse=True)]
+    methods = [method.key for method in line_up(STEPS, schedules, predictors, reuse=True)]
     names = ["reuse", "Taylor-1 (our tap)", "Taylor-2 (our tap)"]
     ours = [*((name, "paper:4") for name in names), ("L2P", "paper:4"), *((name, "at:0,2,4,6,7") for name in names)]
     assert methods == [("fewer steps", "5 steps"), *ours]
@@ -290,10 +292,10 @@ def test_only_what_is_named_is_planned_for():
         return Schedule.at(range(budget))
 
     grid = torch.linspace(1, 0, STEPS + 1)
-    everything = benchmark.line_up_planned([2, 3], grid, plan)
+    everything = line_up_planned([2, 3], grid, plan)
     assert len(everything) == len(planned) + 2 == 14
     del planned[:]
-    few = benchmark.line_up_planned([2, 3], grid, plan, only=["Taylor-2 (our tap)"])
+    few = line_up_planned([2, 3], grid, plan, only=["Taylor-2 (our tap)"])
     assert planned == [("Taylor(order=2)", 2), ("Taylor(order=2)", 3)]
     assert [method.name for method in few] == ["fewer steps", "Taylor-2 (our tap)"] * 2
 
@@ -307,14 +309,14 @@ def test_what_needs_no_training_is_measured_wherever_a_predictor_taps():
         places.append(place)
         return Schedule.at(range(budget))
 
-    lined_up = benchmark.line_up_planned([3, 2], grid, plan, [ours])
+    lined_up = line_up_planned([3, 2], grid, plan, [ours])
     names = [method.name for method in lined_up]
     assert names.count("Lagrange-3 (output tap)") == names.count("reuse (output tap)") == 1  # at 3 full steps alone
     assert names.count("Lagrange-3") == 2 and places == ["feature"] * 6 + ["output"] * 6 + ["feature"] * 6
-    on_schedule = benchmark.line_up(STEPS, [ours.schedule, EVERY_OTHER], [ours])
+    on_schedule = line_up(STEPS, [ours.schedule, EVERY_OTHER], [ours])
     assert [method.name for method in on_schedule].count("Taylor-2 (output tap)") == 1
     for method in (one for one in [*lined_up, *on_schedule] if "Taylor" in one.name):
-        assert benchmark.rebuild(method.entry()).entry() == method.entry()
+        assert rebuild(method.entry()).entry() == method.entry()
         assert method.recipe.get("tap") == ("output" if "output" in method.name else None)
 
 
@@ -438,7 +440,7 @@ def test_the_bound_is_what_lies_outside_the_full_outputs():
     grid = torch.tensor([1.0, 0.6, 0.5, 0.0])
     outputs = torch.tensor([[1.0, 0.0], [2.0, 4.0], [5.0, 6.0]]).view(1, 3, 1, 2)
     # skipped: -0.1 (2, 4) - 0.5 (5, 6) = (-2.7, -3.4), of which (1, 0) gives the first number
-    error = benchmark.bound_error(outputs, grid, [0])
+    error = bound_error(outputs, grid, [0])
     torch.testing.assert_close(error, torch.tensor([[[0.0, 3.4]]], dtype=torch.float64), atol=1e-6, rtol=0)
 
 
@@ -446,7 +448,7 @@ def test_the_bound_is_zero_where_skipped_outputs_are_shared_mixtures_of_full_one
     random = torch.Generator().manual_seed(0)
     full = torch.randn(3, 2, 5, 4, generator=random, dtype=torch.float64)
     outputs = torch.stack([full[:, 0], 0.3 * full[:, 0] + 2 * full[:, 1], full[:, 1], -full[:, 0]], dim=1)
-    error = benchmark.bound_error(outputs, torch.tensor([1.0, 0.8, 0.4, 0.3, 0.0]), [0, 2])
+    error = bound_error(outputs, torch.tensor([1.0, 0.8, 0.4, 0.3, 0.0]), [0, 2])
     assert error.abs().max() < 1e-12 and error.shape == (3, 5, 4)
 
 
@@ -458,14 +460,14 @@ def test_no_plan_on_recorded_outputs_beats_the_bound(forecaster):
     made = plan.compile(forecaster, grid, Schedule.paper(4))
     forecasts = torch.einsum("sk,pknc->psnc", made.unroll()[:, :-1], outputs)
     error = torch.einsum("s,psnc->pnc", grid.diff(), forecasts - outputs)
-    assert benchmark.bound_error(outputs, grid, made.full).norm() < error.norm()
+    assert bound_error(outputs, grid, made.full).norm() < error.norm()
 
 
 def test_final_latents_decode_to_the_picture_of_their_run(pipe):
     pairs = benchmark.pair_up(PROMPTS[:2], SEEDS[:2])
     pictures, _ = benchmark.draw(pipe, REFERENCE, pairs)
     latents = torch.stack([run.latents[-1] for run in record(pipe, PROMPTS[:2], SEEDS[:2], torch.arange)])
-    for decoded, picture in zip(benchmark.decode(pipe, pairs, latents), pictures, strict=True):
+    for decoded, picture in zip(decode(pipe, pairs, latents), pictures, strict=True):
         assert np.array_equal(decoded, picture)
 
 
@@ -473,7 +475,7 @@ def test_bounds_join_a_comparison(pipe, comparison):
     log = Log()
     log.comparison = mine = copy.deepcopy(comparison)
     schedules = [EVERY_OTHER, Schedule.every(1)]
-    benchmark.add_bounds(log, pipe, PROMPTS, SEEDS, schedules, batch_size=2)
+    add_bounds(log, pipe, PROMPTS, SEEDS, schedules, batch_size=2)
     some, none = [result for result in mine.results() if result.method == BOUND]
     assert (some.full_steps, none.full_steps) == (4, 8)
     assert none.scores["drift"] < some.scores["drift"] < result_of(mine, "reuse").scores["drift"]

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from lesa.bench import records
-from lesa.bench.records import REFERENCE, Record, Start
+from lesa.bench.lines import Record, Start
+from lesa.bench.records import REFERENCE
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "claims.py"
 PAIRS = [["a red apple", 0], ["a blue fish", 1]]

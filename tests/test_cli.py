@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from tiny import TRAINED
 
-from lesa import cli
 from lesa.bench import benchmark, records
-from lesa.cli import main
-from lesa.host import offload, pipelines, tap
+from lesa.bench.methods import forecast
+from lesa.cli import learn, main
+from lesa.cli.options import read_schedules, read_seeds
+from lesa.host import pipelines
 from lesa.learn import outcome
 from lesa.predictors.predictor import L2P, Predictor
 from lesa.rows.schedule import Schedule
@@ -270,7 +271,7 @@ def test_training_leaves_a_curve_and_what_it_took_and_goes_on_where_it_stopped(m
     before, trained = (out / "model.safetensors").read_bytes(), Predictor.from_pretrained(out)
     stored = sum(path.stat().st_size for path in runs.glob("*.safetensors"))
     assert trained.origin.training["bytes"] == stored > 0 and trained.origin.training["seconds"] > 0
-    assert benchmark.forecast("LESA", trained, trained.schedule).recipe["bytes"] == stored
+    assert forecast("LESA", trained, trained.schedule).recipe["bytes"] == stored
     capsys.readouterr()
     assert train(model, runs, out) in TRAINED
     assert (out / "model.safetensors").read_bytes() == before
@@ -392,7 +393,7 @@ def test_a_stop_is_no_error(monkeypatch, capsys):
     def stopped(_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_plan", stopped)
+    monkeypatch.setattr(learn, "plan", stopped)
     assert main(["plan", "anything"]) == 130
     assert capsys.readouterr().err == "lesa: stopped\n"
 
@@ -407,16 +408,16 @@ def test_without_a_command_there_is_help(capsys):
 
 @pytest.mark.parametrize(("text", "seeds"), [("0", [0]), ("2:5", [2, 3, 4]), ("7,1", [7, 1])])
 def test_seeds_are_read(text, seeds):
-    assert cli._seeds(text) == seeds
-
-
-def test_the_commands_know_all_taps():
-    assert cli.PLACES == tap.PLACES and cli.OFFLOADS == offload.OFFLOADS
+    assert read_seeds(text) == seeds
 
 
 def test_schedules_may_hold_commas():
-    assert [str(one) for one in cli._schedules("paper:7,at:0,3,9,ratio:5")] == ["paper:7", "at:0,3,9", "ratio:5"]
-    assert cli._schedules("") == []
+    assert [str(one) for one in read_schedules("paper:7,at:0,3,9,ratio:5")] == [
+        "paper:7",
+        "at:0,3,9",
+        "ratio:5",
+    ]
+    assert read_schedules("") == []
 
 
 def test_plan_prints_a_schedule_for_each_budget(model, runs, capsys):

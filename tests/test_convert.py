@@ -359,6 +359,6 @@ def test_a_grid_is_steps_times_or_a_file(tmp_path, capsys):
 
 
 def test_the_models_of_the_command_are_known():
-    from lesa.cli import CONVERTED
+    from lesa.cli.facts import CONVERTED
 
     assert set(CONVERTED.values()) == {model.name for model in MODELS}

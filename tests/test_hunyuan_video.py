@@ -11,8 +11,10 @@ from tiny import TRAINED, build_hunyuan_pipeline, build_hunyuan_transformer
 from torch import Tensor
 
 from lesa.bench import records
-from lesa.bench.benchmark import REFERENCE, Pair, decode, label
 from lesa.bench.benchmark import draw as draw_pairs
+from lesa.bench.bound import decode
+from lesa.bench.lines import Pair
+from lesa.bench.methods import REFERENCE, label
 from lesa.cli import main
 from lesa.host.head import from_tokens, head, to_tokens
 from lesa.host.pipelines import with_call

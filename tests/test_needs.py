@@ -11,15 +11,15 @@ import pytest
 from PIL import Image
 from test_package import CORE, PROJECT, distributions
 
-from lesa import cli
 from lesa.bench import benchmark, scores
-from lesa.cli import main
+from lesa.cli import learn, main
 from lesa.host import needs, pipelines
 from lesa.host.offload import place
 from lesa.host.pipelines import save_picture
 from lesa.learn import collect
 
 EXTRAS = PROJECT["optional-dependencies"]
+CALL = dict(height=32, width=32, num_inference_steps=6, max_sequence_length=16)
 BENCH = "(pip install 'lesa-cache[bench]')"
 
 
@@ -134,13 +134,9 @@ def test_a_training_without_matplotlib_says_that_it_draws_no_plot(model, tmp_pat
 
 
 def test_a_training_without_matplotlib_ends_well(tiny_flux, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_pipeline", lambda options: pipelines.with_call(tiny_flux, call(options)))
+    monkeypatch.setattr(learn, "loaded", lambda _: pipelines.with_call(tiny_flux, CALL))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red apple\na blue fish\n")
-
-    def call(options) -> dict:
-        options.steps = 6
-        return dict(height=32, width=32, num_inference_steps=6, max_sequence_length=16)
 
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 import lesa
-from lesa import cli
 from lesa.host import offload
 from lesa.host.head import head
-from lesa.host.offload import OFFLOADS, place
+from lesa.host.offload import place
 from lesa.host.tap import tap_of
 from lesa.learn.collect import fingerprint, record
 
@@ -93,7 +92,3 @@ def test_an_older_diffusers_groups_layers_for_an_accelerator_alone(tiny_flux, mo
         monkeypatch.setattr(diffusers, "__version__", version)
         monkeypatch.setattr(torch.accelerator, "is_available", lambda found=found: found)
         assert offload.groups_layers()
-
-
-def test_the_commands_know_all_ways():
-    assert cli.OFFLOADS == OFFLOADS

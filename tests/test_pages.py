@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import lesa
-from lesa import cli
+from lesa.cli.parser import parser
 from lesa.predictors.predictor import SHIPPED_FOLDER
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ def commands(page: Path) -> list[list[str]]:
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name)
 def test_commands_of_a_page_are_commands(page):
     for words in commands(page):
-        assert callable(cli._parser().parse_args(words).command)
+        assert callable(parser().parse_args(words).command)
 
 
 @pytest.mark.parametrize("page", OF_REAL_MODELS, ids=name)

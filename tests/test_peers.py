@@ -11,8 +11,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from lesa.bench import benchmark, peers
-from lesa.bench.benchmark import REFERENCE, Pair
 from lesa.bench.cost import Watch
+from lesa.bench.lines import Pair
+from lesa.bench.methods import REFERENCE, fewer_steps, more_steps
 from lesa.host.pipelines import with_call
 
 PROMPT = "small red apple on white, left"
@@ -140,8 +141,8 @@ def test_parts_of_steps_count_as_full_steps_that_cost_the_same(pipe):
 
 
 def test_psnr_is_measured_against_more_steps_too(pipe):
-    fine = benchmark.more_steps(12)
-    compared = benchmark.compare(pipe, [benchmark.fewer_steps(4)], [PROMPT], [0], timed=0, fine=fine)
+    fine = more_steps(12)
+    compared = benchmark.compare(pipe, [fewer_steps(4)], [PROMPT], [0], timed=0, fine=fine)
     against = {key: records[0].scores["PSNR to 12 steps"] for key, records in compared.records.items()}
     assert against[fine.key] == 60.0
     assert against[REFERENCE.key] == compared.records[fine.key][0].psnr

@@ -14,6 +14,7 @@ from torch.distributed import HashStore
 
 from lesa.bench import records
 from lesa.cli import main
+from lesa.host.loading import own_device
 from lesa.learn import ranks
 from lesa.learn.ranks import Ranks
 
@@ -57,9 +58,9 @@ def test_ranks_are_read_from_the_environment(monkeypatch):
 
 def test_each_process_of_a_machine_has_its_gpu(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert ranks.device("cuda") == "cuda"
+    assert own_device("cuda") == "cuda"
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert (ranks.device("cuda"), ranks.device("cuda:3"), ranks.device("cpu")) == ("cuda:1", "cuda:3", "cpu")
+    assert (own_device("cuda"), own_device("cuda:3"), own_device("cpu")) == ("cuda:1", "cuda:3", "cpu")
 
 
 def test_all_wait_for_the_last_and_nothing_takes_them_for_a_group():

@@ -13,7 +13,7 @@ from lesa.host.tap import tap_of
 from lesa.learn.calls import label
 from lesa.learn.collect import collect, record, rerun
 from lesa.learn.planning import Planner
-from lesa.learn.rounds import origin_of, recording
+from lesa.learn.recording import origin_of, recording
 from lesa.learn.training import Config, Lesson, drift, train
 from lesa.learn.trajectory import Store, Trajectory
 from lesa.predictors.predictor import L2P

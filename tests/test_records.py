@@ -8,7 +8,8 @@ import pytest
 from filelock import FileLock
 
 from lesa.bench import records
-from lesa.bench.records import REFERENCE, Comparison, Cost, Failure, Pair, Record, Start, Time
+from lesa.bench.lines import Cost, Failure, Pair, Record, Start, Time
+from lesa.bench.records import REFERENCE, Comparison
 
 PAIRS = [Pair("a red apple", 0), Pair("ein grüner Apfel", 1), Pair("a blue fish", 2)]
 SETTING = {"model": "tiny", "weights": "abc", "call": {"height": 32}, "batch_size": 2, "pairs": PAIRS}

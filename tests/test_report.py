@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from lesa.bench import plots, report
-from lesa.bench.records import DIFFERING, REFERENCE, Comparison, Cost, Failure, Pair, Record, Start, Time
+from lesa.bench.lines import DIFFERING, Cost, Failure, Pair, Record, Start, Time
+from lesa.bench.records import REFERENCE, Comparison
 from lesa.learn.training import Curve
 from lesa.rows.forecasters import PlannedRow
 from lesa.rows.plan import Plan

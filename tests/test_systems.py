@@ -3,7 +3,8 @@ import sys
 from pathlib import Path
 
 from lesa.bench import records
-from lesa.bench.records import REFERENCE, Cost, Record, Start
+from lesa.bench.lines import Cost, Record, Start
+from lesa.bench.records import REFERENCE
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "systems.py"
 PAIRS = [["a red apple", 0], ["a blue fish", 1]]

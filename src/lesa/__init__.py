@@ -5,8 +5,14 @@ with lesa.accelerate(pipe, predictor) as run:
 print(run.summary())
 """
 
+from lesa.bench.compare import CompareOptions, compare
 from lesa.host.pipelines import load
 from lesa.host.runtime import accelerate, disable, enable
+from lesa.learn.calibrate import CalibrateOptions, calibrate
+from lesa.learn.collecting import CollectOptions, collect
+from lesa.learn.options import TrainOptions
+from lesa.learn.plan import PlanOptions, plan
+from lesa.learn.train import train
 from lesa.predictors.predictor import L2P, LESA, Predictor
 from lesa.rows.forecasters import Forecaster, Lagrange, LinearRows, Reuse, Taylor
 from lesa.rows.plan import Plan
@@ -19,18 +25,28 @@ __version__ = "0.1.0"
 __all__ = [
     "L2P",
     "LESA",
+    "CalibrateOptions",
+    "CollectOptions",
+    "CompareOptions",
     "Forecaster",
     "Lagrange",
     "LinearRows",
     "Plan",
+    "PlanOptions",
     "Predictor",
     "Reuse",
     "Row",
     "Schedule",
     "Tap",
     "Taylor",
+    "TrainOptions",
     "accelerate",
+    "calibrate",
+    "collect",
+    "compare",
     "disable",
     "enable",
     "load",
+    "plan",
+    "train",
 ]

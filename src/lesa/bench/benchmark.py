@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,200 +15,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lesa.bench import records as kept
 from lesa.bench.cost import Memory, Watch, flops, machine
-from lesa.bench.records import DRIFT, TRAINING, Comparison, Cost, Failure, Key, Line, Log, Pair, Record, Start, Time
+from lesa.bench.lines import DIFFERING, DRIFT, Cost, Failure, Key, Line, Pair, Record, Start, Time
+from lesa.bench.methods import REFERENCE, Method
+from lesa.bench.records import Comparison, Log
 from lesa.bench.scores import Score
 from lesa.clips import NAMES, Reel
 from lesa.emoji import Atlas
 from lesa.host import needs
-from lesa.host.head import from_tokens
 from lesa.host.pipelines import for_each, pictures_of
-from lesa.host.runtime import Run, accelerate
-from lesa.host.tap import place_of
+from lesa.host.runtime import Run
 from lesa.learn import metrics, ranks
-from lesa.learn.collect import record
 from lesa.learn.ranks import Ranks
-from lesa.predictors.predictor import LESA, ContinuousLESA, Predictor
-from lesa.rows.forecasters import Forecaster, Lagrange, Reuse, Taylor
-from lesa.rows.schedule import Schedule
 
 PAIRS_A_TURN = 2
-FEATURE = "feature"
-"""The usual tap of a class of transformers (see `lesa.accelerate`)."""
 MOTION = "motion"
 """The score of clips besides those that are asked for: `metrics.motion_psnr`, in dB."""
 Recogniser = Callable[[Sequence[str], Sequence[np.ndarray]], list[bool]]
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to run a pipeline.
-
-    `name` and `schedule` name it in tables, `call` holds the arguments of the pipeline's call that it changes, and
-    `switch` turns it on for a pipeline and off again. What makes a picture in fewer full steps can be one. `recipe` is
-    what it is made of, as JSON: records keep it, `rebuild` reads it. If it is `optional`, it may fail: its error is
-    listed, and the others go on. If it is `partial`, it may skip parts of a step, and its full steps are a share of
-    FLOPs; if it goes `alone`, what it does depends on the whole batch, and each pair is drawn in a call of its own.
-    """
-
-    name: str
-    schedule: str
-    call: Mapping[str, Any] = field(default_factory=dict)
-    switch: Callable[[Any], AbstractContextManager[Any]] = nullcontext
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    optional: bool = False
-    partial: bool = False
-    alone: bool = False
-
-    @property
-    def key(self) -> Key:
-        """What tells it from other methods."""
-        return self.name, self.schedule
-
-    def entry(self) -> dict[str, Any]:
-        """Return what records say of it."""
-        entry = {"name": self.name, "schedule": self.schedule, "call": dict(self.call), "recipe": dict(self.recipe)}
-        return json.loads(json.dumps(entry))
-
-
-REFERENCE = Method(*kept.REFERENCE)
-"""The run that all others are measured against."""
-
-
-BOUND = "bound (output tap)"
-"""No method: `bound_error` as pictures. Forecasts of what enters the final norm can be above it."""
-
-
-def fewer_steps(steps: int) -> Method:
-    """The same sampler with fewer steps, all of them full."""
-    return Method("fewer steps", f"{steps} steps", call={"num_inference_steps": steps}, recipe={"steps": steps})
-
-
-def forecast(name: str, forecaster: Forecaster, schedule: Schedule, place: str = FEATURE) -> Method:
-    """The pipeline accelerated by a forecaster on a schedule; a predictor taps where it was trained, others here."""
-    recipe: dict[str, Any] = {"forecaster": repr(forecaster), **({"tap": place} if place != FEATURE else {})}
-    tap = None if isinstance(forecaster, Predictor) else place
-    if isinstance(forecaster, Predictor):
-        took = {name: forecaster.origin.training[name] for name in TRAINING if name in forecaster.origin.training}
-        recipe = {"predictor": forecaster.digest(), **took}
-    return Method(
-        name,
-        str(schedule),
-        switch=lambda pipe: accelerate(pipe, forecaster, schedule=schedule, tap=tap),
-        recipe=recipe,
-    )
-
-
-def rebuild(entry: Mapping[str, Any], predictors: Sequence[Predictor] = ()) -> Method:
-    """Make a method again from what records say of it; a trained one from the predictors given.
-
-    Raises: LookupError if it is made of something else, or of a predictor that is not given.
-    """
-    recipe, schedule = entry["recipe"], entry["schedule"]
-    if (entry["name"], schedule) == REFERENCE.key:
-        return REFERENCE
-    if "steps" in recipe:
-        return replace(fewer_steps(recipe["steps"]), name=entry["name"])
-    plain = {repr(one): one for one in untrained(reuse=True, lagrange=True).values()}
-    forecaster: Any = plain.get(recipe.get("forecaster"))
-    if "predictor" in recipe:
-        forecaster = next((one for one in predictors if one.digest() == recipe["predictor"]), None)
-    if forecaster is None:
-        raise LookupError(f"{entry['name']} is made of {recipe}, which is not at hand; name the predictor's folder.")
-    return forecast(entry["name"], forecaster, Schedule.parse(schedule), recipe.get("tap", FEATURE))
-
-
-def label(predictor: Predictor) -> str:
-    """Name a predictor in tables: its method, and in brackets what sets it apart from the usual one of its kind."""
-    training, place = predictor.origin.training, _place(predictor)
-    apart = [] if place == FEATURE else [f"{place} tap"]
-    apart += ["with forecasts"] if isinstance(predictor, LESA) and predictor.remembers_forecasts else []
-    apart += ["phase 1"] if training.get("phase") == "ground-truth" else []
-    apart += {"features": ["feature loss"], "steps": ["per step"]}.get(training.get("loss", "latents"), [])
-    return predictor.method.upper() + (f" ({', '.join(apart)})" if apart else "")
-
-
-def _place(predictor: Predictor) -> str:
-    return place_of(predictor.origin.transformer, predictor.origin.tap)
-
-
-def untrained(reuse: bool, lagrange: bool = False, place: str = FEATURE) -> dict[str, Forecaster]:
-    """Return the forecasters that need no training, by their names in tables, for a tap."""
-    plain: dict[str, Forecaster] = {"reuse": Reuse()} if reuse else {}
-    plain |= {f"Taylor-{order} (our tap)": Taylor(order) for order in (1, 2)}
-    plain |= {f"Lagrange-{degree}": Lagrange(degree) for degree in (1, 2, 3)} if lagrange else {}
-    if place == FEATURE:
-        return plain
-    return {f"{name.removesuffix(' (our tap)')} ({place} tap)": forecaster for name, forecaster in plain.items()}
-
-
-def line_up_planned(
-    budgets: Sequence[int],
-    grid: Tensor,
-    plan: Callable[[Forecaster, int, str], Schedule],
-    predictors: Sequence[Predictor] = (),
-    *,
-    reuse: bool = True,
-    only: Collection[str] | None = None,
-) -> list[Method]:
-    """Line up every method on the schedule that is planned for it, budget by budget, or those of these names only.
-
-    `plan` finds the schedule of a forecaster that needs no training, at a tap; a predictor has its own. At each tap of
-    a predictor there are methods without training too.
-    """
-
-    def fits(predictor: Predictor, budget: int) -> bool:
-        bound = not isinstance(predictor, ContinuousLESA)
-        if bound and (predictor.schedule.rule != "at" or len(predictor.grid) != len(grid)):
-            return False
-        return predictor.is_for(budget=budget)
-
-    methods: list[Method] = []
-    for budget in budgets:
-        methods.append(fewer_steps(budget))
-        chosen = [one for one in predictors if fits(one, budget)]
-        for place in _places(chosen):
-            plain = untrained(reuse, lagrange=True, place=place)
-            plain = {name: one for name, one in plain.items() if only is None or name in only}
-            methods += [forecast(name, one, plan(one, budget, place), place) for name, one in plain.items()]
-        methods += [forecast(label(one), one, one.schedule_for(grid, budget)) for one in chosen]
-    return methods
-
-
-def line_up(
-    steps: int, schedules: Sequence[Schedule], predictors: Sequence[Predictor] = (), *, reuse: bool = False
-) -> list[Method]:
-    """Line up the methods for runs of `steps` steps, schedule by schedule: those without training, then predictors.
-
-    Predictors for other schedules, or for runs of other lengths, are left out. At each tap of a predictor there are
-    methods without training too.
-    """
-
-    def fits(predictor: Predictor, schedule: Schedule) -> bool:
-        bound = not isinstance(predictor, ContinuousLESA)
-        return bound and predictor.schedule == schedule and len(predictor.grid) - 1 == steps
-
-    methods: list[Method] = []
-    for schedule in schedules:
-        fewer = fewer_steps(len(schedule.full_steps(steps)))
-        methods += [] if fewer in methods else [fewer]
-        chosen = [one for one in predictors if fits(one, schedule)]
-        for place in _places(chosen):
-            plain = untrained(reuse, place=place)
-            methods += [forecast(name, forecaster, schedule, place) for name, forecaster in plain.items()]
-        methods += [forecast(label(one), one, schedule) for one in chosen]
-    return methods
-
-
-def _places(predictors: Sequence[Predictor]) -> list[str]:
-    """Return the taps of some predictors, the usual one before them."""
-    return list(dict.fromkeys([FEATURE, *map(_place, predictors)]))
-
-
-def more_steps(steps: int) -> Method:
-    """The same sampler with more steps: how much of a method's error is the reference run's own."""
-    return replace(fewer_steps(steps), name="more steps")
 
 
 def recogniser(model: str | Path) -> Recogniser | None:
@@ -380,26 +201,27 @@ def observe(pipe: Any, method: Method, pairs: Sequence[Pair]) -> Drawn:
         return _together([observe(pipe, method, [pair]) for pair in pairs])
     watch = Watch(pipe)
     with method.switch(pipe), watch.counting(), watch.counting_flops(), watch.recording():
-        pictures = _pictures(pipe, pairs, **method.call, callback_on_step_end=watch.on_step_end)
+        drawn = pictures(pipe, pairs, **method.call, callback_on_step_end=watch.on_step_end)
         times = torch.as_tensor(pipe.scheduler.timesteps).tolist()
     full = () if method.partial else tuple(watch.full)
     flops = [watch.flops / len(pairs)] * len(pairs)
     assert watch.latents is not None
-    return Drawn(pictures, watch.latents.cpu(), [full] * len(pairs), watch.features, times, flops)
+    return Drawn(drawn, watch.latents.cpu(), [full] * len(pairs), watch.features, times, flops)
 
 
 def _together(drawn: Sequence[Drawn]) -> Drawn:
     """Put calls of one pair each together, as if they were one call."""
-    pictures, full, flops = ([getattr(one, name)[0] for one in drawn] for name in ("pictures", "full", "flops"))
+    shown, full, flops = ([getattr(one, name)[0] for one in drawn] for name in ("pictures", "full", "flops"))
     features: list[Tensor | None] = []
     for of_step in zip(*(one.features for one in drawn), strict=True):
         passed = [feature for feature in of_step if feature is not None]
         features.append(torch.stack(passed, dim=1).flatten(0, 1) if len(passed) == len(drawn) else None)
     latents = torch.cat([one.latents for one in drawn])
-    return Drawn(pictures, latents, full, features, drawn[0].times, flops)
+    return Drawn(shown, latents, full, features, drawn[0].times, flops)
 
 
-def _pictures(pipe: Any, pairs: Sequence[Pair], **call: Any) -> list[np.ndarray]:
+def pictures(pipe: Any, pairs: Sequence[Pair], **call: Any) -> list[np.ndarray]:
+    """Draw pairs in one call of the pipeline with these arguments: uint8 RGB pictures or clips, as `draw` gives."""
     generators = [torch.Generator().manual_seed(pair.seed) for pair in pairs]
     prompts = [pair.prompt for pair in pairs]
     drawn = pictures_of(pipe(prompt=prompts, generator=generators, output_type="pil", **for_each(prompts, call)))
@@ -423,7 +245,7 @@ def score(
     prompted = recognise(prompts, drawn.pictures) if recognise else [None] * len(pairs)
     others = {name: of(prompts, drawn.pictures, reference.pictures) for name, of in (scores or {}).items()}
     others[DRIFT] = [metrics.drift(*latents) for latents in zip(drawn.latents, reference.latents, strict=True)]
-    others[kept.DIFFERING] = [metrics.differing(*both) for both in zip(drawn.pictures, reference.pictures, strict=True)]
+    others[DIFFERING] = [metrics.differing(*both) for both in zip(drawn.pictures, reference.pictures, strict=True)]
     if drawn.pictures[0].ndim == 4:
         others[MOTION] = [metrics.motion_psnr(*clips) for clips in zip(drawn.pictures, reference.pictures, strict=True)]
     return [
@@ -498,7 +320,7 @@ def _cost(pipe: Any, method: Method, pair: Pair) -> Cost:
         return watch.on_step_end(*state)
 
     def call() -> None:
-        _pictures(pipe, [pair], **method.call, callback_on_step_end=on_step_end)
+        pictures(pipe, [pair], **method.call, callback_on_step_end=on_step_end)
 
     with method.switch(pipe) as run, watch.counting():
         counted, ours = flops(pipe, call), run if isinstance(run, Run) else None
@@ -546,74 +368,5 @@ def _turn(pipe: Any, method: Method, pairs: Sequence[Pair]) -> list[Time]:
 def _time(pipe: Any, method: Method, pair: Pair, watch: Watch) -> tuple[float, float]:
     with watch.timing():
         began = time.perf_counter()
-        _pictures(pipe, [pair], **method.call, callback_on_step_end=watch.on_step_end)
+        pictures(pipe, [pair], **method.call, callback_on_step_end=watch.on_step_end)
         return watch.seconds, time.perf_counter() - began
-
-
-# --- the bound
-
-
-def bound_error(outputs: Tensor, grid: Tensor, full: Sequence[int]) -> Tensor:
-    """Return what the best weights of the full steps' outputs miss of the final latents, (P, n, C).
-
-    The last latents of run p are x_0 + sum_s dt_s v_s with dt_s = t_{s+1} - t_s. The sum's skipped part is replaced by
-    sum over full f of a_f v_f, with weights a that all runs share, found by least squares on these very runs: one
-    number per full step. On these outputs, (P, S, n, C), no plan of this schedule that taps the output comes nearer (in
-    the sum of squares); in a real run the full steps' outputs drift too.
-    """
-    skipped = [step for step in range(len(grid) - 1) if step not in set(full)]
-    dt = grid.diff()[skipped].to(outputs.device, torch.float64)
-    missing = torch.einsum("s,psnc->pnc", dt, outputs[:, skipped].double())
-    basis = outputs[:, list(full)].double().movedim(1, -1)
-    weights = torch.linalg.lstsq(basis.flatten(0, -2), missing.flatten().unsqueeze(1)).solution
-    return (basis @ weights).squeeze(-1) - missing
-
-
-def add_bounds(
-    log: Log,
-    pipe: Any,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    schedules: Sequence[Schedule],
-    *,
-    batch_size: int = 16,
-    recognise: Recogniser | None = None,
-    scores: Mapping[str, Score] | None = None,
-) -> None:
-    """Record the pairs' reference runs at every token and add the bound of each schedule, as pictures, to a log.
-
-    The velocities are taken from the latents, so that guidance is in them. A bound that the log holds is left as it is.
-
-    Raises: ValueError as `pair_up` and `lesa.learn.collect.record` do.
-    """
-    pairs = pair_up(prompts, seeds)
-    lacking = [one for one in schedules if not log.comparison.holds((BOUND, str(one)), pairs)]
-    if not lacking:
-        return
-    cut, kept_latents = batches(pairs, batch_size), []
-    for batch in tqdm(cut, desc="runs for the bound", unit="batch"):
-        runs = record(pipe, [pair.prompt for pair in batch], [pair.seed for pair in batch], torch.arange)
-        kept_latents += [run.latents.float() for run in runs]  # without the features, which are far larger
-        grid = runs[0].grid
-    latents = torch.stack(kept_latents)
-    velocities = latents.diff(dim=1) / grid.diff().float()[:, None, None]
-    for schedule in lacking:
-        full = schedule.full_steps(len(grid) - 1)
-        ends = latents[:, -1] + bound_error(velocities, grid, full).float()
-        for batch, end, exact in zip(cut, ends.split(batch_size), latents[:, -1].split(batch_size), strict=True):
-            drawn, reference = (Drawn(decode(pipe, batch, x), x, [full] * len(batch), [], [], []) for x in (end, exact))
-            log.add(*score((BOUND, str(schedule)), batch, drawn, reference, recognise, scores))
-    log.refresh()
-
-
-def decode(pipe: Any, pairs: Sequence[Pair], latents: Tensor) -> list[np.ndarray]:
-    """Decode final latents as the pipeline does: they are put in the place of its own after the last of two steps.
-
-    A scheduler that stretches its grid to a last time, as Qwen-Image's, divides zero by zero in a run of one step.
-    """
-    latents = latents.to(pipe.device, pipe.transformer.dtype)
-
-    def put(pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"latents": from_tokens(pipe.transformer, latents, tensors["latents"])}
-
-    return _pictures(pipe, pairs, num_inference_steps=2, callback_on_step_end=put)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lesa.bench.benchmark import Method
+from lesa.bench.methods import Method
 from lesa.host import needs, structure
 from lesa.host.clock import Moment, PipelineClock
 from lesa.host.denoiser import attach

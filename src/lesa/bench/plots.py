@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lesa.bench.records import REFERENCE, Comparison, Key, Record, Result
+from lesa.bench.lines import Key, Record
+from lesa.bench.records import REFERENCE, Comparison, Result
 from lesa.host import needs
 from lesa.learn.training import Curve
 from lesa.rows.plan import Plan

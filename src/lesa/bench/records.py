@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from lesa.bench.lines import Cost, Failure, Key, Line, Pair, Record, Start, Time, from_text, to_text
 from lesa.learn import metrics
 from lesa.learn.metrics import Interval
 from lesa.learn.trajectory import write_atomically
@@ -40,131 +41,8 @@ WRITTEN = (REPORT, SHEET, MOVING, *PLOTS, PLANNED, f"{PICTURES}/*/{'[0-9]' * 5}.
 """What a run writes beside its records, as patterns."""
 REFERENCE = ("all full", "every:1")
 """The run that all others are measured against."""
-DRIFT = "drift"
-"""The score of last latents, `metrics.drift`, in dB: it goes on where PSNR ends, at its cap."""
-DIFFERING = "values differ"
-"""The score of pictures, `metrics.differing`: the share of 8-bit values unlike the reference run's, 0 if identical."""
-TRAINING = ("seconds", "bytes")
-"""What a trained method's recipe says its training took: seconds of `lesa train`, with those of the predictor that it
-began with, and bytes of the runs that it read."""
-Key = tuple[str, str]
-"""What tells a method from others: its name and its schedule."""
-
-
-class Pair(NamedTuple):
-    """A prompt and the seed of its noise."""
-
-    prompt: str
-    seed: int
-
-
-# --- what a line can be
-
-
-@dataclass(frozen=True)
-class Start:
-    """A process went to work: where, with which methods (as `Method.entry` gives them), and which scores it lacks."""
-
-    machine: Mapping[str, Any]
-    methods: tuple[Mapping[str, Any], ...]
-    lacking: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Record:
-    """What one picture of a method is worth, measured against the reference run's.
-
-    `prompted`: does it still show what the prompt names (None: not asked). `full` are the full steps of the run;
-    `scores` its drift and what else was asked for, by its name in tables; `feature_error` the relative error of what
-    passed the tap at each step, None where nothing passed, and empty if the run is on another grid than the reference
-    run; `share` the transformer's FLOPs in proportion to the reference run's. A run that may skip parts of a step has
-    no full steps.
-    """
-
-    method: str
-    schedule: str
-    prompt: str
-    seed: int
-    psnr: float
-    ssim: float
-    prompted: bool | None = None
-    full: tuple[int, ...] = ()
-    scores: Mapping[str, float] = field(default_factory=dict)
-    feature_error: tuple[float | None, ...] = ()
-    share: float | None = None
-
-    @property
-    def pair(self) -> Pair:
-        return Pair(self.prompt, self.seed)
-
-
-@dataclass(frozen=True)
-class Time:
-    """Seconds of one run at batch 1: of its denoising loop, of the whole call, and of a skipped step if it was told."""
-
-    method: str
-    schedule: str
-    prompt: str
-    seed: int
-    loop: float
-    call: float
-    skipped: float | None = None
-
-    @property
-    def pair(self) -> Pair:
-        return Pair(self.prompt, self.seed)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a run of a method takes at batch 1, besides time; None where it could not be told.
-
-    `flops` are the transformer's, counted; `bytes_held` are those of the history, `resident_growth` of the process,
-    `cuda_peak` of the GPU. `plans` are the rows of each stream, where the method has rows.
-    """
-
-    method: str
-    schedule: str
-    full: tuple[int, ...]
-    flops: int | None = None
-    bytes_held: int | None = None
-    resident_growth: int | None = None
-    cuda_peak: int | None = None
-    plans: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A method that may fail did, with this error."""
-
-    method: str
-    schedule: str
-    error: str
-
-
-Line = Start | Record | Time | Cost | Failure
-KINDS: dict[str, type[Line]] = {"start": Start, "picture": Record, "time": Time, "cost": Cost, "failure": Failure}
-NAMES = {kind: name for name, kind in KINDS.items()}
 BEGINNING = {"kind": "run", "format": FORMAT}
 """What the first line of a file begins with."""
-
-
-def to_text(line: Line) -> str:
-    """Write a line as JSON."""
-    return json.dumps({"kind": NAMES[type(line)], **vars(line)}, ensure_ascii=False)
-
-
-def from_text(text: str) -> Line:
-    """Read what `to_text` wrote.
-
-    Raises: ValueError if it is something else.
-    """
-    try:
-        entries = json.loads(text)
-        kind: Any = KINDS[entries.pop("kind")]
-        return kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in entries.items()})
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"it is no record ({error!r})") from error
 
 
 # --- all of them

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lesa.bench.records import DIFFERING, DRIFT, REFERENCE, TRAINING, Comparison, Key, Record, Result, paired
+from lesa.bench.lines import DIFFERING, DRIFT, TRAINING, Key, Record
+from lesa.bench.records import REFERENCE, Comparison, Result, paired
 from lesa.learn.metrics import MOST_PSNR, Interval
 
 NOT_HAD = "n/a"

@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,52 @@ from lesa.rows.schedule import check_steps
 CALL_FILE, SCHEDULER_FOLDER = "call.json", "scheduler"
 HOME = "_lesa_home"
 """A loaded pipeline's attribute: the folder whose predictors are shipped for it, where that is not its own."""
+ARGUMENTS, SOURCE = "_lesa_arguments", "_lesa_source"
+"""A loaded pipeline's attributes: the arguments that its calls start from, and its `Source`."""
 FRAMES_A_SECOND = 8
 MOST = 1 << 14
 """Pixels of a side, frames, text tokens: a call of more is a mistake, or a file's that is meant to take all memory."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a pipeline was loaded from, and how: enough to load it again.
+
+    `scheduler` holds the settings of its scheduler that were set otherwise.
+    """
+
+    model: str
+    lora: str | None = None
+    scheduler: Mapping[str, Any] | None = None
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        """What a recorded run or a predictor remembers as its model."""
+        return f"{self.model} with {self.lora}" if self.lora else self.model
+
+    @property
+    def home(self) -> Path:
+        """The folder, if it is one, with the predictors that are shipped for it."""
+        return Path(self.lora or self.model)
+
+
+def source_of(pipe: Any) -> Source:
+    """Return where a pipeline was loaded from; of one that diffusers loaded, its folder or repository."""
+    known = getattr(pipe, SOURCE, None)
+    return known or Source(str(getattr(pipe, "name_or_path", None) or type(pipe).__name__), device=str(pipe.device))
+
+
+def arguments_of(pipe: Any) -> dict[str, Any]:
+    """Return the arguments that a pipeline's calls start from (see `with_call`)."""
+    return dict(getattr(type(pipe), ARGUMENTS, {}))
+
+
+def steps_of(pipe: Any) -> int | None:
+    """Return the number of steps of a pipeline's calls, or None if neither it nor its class says one."""
+    usual = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
+    steps = arguments_of(pipe).get("num_inference_steps", usual and usual.default)
+    return steps if isinstance(steps, int) else None
 
 
 def load(path: str | Path, *, lora: str | Path | None = None, **options: Any) -> Any:
@@ -43,6 +87,7 @@ def load(path: str | Path, *, lora: str | Path | None = None, **options: Any) ->
     pipe = DiffusionPipeline.from_pretrained(str(path), **options)
     if lora is not None:
         _add_lora(pipe, lora)
+    setattr(pipe, SOURCE, Source(str(path), None if lora is None else str(lora)))
     arguments = call_of(path, lora)
     try:
         return with_call(pipe, arguments) if arguments else pipe
@@ -106,7 +151,8 @@ def with_call(pipe: Any, arguments: dict[str, Any]) -> Any:
         return kind.__call__(self, *args, **for_each(given.get("prompt"), missing), **kwargs)
 
     # a subclass of the same name, which diffusers writes when it saves the pipeline
-    pipe.__class__ = type(kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__})
+    known = {"__call__": __call__, "__module__": kind.__module__, ARGUMENTS: {**arguments_of(pipe), **arguments}}
+    pipe.__class__ = type(kind.__name__, (kind,), known)
     return pipe
 
 

@@ -75,7 +75,7 @@ def record(
         adds noise.
     """
     _check_pairs(prompts, seeds)
-    if not _at_sampler(pipe, prompts, tap, seam):
+    if not is_at_sampler(pipe, prompts, tap, seam):
         given = draw_tokens if tokens is None else tokens
         return _record_tokens(pipe, _only_prompts(prompts), seeds, given, tap, call)
     draw = draw_numbers if tokens is None else tokens if callable(tokens) else lambda _: tokens
@@ -88,7 +88,7 @@ def record(
     ]
 
 
-def _at_sampler(pipe: Any, calls: Sequence[Call], tap: Tap | None, seam: bool | None) -> bool:
+def isis_at_sampler(pipe: Any, calls: Sequence[Call], tap: Tap | None, seam: bool | None) -> bool:
     """Tell where runs are recorded.
 
     Raises: ValueError if that is at the sampler, but a feature tap is asked for.
@@ -333,7 +333,7 @@ def collect(
     the disk is full: what is stored by then stays.
     """
     calls = listed(prompts, len(seeds))
-    seam = _at_sampler(pipe, calls, tap, seam)
+    seam = is_at_sampler(pipe, calls, tap, seam)
     tap = Tap() if seam else tap or tap_of(pipe.transformer)
     folder, wanted = Path(folder), _describe(pipe, calls, seeds, model, tokens, batch_size, tap, seam, call)
 

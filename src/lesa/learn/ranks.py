@@ -100,9 +100,3 @@ def together() -> Iterator[Ranks]:
         _met[0].wait()  # whoever ends first would take the store with it that others wait at
     finally:
         _met.clear()
-
-
-def device(name: str) -> str:
-    """Give each process of a machine a GPU of its own where a name leaves its number open."""
-    local = os.environ.get("LOCAL_RANK")
-    return f"{name}:{local}" if name == "cuda" and local is not None else name

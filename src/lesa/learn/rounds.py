@@ -1,50 +1,100 @@
-"""What training on a pipeline's runs begins with, and how its rounds are recorded."""
+"""The folder that keeps a training's rounds: a stopped one goes on where it was."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from lesa.host.runtime import accelerate, denoisers_of
-from lesa.learn.calls import Call
-from lesa.learn.collect import rerun
-from lesa.learn.training import Lesson, RecordRuns
-from lesa.learn.trajectory import Trajectory
-from lesa.predictors.predictor import Origin, Predictor, configuration
-from lesa.rows.schedule import Schedule
-from lesa.rows.tap import Tap
+from lesa.learn.lessons import Config, Curve, Lesson
+from lesa.learn.trajectory import write_atomically
+from lesa.predictors import disk
+from lesa.predictors.predictor import CARD_FILE, FILES, Predictor
+
+CURVE_FILE, SETTINGS_FILE, PART = "curve.json", "training.json", "part"
 
 
-def origin_of(
-    pipe: Any, reference: Trajectory, schedule: Schedule, model: str, tap: Tap | None = None, **facts: Any
-) -> Origin:
-    """Return the origin of a predictor for a pipeline's recorded runs; what was recorded at the sampler is for the
-    output tap, in all streams. Facts go to `Origin.training`."""
-    denoiser = getattr(pipe, denoisers_of(pipe)[0])
-    begins = {} if reference.begins == (0,) else {"begins": list(reference.begins)}
-    return Origin(
-        model=model,
-        transformer=type(denoiser).__name__,
-        config=configuration(denoiser),
-        tap=Tap() if tap is None or reference.at_sampler else tap,
-        grid=tuple(reference.grid.tolist()),
-        schedule=str(schedule),
-        streams=reference.streams,
-        training={**begins, **facts},
-    )
+class Rounds:
+    """The predictors of a training's rounds on disk, each with the curve so far: a stopped training goes on."""
+
+    def __init__(self, folder: Path | None, settings: dict[str, Any]):
+        self._folder = folder
+        if folder is None:
+            return
+        there = begun(folder) or settings
+        if other := sorted(name for name in {*there, *settings} if there.get(name) != settings.get(name)):
+            raise ValueError(f"{folder} holds a training with other {', '.join(other)}; name another, or delete it.")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / SETTINGS_FILE, json.dumps(settings, indent=1).encode())
+
+    def load(self, round_: int, predictor: Predictor, curve: Curve) -> bool:
+        """Set predictor and curve to what they were after a round; False if it or one before it is not there whole."""
+        if self._folder is None:
+            return False
+        place = self._place(round_)
+        try:
+            entries = json.loads((place / CURVE_FILE).read_text(encoding="utf-8"))
+            predictor.load_state_dict(Predictor.from_pretrained(place).state_dict())
+            curve.entries = entries
+        except (FileNotFoundError, ValueError):
+            self._remove(self._place(round_ + 1))  # what follows is of no use
+            return False
+        return True
+
+    def save(self, round_: int, predictor: Predictor, curve: Curve) -> None:
+        """Keep a round: its folder gets its name when it is whole."""
+        if self._folder is None:
+            return
+        part = self._folder / PART
+        for place in (part, self._place(round_)):
+            self._remove(place)
+        predictor.save_pretrained(part)
+        write_atomically(part / CURVE_FILE, json.dumps(curve.entries).encode())
+        part.rename(self._place(round_))
+
+    def _remove(self, place: Path) -> None:
+        """Remove what `save` wrote into a folder, and the folder.
+
+        Raises: ValueError if it holds something else: that stays.
+        """
+        assert self._folder is not None
+        disk.remove([place / name for name in (*FILES, CARD_FILE, CURVE_FILE)], self._folder)
+        disk.check_free(place, ["*"], "a round of a training")
+
+    def _place(self, round_: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"round-{round_}"
 
 
-def recording(pipe: Any, calls: Sequence[Call] = (), **call: Any) -> RecordRuns:
-    """Return what records a predictor's runs of a lesson on a pipeline, for `lesa.learn.training.train`.
+def begun(folder: Path) -> dict[str, Any] | None:
+    """Read the settings of the training whose rounds a folder holds; None if it holds none yet.
 
-    `calls` are those of the runs, where a store holds no more than their labels; `call` is what goes with all of them.
+    Raises: ValueError if something else has the name of a round or of the settings.
     """
+    file = folder / SETTINGS_FILE
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("they are no JSON object")
+    except FileNotFoundError:
+        return disk.check_free(folder, [PART, "round-*"], "the rounds of a training")
+    except ValueError as error:
+        raise ValueError(f"{file} holds no settings of a training ({error}); name another folder.") from error
+    return settings
 
-    def record_runs(predictor: Predictor, lesson: Lesson) -> tuple[list[Trajectory], list[Trajectory]]:
-        with accelerate(pipe, predictor, schedule=lesson.schedule):
-            trained, validated = (
-                rerun(pipe, runs, predictor.origin.tap, calls, **call) for runs in (lesson.reference, lesson.validation)
-            )
-            return trained, validated
 
-    return record_runs
+def settings_of(predictor: Predictor, lessons: Sequence[Lesson], config: Config) -> dict[str, Any]:
+    """Describe a training as far as it changes its rounds; a longer one may go on with a shorter one's."""
+    found = {
+        **asdict(predictor.origin),
+        **asdict(config),
+        "method": predictor.method,
+        "start": predictor.origin.training.get("start"),
+        "options": predictor.options(),
+        "runs": [[str(lesson.schedule), [[run.prompt, run.seed] for run in lesson.reference]] for lesson in lessons],
+        "validation": [[[run.prompt, run.seed] for run in lesson.validation] for lesson in lessons],
+    }
+    unimportant = ("versions", "training", "rounds")
+    return json.loads(json.dumps({name: value for name, value in found.items() if name not in unimportant}))

@@ -9,10 +9,8 @@ between them, and cancels what they share.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, cast
@@ -24,10 +22,11 @@ from tqdm import tqdm
 
 from lesa.host.head import Projection
 from lesa.learn import metrics
+from lesa.learn.lessons import Config, Curve, Lesson, RecordRuns, Result
+from lesa.learn.rounds import Rounds, settings_of
 from lesa.learn.sampling import euler, sampler_of
-from lesa.learn.trajectory import Trajectory, write_atomically
-from lesa.predictors import disk
-from lesa.predictors.predictor import CARD_FILE, FILES, L2P, LESA, Predictor
+from lesa.learn.trajectory import Trajectory
+from lesa.predictors.predictor import L2P, LESA, Predictor
 from lesa.rows.grid import matches
 from lesa.rows.guidance import Guidance
 from lesa.rows.row import Row
@@ -37,56 +36,7 @@ from lesa.rows.tap import Tap
 
 Head = Callable[[Tensor, Tensor], Tensor]
 """(features (..., n, C), conditioning (..., D)) -> outputs (..., n, C_out)"""
-LOSSES = ("latents", "features")
 TINY = 1e-12
-CURVE_FILE, SETTINGS_FILE, PART = "curve.json", "training.json", "part"
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a predictor is trained.
-
-    `loss` is 'latents' (the deviation of the latents that the head makes of a forecast, in logarithms, so that it is
-    the mean PSNR that rises) or 'features' (the paper's L1 between forecast and recorded feature). `updates` is a
-    number of optimiser steps for each of: the ground-truth phase, and every one of the `rounds` of the closed-loop
-    phase. `batch` is in runs. `free_alphas` fits LESA's alphas themselves and lets the KAN take them up after; without,
-    the KAN is trained, as in the paper. Drifts far below `floor`, in dB of the last latents, are not worth lowering:
-    where lessons differ in how far their runs drift, those that show in pictures then count for more than those that
-    do not. Every `check_every` updates for each lesson the validation runs are looked at.
-
-    Raises: ValueError if one of these is out of range.
-    """
-
-    loss: str = "latents"
-    updates: tuple[int, int] = (200, 200)
-    rounds: int = 4
-    batch: int = 16
-    learning_rate: float = 0.02
-    free_alphas: bool = True
-    floor: float = -120.0
-    check_every: int = 20
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"a loss is one of {', '.join(LOSSES)}, got {self.loss!r}; name one of these.")
-        if len(self.updates) != 2 or min(self.updates) < 0 or self.rounds < 0:
-            raise ValueError(
-                f"updates are two numbers from 0 on, and rounds one, got {self.updates} and {self.rounds}; raise them."
-            )
-        if self.batch < 1 or self.check_every < 1:
-            raise ValueError(
-                f"batch and check_every are at least 1, got {self.batch} and {self.check_every}; raise them."
-            )
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"a learning rate is positive, got {self.learning_rate}; the default is 0.02.")
-        if not math.isfinite(self.floor):
-            raise ValueError(f"a floor is a number of dB, got {self.floor}; the default is -120.")
-
-    @classmethod
-    def paper(cls) -> Config:
-        """The paper's loss and learning rate; its updates are one prompt and one step each, ours whole runs."""
-        return cls(loss="features", learning_rate=1e-4, free_alphas=False)
 
 
 class Runs(NamedTuple):
@@ -148,21 +98,6 @@ class Runs(NamedTuple):
 
 Rows = Mapping[str, Mapping[int, Row]]
 """By stream and step."""
-
-
-class Lesson(NamedTuple):
-    """What a predictor learns one grid and schedule from: runs with every step full, to train and to validate on.
-
-    Without a schedule it is the predictor's own for that grid.
-    """
-
-    reference: Sequence[Trajectory]
-    validation: Sequence[Trajectory]
-    schedule: Schedule | None = None
-
-
-RecordRuns = Callable[[Predictor, Lesson], tuple[Sequence[Trajectory], Sequence[Trajectory]]]
-"""Record a predictor's runs of a lesson: on its training prompts and on its validation prompts, in their order."""
 
 
 class Problem:
@@ -270,29 +205,6 @@ class Problem:
         return matrices[..., :-1], matrices[..., -1]
 
 
-@dataclass
-class Curve:
-    """How the training went: one entry per check, in order."""
-
-    entries: list[dict] = field(default_factory=list)
-
-    def add(self, phase: str, round_: int, update: int, validation_loss: float) -> None:
-        self.entries.append(dict(phase=phase, round=round_, update=update, validation_loss=validation_loss))
-
-
-class Result(NamedTuple):
-    """A trained predictor, what it was after the ground-truth phase, and how the training went.
-
-    `scores` holds the drift in dB of every round's real runs on the validation prompts, the mean over the lessons; the
-    first is after the ground-truth phase, and the predictor is that of the lowest.
-    """
-
-    predictor: Predictor
-    ground_truth: Predictor
-    scores: list[float]
-    curve: Curve
-
-
 def drift(runs: Sequence[Trajectory], reference: Sequence[Trajectory]) -> float:
     """Return how far real runs ended from their reference runs: the mean over runs of `metrics.drift`, in dB.
 
@@ -325,7 +237,7 @@ def train(
         raise ValueError("training needs recorded runs, got no lessons; collect some first.")
     predictor = copy.deepcopy(predictor)
     fit = _Fit(predictor, lessons, head, config)
-    kept = _Rounds(Path(folder) if folder else None, _settings(predictor, lessons, config))
+    kept = Rounds(Path(folder) if folder else None, settings_of(predictor, lessons, config))
     curve, scores, finished = Curve(), [], []
     for round_ in range(config.rounds + 1):
         if not kept.load(round_, predictor, curve):
@@ -543,90 +455,6 @@ def least_squares(predictor: L2P, reference: Sequence[Trajectory]) -> None:
             known = torch.stack([features[:, k].flatten() for k in past], dim=1).double()
             solved = torch.linalg.lstsq(known, features[:, step].double().flatten()[:, None]).solution[:, 0]
             table.data[step, predictor.memory - len(past) :] = solved.to(table.dtype)
-
-
-class _Rounds:
-    """The predictors of a training's rounds on disk, each with the curve so far: a stopped training goes on."""
-
-    def __init__(self, folder: Path | None, settings: dict[str, Any]):
-        self._folder = folder
-        if folder is None:
-            return
-        there = begun(folder) or settings
-        if other := sorted(name for name in {*there, *settings} if there.get(name) != settings.get(name)):
-            raise ValueError(f"{folder} holds a training with other {', '.join(other)}; name another, or delete it.")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / SETTINGS_FILE, json.dumps(settings, indent=1).encode())
-
-    def load(self, round_: int, predictor: Predictor, curve: Curve) -> bool:
-        """Set predictor and curve to what they were after a round; False if it or one before it is not there whole."""
-        if self._folder is None:
-            return False
-        place = self._place(round_)
-        try:
-            entries = json.loads((place / CURVE_FILE).read_text(encoding="utf-8"))
-            predictor.load_state_dict(Predictor.from_pretrained(place).state_dict())
-            curve.entries = entries
-        except (FileNotFoundError, ValueError):
-            self._remove(self._place(round_ + 1))  # what follows is of no use
-            return False
-        return True
-
-    def save(self, round_: int, predictor: Predictor, curve: Curve) -> None:
-        """Keep a round: its folder gets its name when it is whole."""
-        if self._folder is None:
-            return
-        part = self._folder / PART
-        for place in (part, self._place(round_)):
-            self._remove(place)
-        predictor.save_pretrained(part)
-        write_atomically(part / CURVE_FILE, json.dumps(curve.entries).encode())
-        part.rename(self._place(round_))
-
-    def _remove(self, place: Path) -> None:
-        """Remove what `save` wrote into a folder, and the folder.
-
-        Raises: ValueError if it holds something else: that stays.
-        """
-        assert self._folder is not None
-        disk.remove([place / name for name in (*FILES, CARD_FILE, CURVE_FILE)], self._folder)
-        disk.check_free(place, ["*"], "a round of a training")
-
-    def _place(self, round_: int) -> Path:
-        assert self._folder is not None
-        return self._folder / f"round-{round_}"
-
-
-def begun(folder: Path) -> dict[str, Any] | None:
-    """Read the settings of the training whose rounds a folder holds; None if it holds none yet.
-
-    Raises: ValueError if something else has the name of a round or of the settings.
-    """
-    file = folder / SETTINGS_FILE
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("they are no JSON object")
-    except FileNotFoundError:
-        return disk.check_free(folder, [PART, "round-*"], "the rounds of a training")
-    except ValueError as error:
-        raise ValueError(f"{file} holds no settings of a training ({error}); name another folder.") from error
-    return settings
-
-
-def _settings(predictor: Predictor, lessons: Sequence[Lesson], config: Config) -> dict[str, Any]:
-    """Describe a training as far as it changes its rounds; a longer one may go on with a shorter one's."""
-    settings = {
-        **asdict(predictor.origin),
-        **asdict(config),
-        "method": predictor.method,
-        "start": predictor.origin.training.get("start"),
-        "options": predictor.options(),
-        "runs": [[str(lesson.schedule), [[run.prompt, run.seed] for run in lesson.reference]] for lesson in lessons],
-        "validation": [[[run.prompt, run.seed] for run in lesson.validation] for lesson in lessons],
-    }
-    unimportant = ("versions", "training", "rounds")
-    return json.loads(json.dumps({name: value for name, value in settings.items() if name not in unimportant}))
 
 
 def _full_of(run: Trajectory) -> tuple[int, ...]:

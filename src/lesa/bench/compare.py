@@ -1,0 +1,240 @@
+"""Compare ways to run a pipeline on the same prompts and seeds: line them up, plan, measure, keep the records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lesa.bench import benchmark, bound, methods, peers, records
+from lesa.bench.lines import Pair
+from lesa.bench.methods import Method
+from lesa.bench.records import Comparison, Log
+from lesa.bench.scores import Score
+from lesa.host import needs
+from lesa.host.pipelines import arguments_of, source_of, steps_of
+from lesa.learn.calls import Call, prompts_of
+from lesa.learn.collect import fingerprint, read_prompts
+from lesa.learn.plan import FEW_STEPS, finder, planner_of
+from lesa.learn.planning import Planner
+from lesa.learn.ranks import ALONE, Ranks
+from lesa.learn.trajectory import Store, write_atomically
+from lesa.predictors.predictor import CONFIG_FILE, SHIPPED_FOLDER, Predictor
+from lesa.rows.forecasters import Forecaster
+from lesa.rows.grid import validate
+from lesa.rows.schedule import Schedule
+
+SCHEDULES, BUDGETS = ("paper:7", "paper:10"), (10, 8, 6, 5, 4)
+"""What is compared where nothing is named: the paper's schedules and planned ones; of few steps, those at 2x."""
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What is compared, on what and how.
+
+    `methods` alone, if there are any (of `lesa.bench.methods`); else those without training and the `predictors` (by
+    default those shipped with the model) on each of the `schedules` and on those planned for the `budgets`, numbers of
+    full steps; `usual` are the budgets of long runs if none are named. It is planned on the runs of `data`, or on new
+    ones of prompts that the model comes with. `peers` adds other projects' caches by their names (or 'all'), `fine` a
+    run of so many steps that PSNR is measured against too, `bound` the bound of each schedule. `only` keeps the methods
+    of these names.
+
+    Pictures are drawn `batch_size` at a time; the first `timed` are timed at batch 1. `scores` are measured besides
+    PSNR and SSIM, and `lacking` says of others why not (see `lesa.bench.scores.load`). `anew` removes the folder's
+    records first, of the same setting. A `demo` leaves out reuse and variants, and its records are no benchmark's.
+
+    Raises: ValueError if a number is out of range.
+    """
+
+    methods: Sequence[Method] = ()
+    schedules: Sequence[Schedule] | None = None
+    budgets: Sequence[int] | None = None
+    usual: Sequence[int] = BUDGETS
+    predictors: Sequence[Predictor] | None = None
+    data: Store | None = None
+    peers: Sequence[str] = ()
+    fine: int | None = None
+    bound: bool = True
+    only: Sequence[str] | None = None
+    batch_size: int = 16
+    timed: int = 10
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    lacking: Mapping[str, str] = field(default_factory=dict)
+    anew: bool = False
+    demo: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.timed < 0 or (self.fine is not None and self.fine < 1):
+            raise ValueError(
+                f"batch_size= and fine= are at least 1 and timed= 0, got {self.batch_size}, {self.fine} and "
+                f"{self.timed}; raise them."
+            )
+
+
+def compare(
+    pipe: Any,
+    prompts: Sequence[Call],
+    folder: str | Path | None = None,
+    options: CompareOptions = CompareOptions(),
+    *,
+    seeds: Sequence[int] | None = None,
+    at: Ranks = ALONE,
+) -> Comparison:
+    """Run methods on the same prompts, the k-th with seed k, and measure them against the run with every step full.
+
+    With a `folder` its records are kept there, and what they hold is not measured again. Several processes (`at`) share
+    the pictures.
+
+        comparison = lesa.compare(pipe, prompts, "out", lesa.CompareOptions(budgets=[8]))
+        print(lesa.bench.report.summary(comparison))
+
+    Raises: ValueError as `lesa.bench.benchmark.compare` and `lesa.bench.records.writing` do; ImportError without
+        scikit-image (the extra `bench`).
+    """
+    needs.check("a comparison", "comparison")
+    texts = prompts_of(prompts)
+    seeds = range(len(texts)) if seeds is None else seeds
+    setting = setting_of(pipe, benchmark.pair_up(texts, seeds), options)
+    if folder is not None and options.anew and at.leads:
+        records.clear(folder, setting)
+    at.wait()
+    with records.writing(folder, setting, at.rank) if folder else nullcontext(Log(setting=setting)) as log:
+        facts: dict[str, Any] = dict(batch_size=options.batch_size, scores=options.scores)
+        facts["recognise"] = benchmark.recogniser(source_of(pipe).model)
+        fine = methods.more_steps(options.fine) if options.fine else None
+        more = dict(timed=options.timed, lacking=options.lacking, fine=fine, log=log, at=at)
+        benchmark.compare(pipe, line_up(pipe, options, folder, at), texts, seeds, **more, **facts)
+        if options.bound and at.leads:
+            bound.add_bounds(log, pipe, texts, seeds, _schedules(pipe, options), **facts)
+        return log.comparison
+
+
+def setting_of(pipe: Any, pairs: Sequence[Pair], options: CompareOptions) -> dict[str, Any]:
+    """Return what all records of a run have in common: enough to draw their pictures again.
+
+    A demo begins its records anew each time, and so it says that they are a demo's: it never removes a benchmark's.
+    """
+    source = source_of(pipe)
+    return {
+        "model": source.model,
+        "lora": source.lora,
+        "scheduler": source.scheduler,
+        "pipeline": type(pipe).__name__,
+        "weights": fingerprint(pipe),
+        "call": {**arguments_of(pipe), "num_inference_steps": _steps(pipe)},
+        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        "device": source.device,
+        "batch_size": options.batch_size,
+        "pairs": pairs,
+        **({"command": "demo"} if options.demo else {}),
+    }
+
+
+def line_up(pipe: Any, options: CompareOptions, folder: str | Path | None = None, at: Ranks = ALONE) -> list[Method]:
+    """Line up the methods asked for; of several processes the first plans, and the others read what it planned."""
+    if options.methods:
+        return list(options.methods)
+    predictors = shipped(pipe, not options.demo) if options.predictors is None else options.predictors
+    lined_up = methods.line_up(_steps(pipe), _schedules(pipe, options), predictors, reuse=not options.demo)
+    if _budgets(pipe, options):
+        if not at.leads:
+            at.wait()
+        known = {method.key for method in lined_up}
+        lined_up += [one for one in _planned(pipe, options, predictors, folder) if one.key not in known]
+        if at.leads:
+            at.wait()
+    if options.peers:
+        names = list(peers.FAMILIES) if list(options.peers) == ["all"] else list(options.peers)
+        prompt = read_prompts(Path(source_of(pipe).model) / "prompts" / "train.txt")[0]
+        lined_up += peers.line_up(names, _steps(pipe), prompt)
+    return _only(lined_up, options.only)
+
+
+def shipped(pipe: Any, variants: bool = True) -> list[Predictor]:
+    """Load the predictors shipped with a model; with the `variants` in their folders, or not."""
+    places = [f"{SHIPPED_FOLDER}/*/{CONFIG_FILE}"] + [f"{SHIPPED_FOLDER}/*/*/{CONFIG_FILE}"] * variants
+    found = [path.parent for place in places for path in source_of(pipe).home.glob(place)]
+    return [Predictor.from_pretrained(path) for path in sorted(found) if path.name != "rounds"]
+
+
+def verify(
+    pipe: Any,
+    forecaster: Forecaster,
+    schedules: Sequence[Schedule],
+    prompts: Sequence[Call],
+    place: str = methods.FEATURE,
+) -> Comparison:
+    """Draw prompts on planned schedules, and with as few steps: recorded runs do not drift, these do.
+
+    Raises: as `compare` does.
+    """
+    lined_up = [methods.forecast(repr(forecaster), forecaster, schedule, place) for schedule in schedules]
+    lined_up += [methods.fewer_steps(len(schedule.full_steps(_steps(pipe)))) for schedule in schedules]
+    return compare(pipe, prompts, None, CompareOptions(lined_up, timed=0, bound=False))
+
+
+def _planned(
+    pipe: Any, options: CompareOptions, predictors: Sequence[Predictor], folder: str | Path | None
+) -> list[Method]:
+    grid, plan = _planning(pipe, options.data, folder)
+    budgets, reuse = _budgets(pipe, options), not options.demo
+    return methods.line_up_planned(budgets, grid, plan, predictors, reuse=reuse, only=options.only)
+
+
+def _planning(
+    pipe: Any, data: Store | None, folder: str | Path | None
+) -> tuple[Tensor, Callable[[Forecaster, int, str], Schedule]]:
+    """Return the grid, and the call that plans a forecaster's schedule at a tap; a folder keeps what was planned."""
+    known = records.planned(folder) if folder else {}
+
+    @cache
+    def planner(place: str) -> Planner:  # it records runs, once
+        return planner_of(pipe, data, place)
+
+    def plan(forecaster: Forecaster, budget: int, place: str) -> Schedule:
+        name = f"{forecaster!r} {budget} {place}"
+        if name not in known:
+            known[name] = str(finder(planner(place))(forecaster, budget))
+            if folder:
+                write_atomically(Path(folder) / records.PLANNED, json.dumps(known, indent=1).encode())
+        return Schedule.parse(known[name])
+
+    if "grid" not in known:
+        known["grid"] = planner(methods.FEATURE).grid.tolist()
+    return validate(known["grid"]), plan
+
+
+def _only(lined_up: Sequence[Method], names: Sequence[str] | None) -> list[Method]:
+    """Keep the methods of these names.
+
+    Raises: ValueError if there is none of one.
+    """
+    known = dict.fromkeys(method.name for method in lined_up)
+    if unknown := set(names or ()) - set(known):
+        raise ValueError(f"the methods are {', '.join(known)}, got {unknown}.")
+    return [method for method in lined_up if not names or method.name in names]
+
+
+def _schedules(pipe: Any, options: CompareOptions) -> list[Schedule]:
+    few = FEW_STEPS.get(_steps(pipe))
+    usual = [Schedule.parse(text) for text in ([few] if few else SCHEDULES)]
+    return usual if options.schedules is None else list(options.schedules)
+
+
+def _budgets(pipe: Any, options: CompareOptions) -> list[int]:
+    steps = _steps(pipe)
+    usual = [steps // 2] if steps in FEW_STEPS else options.usual
+    return list(usual if options.budgets is None else options.budgets)
+
+
+def _steps(pipe: Any) -> int:
+    steps = steps_of(pipe)
+    if steps is None:
+        raise ValueError(f"a {type(pipe).__name__} says how many steps it runs, got none; set num_inference_steps.")
+    return steps

@@ -1,0 +1,193 @@
+"""Options that commands share, and how they are read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lesa.host.loading import LoadOptions
+from lesa.host.offload import OFFLOADS
+from lesa.learn.calls import Call, read_calls
+from lesa.learn.collect import read_prompts
+from lesa.learn.options import LEARNED
+from lesa.predictors.predictor import Predictor
+from lesa.rows.forecasters import Forecaster, Lagrange, Reuse, Taylor
+from lesa.rows.schedule import Schedule
+
+MOST_SEEDS = 1_000_000
+
+
+def command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], words: str, model: str | None = None
+) -> argparse.ArgumentParser:
+    """Add a command that runs a model."""
+    parser = commands.add_parser(name, help=words, description=words)
+    if model is None:
+        parser.add_argument("model", metavar="MODEL", help="folder or hub name of a diffusers pipeline")
+    else:
+        parser.add_argument("--model", default=model, help=f"folder of a diffusers pipeline ({model or 'the one run'})")
+    parser.add_argument("--lora", metavar="LORA", help="folder, hub name or file of a LoRA, whose predictors are taken")
+    parser.add_argument("--steps", type=read_count, help="default: the model's own, or 50")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--offload", choices=OFFLOADS, default="none", help="keep weights in the CPU's memory (none)")
+    parser.add_argument("--dtype", help="e.g. bfloat16; default: that of diffusers")
+    parser.add_argument("--variant", help="of the weights' files, e.g. fp16")
+    parser.add_argument("--revision", help="of the hub repository: a branch, tag or commit")
+    parser.add_argument("--vae-tiling", action="store_true", help="decode large pictures and clips in pieces")
+    parser.add_argument("--scheduler", type=read_call, help="""other settings, e.g. '{"shift": 3.0}'""")
+    parser.add_argument(
+        "--call", type=read_call, default={}, help="""more arguments of its call, e.g. '{"height": 512}'"""
+    )
+    parser.set_defaults(command=run)
+    return parser
+
+
+def add_prompts(parser: argparse.ArgumentParser, name: str = "", words: str = "one a line") -> None:
+    """Add the options that name prompts, or calls with arguments of their own; one of them is needed."""
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(f"--{name}prompts", metavar="FILE", help=words)
+    add_calls(which, name)
+
+
+def add_calls(parser: Any, name: str = "") -> None:
+    """Add the option that names calls with arguments of their own."""
+    words = "calls in place of prompts: a JSON object of arguments a line; pictures are files in its folder"
+    parser.add_argument(f"--{name}calls", metavar="FILE", help=words)
+
+
+def load_options(options: argparse.Namespace) -> LoadOptions:
+    """Return what `command` added."""
+    return LoadOptions(
+        model=options.model,
+        lora=options.lora,
+        steps=options.steps,
+        device=options.device,
+        offload=options.offload,
+        dtype=options.dtype,
+        variant=options.variant,
+        revision=options.revision,
+        vae_tiling=options.vae_tiling,
+        scheduler=options.scheduler,
+        call=options.call,
+    )
+
+
+def more_of_call(options: LoadOptions) -> dict[str, Any]:
+    """Return the arguments of a call that are asked for, without its steps."""
+    return {name: value for name, value in options.call.items() if name != "num_inference_steps"}
+
+
+def runs_of(prompts: str | Path | None, calls: str | None, limit: int | None = None) -> list[Call]:
+    """Read the first prompts of a file, or calls of another."""
+    found: list[Call] = [*(read_calls(calls) if calls else read_prompts(prompts or ""))]
+    return found[:limit]
+
+
+def held_out(options: argparse.Namespace, limit: int | None) -> tuple[Path, list[Call]]:
+    """Read the prompts named, or those that the model comes with and was not trained on; and say where they are."""
+    source = Path(options.prompts or Path(options.model) / "prompts" / "heldout.txt")
+    return source, runs_of(source, None, limit)
+
+
+def folder(path: str | Path) -> Path:
+    """Make a folder at once: a place that cannot be written to is better known before the work."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
+def say(line: str) -> None:
+    """Print a line of what a work has found so far."""
+    print(line, flush=True)
+
+
+def say_aside(line: str) -> None:
+    """Print a line that is no result."""
+    print(line, file=sys.stderr)
+
+
+def forecaster_of(options: argparse.Namespace) -> Forecaster | None:
+    """Return what is named: a predictor, or 'reuse', 'taylor:2' or 'lagrange:1'; None is the predictor shipped."""
+    if getattr(options, "predictor", None):
+        return Predictor.from_pretrained(options.predictor)
+    name, _, number = (options.forecaster or "").partition(":")
+    if name == "reuse":
+        return Reuse()
+    if name in ("taylor", "lagrange") and number.isdigit():
+        return {"taylor": Taylor, "lagrange": Lagrange}[name](int(number))
+    if options.forecaster:
+        raise ValueError(f"a forecaster is reuse, taylor:2, lagrange:1 or the like, got {options.forecaster!r}.")
+    return None
+
+
+def _told(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Let a reader's own words reach the user, where argparse would say 'invalid value' only."""
+
+    def reader(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return reader
+
+
+@_told
+def read_schedule(text: str) -> Schedule:
+    return Schedule.parse(text)
+
+
+@_told
+def read_schedules(text: str) -> list[Schedule]:
+    return [read_schedule(part) for part in re.split(r",(?=[a-z])", text) if part]
+
+
+@_told
+def read_count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"a whole number, at least 1, is needed, got {text!r}")
+    return int(text)
+
+
+def read_names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+@_told
+def read_counts(text: str) -> list[int]:
+    return [read_count(part) for part in text.split(",") if part]
+
+
+@_told
+def read_stages(text: str) -> Any:
+    if text == LEARNED or text.isdigit():
+        return text if text == LEARNED else read_count(text)
+    return read_bounds(text)
+
+
+@_told
+def read_bounds(text: str) -> tuple[float, ...]:
+    return tuple(float(bound) for bound in text.split(","))
+
+
+@_told
+def read_seeds(text: str) -> list[int]:
+    first, colon, end = text.partition(":")
+    if colon and int(end) - int(first) > MOST_SEEDS:
+        raise ValueError(f"at most {MOST_SEEDS} seeds are run, got {text!r}")
+    seeds = list(range(int(first), int(end))) if colon else [int(seed) for seed in text.split(",")]
+    if not seeds:
+        raise ValueError(f"at least one seed is needed, got {text!r}")
+    return seeds
+
+
+@_told
+def read_call(text: str) -> dict[str, Any]:
+    arguments = json.loads(text)
+    if not isinstance(arguments, dict):
+        raise ValueError(f"a JSON object of arguments is needed, got {text!r}")
+    return arguments

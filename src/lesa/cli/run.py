@@ -1,0 +1,49 @@
+"""The command that draws: generate."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lesa.cli import options
+from lesa.host import needs
+from lesa.host.loading import loaded
+from lesa.host.pipelines import is_mp4, pictures_of, save_picture
+from lesa.host.runtime import accelerate
+
+
+def generate(given: Namespace) -> None:
+    """Draw a picture or a clip."""
+    import torch
+    from PIL import Image
+
+    if Path(given.out).suffix.lower() not in {*Image.registered_extensions(), ".mp4"}:
+        raise ValueError(f"--out names a picture file such as picture.png, or clip.gif, got {given.out!r}.")
+    if is_mp4(given.out):
+        needs.check("an MP4", "mp4")
+    options.folder(Path(given.out).parent)
+    pipe, seeded = loaded(options.load_options(given)), dict(generator=torch.Generator().manual_seed(given.seed))
+    if given.full:
+        drawn = pictures_of(pipe(given.prompt, **seeded))
+    else:
+        with accelerate(pipe, options.forecaster_of(given), schedule=given.schedule) as run:
+            drawn = pictures_of(pipe(given.prompt, **seeded))
+        print(run.summary())
+    save_picture(drawn[0], given.out)
+    options.say(given.out)
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = options.command(commands, "generate", generate, "draw a picture, accelerated")
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("--out", default="picture.png", metavar="FILE")
+    parser.add_argument("--seed", type=int, default=0)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--predictor", metavar="FOLDER", help="default: the one shipped with the model")
+    how.add_argument("--forecaster", help="one that needs no training: reuse, taylor:1, lagrange:2, ...")
+    how.add_argument("--full", action="store_true", help="every step full, for comparison")
+    parser.add_argument(
+        "--schedule", type=options.read_schedule, help="which steps are full, e.g. paper:7; default: the predictor's"
+    )
