@@ -22,7 +22,7 @@ from lesa.host.pipelines import with_call
 from lesa.learn import metrics
 from lesa.learn.collect import record
 from lesa.learn.metrics import psnr, relative_error
-from lesa.predictors.predictor import L2P, LESA, Origin, Predictor
+from lesa.predictors import L2P, LESA, Origin, Predictor
 from lesa.rows import plan
 from lesa.rows.forecasters import Reuse, Taylor
 from lesa.rows.schedule import Schedule

@@ -19,7 +19,7 @@ from lesa.bench import benchmark, records
 from lesa.cli import main
 from lesa.host import offload, pipelines, tap
 from lesa.learn import outcome
-from lesa.predictors.predictor import L2P, Predictor
+from lesa.predictors import L2P, Predictor
 from lesa.rows.schedule import Schedule
 
 STEPS = 10

@@ -8,7 +8,7 @@ import pytest
 
 import lesa
 from lesa import cli
-from lesa.predictors.predictor import SHIPPED_FOLDER
+from lesa.predictors.shelf import SHIPPED_FOLDER
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "models").glob("*/README.md"))]

@@ -20,7 +20,7 @@ from lesa.bench import models
 from lesa.cli import main
 from lesa.learn import collect
 from lesa.learn.trajectory import Store, Trajectory
-from lesa.predictors.predictor import Predictor
+from lesa.predictors import Predictor
 
 FORK = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="a warm process must be forked")
 CONFIGS = {model.name: dict(model.config) for model in models.MODELS}

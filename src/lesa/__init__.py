@@ -7,7 +7,7 @@ print(run.summary())
 
 from lesa.host.pipelines import load
 from lesa.host.runtime import accelerate, disable, enable
-from lesa.predictors.predictor import L2P, LESA, Predictor
+from lesa.predictors import L2P, LESA, Predictor
 from lesa.rows.forecasters import Forecaster, Lagrange, LinearRows, Reuse, Taylor
 from lesa.rows.plan import Plan
 from lesa.rows.row import Row

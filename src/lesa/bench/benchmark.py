@@ -31,7 +31,7 @@ from lesa.host.tap import place_of
 from lesa.learn import metrics, ranks
 from lesa.learn.collect import record
 from lesa.learn.ranks import Ranks
-from lesa.predictors.predictor import LESA, ContinuousLESA, Predictor
+from lesa.predictors import LESA, ContinuousLESA, Predictor
 from lesa.rows.forecasters import Forecaster, Lagrange, Reuse, Taylor
 from lesa.rows.schedule import Schedule
 

@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lesa.host.pipelines import CALL_FILE
+from lesa.host.pipelines import CALL_FILE, check_call
 from lesa.rows import grid as grids
-from lesa.rows.schedule import Schedule
+from lesa.rows.schedule import Schedule, check_steps
 
+MOST_LAYERS = 1000
+"""Of a transformer; those of the paper have 57 and 60, and a configuration can claim any number."""
 QWEN_TEXT = 23
 """The text tokens of Qwen-Image's published FLOPs."""
 
@@ -71,7 +73,13 @@ class Model:
 
 
 def build(model: Model) -> Any:
-    """Make a model's transformer on the `meta` device, where it has shapes and no numbers."""
+    """Make a model's transformer on the `meta` device, where it has shapes and no numbers.
+
+    Raises: ValueError if its configuration names more than `MOST_LAYERS` layers.
+    """
+    layers = {name: n for name, n in model.config.items() if name.endswith("layers") and isinstance(n, int)}
+    if sum(layers.values()) > MOST_LAYERS:
+        raise ValueError(f"a transformer has at most {MOST_LAYERS} layers, got {layers}; repair its configuration.")
     import diffusers
 
     with torch.device("meta"):
@@ -80,9 +88,10 @@ def build(model: Model) -> Any:
 
 def scheduler_of(model: Model, steps: int | None = None, device: str | torch.device = "cpu") -> Any:
     """Return the model's scheduler with its time steps set as its pipeline sets them, by default its own number."""
+    steps = steps or model.steps
+    check_steps(steps)
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    steps = steps or model.steps
     scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(dict(model.scheduler))
     facts = scheduler.config
     rise = (facts.max_shift - facts.base_shift) / (facts.max_image_seq_len - facts.base_image_seq_len)
@@ -118,6 +127,7 @@ def read(
     load_config = getattr(diffusers, kind).load_config
     own = Path(source) / CALL_FILE
     call = {**(json.loads(own.read_text()) if own.exists() else {}), **(call or {})}
+    check_call(call)
     scale = _scale(load_config(source, subfolder="vae"))
     usual = 128 * scale[0]
     height, width, frames, padded = (720, 1280, 129, 256) if "Video" in kind else (usual, usual, 1, 512)

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 EMBEDDED = "models/emoji-flux"
 PLACES = ("feature", "norm", "projection", "output")
 VALIDATION_SEED, TRAINING_SEED = 1_000_000, 2_000_000  # the first ones; held-out pairs count from 0, so none coincide
+MOST_SEEDS = 1_000_000
 OFFLOADS = ("none", "model", "sequential", "group")
 LEARNED = "learned"
 CONVERTED = {
@@ -155,10 +156,9 @@ def _peers(options: argparse.Namespace) -> list[Any]:
 
 def _planned(options: argparse.Namespace, pipe: Any) -> tuple[Any, Callable[[Any, int, str], Any]]:
     """Return the grid, and the call that plans a forecaster's schedule at a tap; what was planned is kept in a file."""
-    import torch
-
     from lesa.bench import records
-    from lesa.learn.trajectory import write_atomically
+    from lesa.predictors.disk import write_atomically
+    from lesa.rows.grid import validate
     from lesa.rows.schedule import Schedule
 
     path, known = Path(options.out) / records.PLANNED, records.planned(options.out)
@@ -173,7 +173,7 @@ def _planned(options: argparse.Namespace, pipe: Any) -> tuple[Any, Callable[[Any
 
     if "grid" not in known:
         known["grid"] = planner("feature").grid.tolist()
-    return torch.tensor(known["grid"], dtype=torch.float64), plan
+    return validate(known["grid"]), plan
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -305,7 +305,7 @@ def _plan(options: argparse.Namespace) -> None:
 def _place(pipe: Any, forecaster: Any, store: Any) -> str:
     """Name the tap of forecasts that nobody named: a predictor's own, that of recorded runs, or the model's usual."""
     from lesa.host.tap import place_of, tap_of
-    from lesa.predictors.predictor import Predictor
+    from lesa.predictors import Predictor
 
     tap = tap_of(pipe.transformer)
     if isinstance(forecaster, Predictor):
@@ -395,7 +395,7 @@ def _recorded(store: Any, tap: Any) -> Any:
 
 
 def _rows(options: argparse.Namespace) -> None:
-    from lesa.predictors.predictor import Predictor
+    from lesa.predictors import Predictor
     from lesa.rows import plan
 
     predictor = Predictor.from_pretrained(options.predictor)
@@ -535,7 +535,7 @@ def _train(options: argparse.Namespace) -> int:
 def _check_place(out: str) -> None:
     """Check before the work that a training, or a predictor, written there would take the place of nothing else."""
     from lesa.learn import training
-    from lesa.predictors.predictor import check_place
+    from lesa.predictors.base import check_place
 
     rounds = Path(out) / "rounds"
     begun = training.begun(rounds) is not None or (rounds / "recorded").exists()
@@ -618,7 +618,7 @@ def _staged(predictor: Any, stages: Any, lesson: Any, head: Any) -> Any:
     """Make a LESA anew with other stages: with these bounds, with so many learned ones, or with as many as pay."""
     from lesa.learn.planning import PLANNED_ON, Planner
     from lesa.learn.stages import choose, learn
-    from lesa.predictors.predictor import LESA
+    from lesa.predictors import LESA
 
     def planner(runs: Sequence[Any]) -> Any:
         return Planner(runs[:PLANNED_ON], head, tap=predictor.origin.tap)
@@ -663,7 +663,7 @@ def _untrained(
     from lesa.host.pipelines import call_of
     from lesa.host.tap import tap_of
     from lesa.learn.guidance import facts
-    from lesa.predictors.predictor import L2P, LESA, ContinuousLESA, Origin, configuration
+    from lesa.predictors import L2P, LESA, ContinuousLESA, Origin, configuration
 
     names = ("loss", "rounds", "updates", "floor", "seed", "history", "paper")
     settings = {name: getattr(options, name) for name in names}
@@ -702,7 +702,7 @@ def _untrained(
 
 def _start(options: argparse.Namespace) -> Any:
     """Return the trained predictor that training begins with, if one was named."""
-    from lesa.predictors.predictor import Predictor
+    from lesa.predictors import Predictor
 
     return Predictor.from_pretrained(options.predictor) if options.predictor else None
 
@@ -743,7 +743,7 @@ def _convert(options: argparse.Namespace) -> None:
     from lesa.bench import models
     from lesa.host.tap import tap_of
     from lesa.predictors import convert
-    from lesa.predictors.predictor import check_place
+    from lesa.predictors.base import check_place
     from lesa.rows.schedule import Schedule
 
     check_place(options.out)
@@ -821,7 +821,9 @@ def _pipeline(options: argparse.Namespace) -> Any:
 
 def _predictors(model: str, named: Sequence[str] | None, variants: bool) -> list[Any]:
     """Load the predictors named, or else those shipped with the model; with the `variants` in their folders, or not."""
-    from lesa.predictors.predictor import CONFIG_FILE, SHIPPED_FOLDER, Predictor
+    from lesa.predictors import Predictor
+    from lesa.predictors.base import CONFIG_FILE
+    from lesa.predictors.shelf import SHIPPED_FOLDER
 
     places = [f"{SHIPPED_FOLDER}/*/{CONFIG_FILE}"] + [f"{SHIPPED_FOLDER}/*/*/{CONFIG_FILE}"] * variants
     found = [path.parent for place in places for path in Path(model).glob(place)]
@@ -834,7 +836,7 @@ def _predictors(model: str, named: Sequence[str] | None, variants: bool) -> list
 
 def _forecaster(options: argparse.Namespace) -> Any:
     """Return what is named: a predictor, or 'reuse', 'taylor:2' or 'lagrange:1'; None is the predictor shipped."""
-    from lesa.predictors.predictor import Predictor
+    from lesa.predictors import Predictor
     from lesa.rows.forecasters import Lagrange, Reuse, Taylor
 
     if options.predictor:
@@ -1186,6 +1188,8 @@ def _bounds(text: str) -> tuple[float, ...]:
 @_told
 def _seeds(text: str) -> list[int]:
     first, colon, end = text.partition(":")
+    if colon and int(end) - int(first) > MOST_SEEDS:
+        raise ValueError(f"at most {MOST_SEEDS} seeds are run, got {text!r}")
     seeds = list(range(int(first), int(end))) if colon else [int(seed) for seed in text.split(",")]
     if not seeds:
         raise ValueError(f"at least one seed is needed, got {text!r}")

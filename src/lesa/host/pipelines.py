@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lesa.host import needs
+from lesa.predictors.shelf import HOME
+from lesa.rows.schedule import check_steps
 
 CALL_FILE, SCHEDULER_FOLDER = "call.json", "scheduler"
-HOME = "_lesa_home"
-"""A loaded pipeline's attribute: the folder whose predictors are shipped for it, where that is not its own."""
 FRAMES_A_SECOND = 8
+MOST = 1 << 14
+"""Pixels of a side, frames, text tokens: a call of more is a mistake, or a file's that is meant to take all memory."""
 
 
 def load(path: str | Path, *, lora: str | Path | None = None, **options: Any) -> Any:
@@ -85,8 +88,9 @@ def with_call(pipe: Any, arguments: dict[str, Any]) -> Any:
 
     A text among them (such as `negative_prompt`) goes with every prompt of a call.
 
-    Raises: ValueError if the pipeline's call takes no such argument.
+    Raises: ValueError if the pipeline's call takes no such argument, or none so large.
     """
+    check_call(arguments)
     kind = type(pipe)
     signature = inspect.signature(kind.__call__)
     if unknown := sorted(set(arguments) - set(signature.parameters)):
@@ -103,6 +107,14 @@ def with_call(pipe: Any, arguments: dict[str, Any]) -> Any:
     # a subclass of the same name, which diffusers writes when it saves the pipeline
     pipe.__class__ = type(kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__})
     return pipe
+
+
+def check_call(arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError if a call asks for more steps than a run has, or more pixels, frames or tokens than `MOST`."""
+    check_steps(arguments.get("num_inference_steps") or 0)
+    for name, number in arguments.items():
+        if isinstance(number, int) and number > MOST:
+            raise ValueError(f"a call's numbers are at most {MOST}, got {name}={number}; lower it.")
 
 
 def for_each(prompt: Any, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from lesa.host.head import Projection
 from lesa.learn import metrics
-from lesa.learn.trajectory import Trajectory, write_atomically
-from lesa.predictors import disk
-from lesa.predictors.predictor import CARD_FILE, FILES, L2P, LESA, Predictor
+from lesa.learn.trajectory import Trajectory
+from lesa.predictors import L2P, LESA, Predictor, disk
+from lesa.predictors.base import CARD_FILE, FILES
+from lesa.predictors.disk import write_atomically
 from lesa.rows.grid import matches
 from lesa.rows.guidance import Guidance
 from lesa.rows.plan import histories

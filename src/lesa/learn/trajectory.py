@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from lesa.predictors.disk import write_atomically
+from lesa.rows.grid import validate
+
 COLLECTION = "collection.json"
 _GROUPS = ("features", "outputs", "conditioning")
-PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ class Trajectory:
                 facts = json.loads(file.metadata()["trajectory"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             streams = facts["streams"]
-            return cls(
+            loaded = cls(
                 prompt=facts["prompt"],
                 seed=facts["seed"],
                 grid=tensors["grid"],
@@ -92,8 +92,21 @@ class Trajectory:
                 latents=tensors["latents"],
                 **{group: {name: tensors[f"{group}.{name}"] for name in streams} for group in _GROUPS},
             )
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            loaded._check()
+            return loaded
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no whole trajectory ({error}); delete it and collect again.") from error
+
+    def _check(self) -> None:
+        """Raise ValueError unless all tensors are of the same steps and tokens: what is made of one fits the others."""
+        steps, tokens = len(validate(self.grid)) - 1, len(self.tokens)
+        if not tokens or not set(self.full) <= set(range(steps)):
+            raise ValueError(f"its {steps} steps have tokens, and full ones, got {tokens} and {self.full[:8]}")
+        wanted = {"latents": (steps + 1, tokens), "conditioning": (steps,)}
+        for name, tensor in self._tensors().items():
+            shape = wanted.get(name.partition(".")[0], (steps, tokens))
+            if name not in ("grid", "tokens") and tensor.shape[:-1] != shape:
+                raise ValueError(f"{name} is {shape} and its channels, got {tuple(tensor.shape)}")
 
     def _tensors(self) -> dict[str, Tensor]:
         grouped = {f"{group}.{name}": x for group in _GROUPS for name, x in getattr(self, group).items()}
@@ -205,33 +218,3 @@ def draw_tokens(available: int, count: int | None = None, seed: int = 0) -> Tens
     if not 1 <= count <= available:
         raise ValueError(f"the model has {available} image tokens at this size, cannot keep {count}; ask for fewer.")
     return torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count].sort().values
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, whatever happens meanwhile.
-
-    Raises: OSError if it cannot be written; nothing of it is left then.
-    """
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Make a renaming in a folder last; Windows has no such call."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

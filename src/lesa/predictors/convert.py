@@ -14,18 +14,21 @@ whose weights were applied to a history in the order of time has them the other 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
+import reprlib
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lesa.bench.models import Model
-from lesa.predictors.predictor import LESA, Origin
+from lesa.predictors.lesa import LESA
+from lesa.predictors.origin import Origin
 from lesa.rows.grid import validate
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
@@ -51,6 +54,23 @@ class _Inert:
 
     def __setstate__(self, _state: Any) -> None:
         pass
+
+
+class Described(Protocol):
+    """The model that a predictor is for, as far as it matters here: `lesa.bench.models.Model` is one."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def transformer(self) -> str:
+        """The name of the transformer's class."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What the transformer is built with."""
+        ...
 
 
 class Weights(NamedTuple):
@@ -82,6 +102,7 @@ def read(path: str | Path) -> Weights:
     """
     allowed: list[Any] = [type(name, (_Inert,), {"__module__": CONFIG_MODULE}) for name in CONFIG_CLASSES]
     data = Path(path).read_bytes()
+    _check_packed(path, data)
     try:
         with torch.serialization.safe_globals(allowed):
             entries = torch.load(path, map_location="cpu", weights_only=True)
@@ -97,33 +118,59 @@ def read(path: str | Path) -> Weights:
     found = entries.get("model") if isinstance(entries, Mapping) else None
     if not isinstance(found, Mapping) or not found:
         raise ValueError(f"{path} has its weights under 'model', got {_kind(entries)}; name a whole checkpoint.")
+    _check_size(path, found, len(data))
     weights = Weights(dict(_renamed(name, tensor) for name, tensor in found.items()), hashlib.sha256(data).hexdigest())
     if len(weights.tensors) != len(found) or "cond" not in weights.streams:
         raise ValueError(f"{path} has one stream, without a name, or both cond and uncond, got others beside or alone.")
     return weights
 
 
+def _check_packed(path: str | Path, data: bytes) -> None:
+    """Raise ValueError if a file would unpack to more than it is: torch compresses nothing."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as packed:
+            unpacked = sum(part.file_size for part in packed.infolist())
+    except zipfile.BadZipFile:  # an older format of torch, or another file
+        return
+    if unpacked > len(data):
+        raise ValueError(
+            f"{path} is refused, and nothing in it was run: a checkpoint is stored as it is, got {len(data)} bytes "
+            f"that unpack to {unpacked}."
+        )
+
+
+def _check_size(path: str | Path, tensors: Mapping[Any, Any], size: int) -> None:
+    """Raise ValueError if tensors have more numbers than their file has bytes: views can repeat one number for ever."""
+    count = sum(tensor.numel() for tensor in tensors.values() if isinstance(tensor, Tensor))
+    if count > size:
+        raise ValueError(
+            f"{path} is refused: a checkpoint holds every number of its weights, got {size} bytes that claim to be "
+            f"{count} numbers."
+        )
+
+
 def _renamed(name: Any, tensor: Any) -> tuple[str, Tensor]:
     """Return a weight under our name and in float32."""
-    match = KEY.fullmatch(str(name))
+    match = KEY.fullmatch(name) if isinstance(name, str) else None
     if match is None or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         raise ValueError(
             "a checkpoint's weights are named latent.STAGE.weight or .bias and timestep.STAGE.layers.LAYER."
-            f"{{{','.join(OURS)}}}, with _cond or _uncond where there are two streams, got {name!r}, {_kind(tensor)}."
+            f"{{{','.join(OURS)}}}, with _cond or _uncond where there are two streams, got "
+            f"{reprlib.repr(name)}, {_kind(tensor)}."
         )
     if tensor.ndim != DIMENSIONS[match["linear"] or match["kan"]]:
         raise ValueError(f"{name!r} has another number of dimensions in a checkpoint, got {tuple(tensor.shape)}.")
     here = f"experts.{match['stream'] or 'cond'}.{match['stage']}"
     if match["linear"] and match["part"] == "latent":
-        return f"{here}.{match['linear']}", tensor.float().squeeze(0)
+        return f"{here}.{match['linear']}", tensor.detach().float().squeeze(0)
     if match["kan"] and match["part"] == "timestep":
-        return f"{here}.kan.{match['layer']}.{OURS[match['kan']]}", tensor.float()
+        return f"{here}.kan.{match['layer']}.{OURS[match['kan']]}", tensor.detach().float()
     raise ValueError(f"weights are parts of a latent or a timestep module each, got {name!r}; name a whole checkpoint.")
 
 
 def convert(
     weights: Weights,
-    model: Model,
+    model: Described,
     tap: Tap,
     grid: Sequence[float] | Tensor,
     schedule: Schedule,
@@ -160,7 +207,8 @@ def convert(
         versions=dict(versions or {}),
     )
     options = dict(hidden=shape.hidden, grid_size=shape.grid_size, span=shape.span)
-    predictor = LESA.paper(origin, bounds=bounds, memories=memories, **options)
+    with torch.device("meta"):  # made of no memory until its weights are known to be there
+        predictor = LESA.paper(origin, bounds=bounds, memories=memories, **options)
     _load(predictor, tensors)
     return predictor.eval()
 
@@ -225,7 +273,7 @@ def _load(predictor: LESA, tensors: Mapping[str, Tensor]) -> None:
             )
         if name.endswith(".knots") and not (tensor.diff() > 0).all():
             raise ValueError(f"the knots of {name!r} rise, got others; the checkpoint is damaged.")
-    predictor.load_state_dict(dict(tensors))
+    predictor.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
 
 
 def _get(tensors: Mapping[str, Tensor], name: str) -> Tensor:
@@ -237,4 +285,6 @@ def _get(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype}"
-    return f"a dict of {', '.join(map(str, value))}" if isinstance(value, Mapping) else f"a {type(value).__name__}"
+    if isinstance(value, Mapping):
+        return f"a dict of {', '.join(map(reprlib.repr, list(value)[:8]))}"
+    return f"a {type(value).__name__}"

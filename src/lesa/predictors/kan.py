@@ -33,7 +33,8 @@ class KANLayer(nn.Module):
 
     The knots cut `span` into `grid_size` equal parts and go on by `order` parts on both sides. The splines start as
     least-squares fits to uniform noise, at most `spline_noise` / (2 `grid_size`) in size, and the scales at
-    `spline_scale`: a new layer is its base branch, and the curves grow from there.
+    `spline_scale`: a new layer is its base branch, and the curves grow from there. On the `meta` device a layer has
+    shapes alone: it takes up numbers that are there already.
     """
 
     knots: Tensor
@@ -50,14 +51,20 @@ class KANLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.order = order
-        part = (span[1] - span[0]) / grid_size
-        knots = span[0] + part * torch.arange(-order, grid_size + order + 1)
-        self.register_buffer("knots", knots.expand(inputs, -1).contiguous())
+        self.register_buffer("knots", torch.empty(inputs, grid_size + 2 * order + 1))
         self.base = nn.Parameter(torch.empty(outputs, inputs))
         self.spline = nn.Parameter(torch.empty(outputs, inputs, grid_size + order))
-        self.scale = nn.Parameter(torch.full((outputs, inputs), spline_scale))
+        self.scale = nn.Parameter(torch.empty(outputs, inputs))
+        if not self.base.is_meta:
+            self._start(grid_size, span, spline_noise, spline_scale)
+
+    @torch.no_grad()
+    def _start(self, grid_size: int, span: tuple[float, float], spline_noise: float, spline_scale: float) -> None:
+        part = (span[1] - span[0]) / grid_size
+        self.knots.copy_(span[0] + part * torch.arange(-self.order, grid_size + self.order + 1))
+        self.scale.fill_(spline_scale)
         nn.init.kaiming_uniform_(self.base, a=math.sqrt(5))
-        noise = (torch.rand(outputs, inputs, grid_size + 1) - 0.5) * spline_noise / grid_size
+        noise = (torch.rand(*self.base.shape, grid_size + 1) - 0.5) * spline_noise / grid_size
         self._fit(noise)
 
     @torch.no_grad()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lesa.rows.schedule import check_steps
+
 TOLERANCE = 1e-4
 """Grids whose times differ by no more than this are the same grid."""
 
@@ -15,7 +17,7 @@ TOLERANCE = 1e-4
 def validate(times: Sequence[float] | Tensor) -> Tensor:
     """Return `times` as a grid: float64 on the CPU, shape (S + 1,), strictly falling within [0, 1], ending in 0.
 
-    Raises: ValueError if `times` is anything else.
+    Raises: ValueError if `times` is anything else, or has more steps than a run.
     """
     grid = times_in_order(times)
     if grid[-1] != 0:
@@ -42,6 +44,7 @@ def times_in_order(times: Sequence[float] | Tensor) -> Tensor:
         raise ValueError(
             f"a grid is S + 1 times in one dimension, got shape {tuple(grid.shape)}; pass at least 2 times."
         )
+    check_steps(len(grid) - 1)
     if not (grid.isfinite().all() and grid.min() >= 0 and grid.max() <= 1):
         raise ValueError(
             f"the times of a grid lie in [0, 1], got {float(grid.min()):g} to {float(grid.max()):g}; "
@@ -89,3 +92,9 @@ def stage_of(time: float, bounds: Sequence[float]) -> int:
 def matches(grid: Tensor, other: Tensor) -> bool:
     """Tell whether two grids are the same: as long as each other, and no time further apart than `TOLERANCE`."""
     return grid.shape == other.shape and bool((grid - other).abs().max() <= TOLERANCE)
+
+
+def in_words(grid: Tensor) -> str:
+    """Say how many steps a grid has and where it begins."""
+    first = ", ".join(f"{float(t):.4f}" for t in grid[:3])
+    return f"{len(grid) - 1} steps ({first}, ...)"

@@ -45,13 +45,13 @@ class Plan:
             raise ValueError(
                 f"the first full step is the run's first, {self.start}, got {self.full[0]}; compile it again."
             )
-        pasts = dict(histories(self.steps, self.full, self.start, self.memory, self.remembers_forecasts))
-        if pasts.keys() != self.rows.keys():
+        skipped = set(range(self.start, self.steps)).difference(self.full)
+        if skipped != self.rows.keys():
             raise ValueError(
                 f"a plan has one row for each skipped step, got rows for {sorted(self.rows)} and skipped steps "
-                f"{sorted(pasts)}; compile it again."
+                f"{sorted(skipped)}; compile it again."
             )
-        for step, past in pasts.items():
+        for step, past in histories(self.steps, self.full, self.start, self.memory, self.remembers_forecasts):
             _check(step, past, self.rows[step])
 
     @property
@@ -140,7 +140,7 @@ class Plan:
                 for step, row in data["rows"].items()
             }
             return cls(**data)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise ValueError(
                 f"a plan is the JSON of format {FORMAT!r}, got other text ({error!r}); write it again."
             ) from error
@@ -201,9 +201,10 @@ def histories(
     steps: int, full: Sequence[int], start: int, memory: int, remembers_forecasts: bool
 ) -> Iterator[tuple[int, tuple[int, ...]]]:
     """Walk a run and yield every skipped step with the steps whose features the history holds by then."""
-    history: deque[int] = deque(maxlen=memory)
+    history: deque[int] = deque(maxlen=min(memory, steps))
+    all_full = frozenset(full)
     for step in range(start, steps):
-        skipped = step not in full
+        skipped = step not in all_full
         if skipped:
             yield step, tuple(history)
         if remembers_forecasts or not skipped:

@@ -8,6 +8,9 @@ from numbers import Integral
 
 GRAMMAR = "'paper:7', 'paper:7:3', 'every:5', 'every:5:3', 'at:0,3,9' or 'ratio:5'"
 DEFAULT_WARMUP = {"paper": 3, "every": 1}
+MOST_STEPS = 2000
+"""A run of more steps is a mistake, or meant to take all time and memory: much here grows with the square of it, and
+models of diffusion are trained with 1000."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,14 +89,16 @@ class Schedule:
 
         The rules count from `start`; named full steps (`at`) are absolute, and those before `start` do not matter.
 
-        Raises: ValueError if `start` is no step of the run, or named full steps miss `start` or go past the run's end.
+        Raises: ValueError if `start` is no step of the run, or named full steps miss `start` or go past the run's end,
+            or the run has more than `MOST_STEPS` steps.
         """
+        check_steps(steps)
         if not 0 <= start < steps:
             raise ValueError(f"a run of {steps} steps begins at one of them, got start {start}; lower start.")
         if self.rule == "at":
             return self._named_steps(steps, start)
         length = steps - start
-        return tuple(start + step for step in sorted(self._rule_steps(length)) if step < length)
+        return tuple(start + step for step in sorted(self._rule_steps(length)))
 
     def _named_steps(self, steps: int, start: int) -> tuple[int, ...]:
         named = tuple(int(step) for step in self.numbers)
@@ -107,13 +112,14 @@ class Schedule:
         return tuple(step for step in named if step >= start)
 
     def _rule_steps(self, length: int) -> set[int]:
+        """Return the full steps below `length`; no number of the rule makes more of them."""
         if self.rule == "ratio":
             count = max(1, round(length / self.numbers[0]))
             return {k * length // count for k in range(count)}
         interval, warmup = (int(number) for number in self.numbers)
         if self.rule == "every":
-            return {*range(warmup), *range(warmup - 1, length, interval)}
-        return {*range(warmup + 1), *range(warmup + interval - 1, length, interval)}
+            return {*range(min(warmup, length)), *range(warmup - 1, length, interval)}
+        return {*range(min(warmup + 1, length)), *range(warmup + interval - 1, length, interval)}
 
     def draw(self, steps: int, start: int = 0) -> str:
         """Draw a run, one character a step: '#' full, '.' skipped, '-' before `start`.
@@ -135,6 +141,12 @@ class Schedule:
 def draw(full: Collection[int], steps: int, start: int = 0) -> str:
     """Draw a run with these full steps, one character a step: '#' full, '.' skipped, '-' before `start`."""
     return "".join("-" if step < start else "#" if step in full else "." for step in range(steps))
+
+
+def check_steps(steps: int) -> None:
+    """Raise ValueError if a run has more than `MOST_STEPS` steps."""
+    if steps > MOST_STEPS:
+        raise ValueError(f"a run has at most {MOST_STEPS} steps, got {steps}; take fewer.")
 
 
 def _at_least_one(name: str, number: int) -> int:
