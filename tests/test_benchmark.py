@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +16,6 @@ from lesa.bench import benchmark, cost, records
 from lesa.bench.benchmark import BOUND, REFERENCE, Method
 from lesa.bench.cost import Watch
 from lesa.bench.records import Comparison, Log, Pair, Record, Result, Time
-from lesa.emoji import COMPOSITIONS, Atlas, caption
 from lesa.host.pipelines import with_call
 from lesa.learn import metrics
 from lesa.learn.collect import record
@@ -316,16 +314,6 @@ def test_what_needs_no_training_is_measured_wherever_a_predictor_taps():
     for method in (one for one in [*lined_up, *on_schedule] if "Taylor" in one.name):
         assert benchmark.rebuild(method.entry()).entry() == method.entry()
         assert method.recipe.get("tap") == ("output" if "output" in method.name else None)
-
-
-def test_pictures_are_recognised_where_the_model_has_emoji(tmp_path):
-    folder = Path(__file__).parents[1] / "models" / "emoji-flux"
-    assert benchmark.recogniser(tmp_path) is None
-    recognise = benchmark.recogniser(folder)
-    name = Atlas(folder).names[0]
-    drawn = Atlas(folder).draw(name, COMPOSITIONS[0])
-    prompts = [caption(name, COMPOSITIONS[0]), caption(Atlas(folder).names[1], COMPOSITIONS[0])]
-    assert recognise is not None and recognise(prompts, [drawn, drawn]) == [True, False]
 
 
 # --- time, on a clock that only the hooks below move

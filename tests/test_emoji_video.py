@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import HunyuanVideoPipeline
+from moving_emoji import FRAMES, PIXELS, Reel
 
 import lesa
-from lesa.clips import FRAMES, PIXELS, Reel
 from lesa.host.pipelines import pictures_of
 from lesa.predictors import shipped_for
 from lesa.rows.grid import from_scheduler

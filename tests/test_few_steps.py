@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from composed_emoji import Atlas
 from peft import LoraConfig
 from tiny import TRAINED
 
 import lesa
 from lesa.cli import main
-from lesa.emoji import Atlas
 from lesa.host.pipelines import with_call
 from lesa.learn.metrics import psnr
 from lesa.predictors import LESA, Origin, Predictor

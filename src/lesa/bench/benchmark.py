@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,10 +18,9 @@ from tqdm import tqdm
 
 from lesa.bench import records as kept
 from lesa.bench.cost import Memory, Watch, flops, machine
+from lesa.bench.recogniser import Recogniser
 from lesa.bench.records import DRIFT, TRAINING, Comparison, Cost, Failure, Key, Line, Log, Pair, Record, Start, Time
 from lesa.bench.scores import Score
-from lesa.clips import NAMES, Reel
-from lesa.emoji import Atlas
 from lesa.host import needs
 from lesa.host.head import from_tokens
 from lesa.host.pipelines import for_each, pictures_of
@@ -40,7 +38,6 @@ FEATURE = "feature"
 """The usual tap of a class of transformers (see `lesa.accelerate`)."""
 MOTION = "motion"
 """The score of clips besides those that are asked for: `metrics.motion_psnr`, in dB."""
-Recogniser = Callable[[Sequence[str], Sequence[np.ndarray]], list[bool]]
 
 
 @dataclass(frozen=True)
@@ -211,13 +208,6 @@ def _places(predictors: Sequence[Predictor]) -> list[str]:
 def more_steps(steps: int) -> Method:
     """The same sampler with more steps: how much of a method's error is the reference run's own."""
     return replace(fewer_steps(steps), name="more steps")
-
-
-def recogniser(model: str | Path) -> Recogniser | None:
-    """Return the call that tells prompted pictures from others, for the embedded models that come with their emoji."""
-    if (Path(model) / NAMES).exists():
-        return Reel(model).is_prompted
-    return Atlas(model).is_prompted if (Path(model) / "emoji.json").exists() else None
 
 
 def compare(

@@ -65,7 +65,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace, reuse: bool) -> None:
-    from lesa.bench import benchmark, records, scores
+    from lesa.bench import benchmark, recogniser, records, scores
     from lesa.host import needs
     from lesa.learn import ranks
 
@@ -75,6 +75,8 @@ def _compare(options: argparse.Namespace, reuse: bool) -> None:
     seeds = range(len(prompts))
     with ranks.together() as at:
         found, without = scores.load(options.scores)
+        if why := recogniser.left_out(options.model):
+            without[recogniser.PROMPTED] = why
         for name, why in without.items() if at.leads else ():
             print(f"lesa: {name} will not be measured: {why}", file=sys.stderr)
         _as_collected(options)
@@ -87,7 +89,7 @@ def _compare(options: argparse.Namespace, reuse: bool) -> None:
         at.wait()
         with records.writing(out, setting, at.rank) as log:
             methods = _line_up(options, pipe, predictors, reuse, at)
-            facts = dict(batch_size=options.batch_size, recognise=benchmark.recogniser(options.model), scores=found)
+            facts = dict(batch_size=options.batch_size, recognise=recogniser.recogniser(options.model), scores=found)
             fine = benchmark.more_steps(options.fine) if options.fine else None
             benchmark.compare(
                 pipe, methods, prompts, seeds, timed=options.timed, lacking=without, fine=fine, log=log, at=at, **facts
@@ -215,7 +217,7 @@ def _changes(options: argparse.Namespace) -> int:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from lesa.bench import benchmark, peers, records, scores
+    from lesa.bench import benchmark, peers, recogniser, records, scores
     from lesa.host import needs
     from lesa.learn.collect import fingerprint
 
@@ -236,7 +238,7 @@ def _reproduce(options: argparse.Namespace) -> int:
         predictors = _predictors(options.lora or options.model, options.predictors, variants=True)
         method = benchmark.rebuild(entry, predictors)
     found, _ = scores.load([name for name in then.scores if name in scores.SCORES])
-    now = benchmark.reproduce(pipe, method, then, setting, benchmark.recogniser(options.model), found)
+    now = benchmark.reproduce(pipe, method, then, setting, recogniser.recogniser(options.model), found)
     print(f"{then.method} on {then.schedule}, {then.prompt!r}, seed {then.seed}")
     print(f"PSNR {then.psnr:.4f} dB then, {now.psnr:.4f} dB now; SSIM {then.ssim:.6f} then, {now.ssim:.6f} now")
     return int(abs(now.psnr - then.psnr) > options.tolerance)
