@@ -32,7 +32,7 @@ from lesa.learn.collecting import VALIDATION_SEED
 from lesa.learn.metrics import interval
 from lesa.learn.training import Config, Lesson, train
 from lesa.learn.trajectory import Store, Trajectory
-from lesa.predictors.predictor import LESA, Origin, configuration
+from lesa.predictors import LESA, Origin, configuration
 from lesa.rows.forecasters import Taylor
 
 MODEL = "models/emoji-flux"

@@ -15,7 +15,7 @@ from lesa.bench.flops import INPUTS
 from lesa.bench.models import MODELS, Model, Size, scheduler_of
 from lesa.host.runtime import Run
 from lesa.host.tap import tap_of
-from lesa.predictors.predictor import Origin, configuration
+from lesa.predictors import Origin, configuration
 from lesa.rows.grid import from_scheduler
 
 DTYPE, STD = torch.bfloat16, 0.02

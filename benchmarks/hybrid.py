@@ -4,8 +4,8 @@
 
 Plans a schedule for a forecaster from recorded runs, and detours from it (`lesa.learn.planning.detours`), then draws
 held-out prompts one by one: on the schedule, with the detours, with a full step more in every run, and with detours
-taken at random as often. PSNR and drift are against the same model's runs with every step full; the worst are the runs that end
-furthest off on the fixed schedule. Bootstrap 95 % intervals.
+taken at random as often. PSNR and drift are against the same model's runs with every step full; the worst are the runs
+that end furthest off on the fixed schedule. Bootstrap 95 % intervals.
 """
 
 import argparse

@@ -26,7 +26,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 import lesa
 from lesa.host.intercept import intercept
 from lesa.host.tap import PLACES, tap_of
-from lesa.predictors.predictor import Origin, configuration
+from lesa.predictors import Origin, configuration
 from lesa.rows.grid import from_scheduler
 
 HEAD_CHANNELS, TEXT_CHANNELS, POOLED_CHANNELS = 128, 4096, 768

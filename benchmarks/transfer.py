@@ -15,6 +15,7 @@ kept in --lora. It needs peft.
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,12 +32,14 @@ from lesa.bench.benchmark import batches, draw, pair_up
 from lesa.bench.lines import Pair
 from lesa.bench.methods import REFERENCE, Method, forecast, untrained
 from lesa.bench.report import markdown
-from lesa.emoji import Atlas, parse
 from lesa.learn.collect import read_prompts
 from lesa.learn.metrics import interval, paired_interval, psnr
 from lesa.rows.forecasters import LinearRows
 from lesa.rows.grid import from_scheduler
 from lesa.rows.plan import compile
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from composed_emoji import Atlas, parse
 
 MODEL = "models/emoji-flux"
 LORA_LAYERS = r".*blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)|proj_mlp|proj_out)"

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import emoji
 import numpy as np
+from composed_emoji import COMPOSITIONS, SIZES, Composition, caption, compose
 from PIL import Image, ImageDraw, ImageFont
-
-from lesa.emoji import COMPOSITIONS, SIZES, Composition, caption, compose
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 COUNT = 200

@@ -11,10 +11,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from composed_emoji import bitmaps
+from moving_emoji import NAMES, SCENES, Scene, caption, film
 from PIL import Image
-
-from lesa.clips import NAMES, SCENES, Scene, caption, film
-from lesa.emoji import bitmaps
 
 COUNT = 48
 COLUMNS = 12

@@ -13,12 +13,11 @@ import math
 from collections import Counter
 
 import torch
+from composed_emoji import PIXELS
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from emoji_training import IMAGE_TOKENS, Recipe, all_prompts, main, start_at_identity
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
-
-from lesa.emoji import PIXELS
 
 TEXT_TOKENS = 12
 

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from composed_emoji import Atlas
 from diffusers import FlowMatchEulerDiscreteScheduler
 from emoji_flux import Flux
 from emoji_qwen import Qwen
@@ -33,7 +34,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import lesa
-from lesa.emoji import Atlas
 from lesa.learn import metrics
 
 MODELS = Path(__file__).parent

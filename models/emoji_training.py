@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from composed_emoji import Atlas, parse
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import lesa
-from lesa.bench.benchmark import recogniser
-from lesa.emoji import Atlas, parse
+from lesa.bench.recogniser import recogniser
 from lesa.host.pipelines import pictures_of
 
 IMAGE_TOKENS = 64

@@ -22,11 +22,10 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVi
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from emoji_flux import build_clip_tokenizer
 from emoji_training import KernelMuon, Recipe, all_prompts, main, start_at_identity
+from moving_emoji import FRAMES, Reel, parse
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
-
-from lesa.clips import FRAMES, Reel, parse
 
 TEMPLATE, TEMPLATE_TOKENS = DEFAULT_PROMPT_TEMPLATE["template"], DEFAULT_PROMPT_TEMPLATE["crop_start"]
 TEXT_TOKENS = 12  # max_sequence_length in call.json

@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,12 +18,11 @@ from lesa.bench.cost import Watch
 from lesa.bench.lines import Pair, Record, Time
 from lesa.bench.methods import BOUND, REFERENCE, Method, fewer_steps, forecast, label, line_up, line_up_planned, rebuild
 from lesa.bench.records import Comparison, Log, Result
-from lesa.emoji import COMPOSITIONS, Atlas, caption
 from lesa.host.pipelines import with_call
 from lesa.learn import metrics
 from lesa.learn.collect import record
 from lesa.learn.metrics import psnr, relative_error
-from lesa.predictors.predictor import L2P, LESA, Origin, Predictor
+from lesa.predictors import L2P, LESA, Origin, Predictor
 from lesa.rows import plan
 from lesa.rows.forecasters import Reuse, Taylor
 from lesa.rows.schedule import Schedule
@@ -318,16 +316,6 @@ def test_what_needs_no_training_is_measured_wherever_a_predictor_taps():
     for method in (one for one in [*lined_up, *on_schedule] if "Taylor" in one.name):
         assert rebuild(method.entry()).entry() == method.entry()
         assert method.recipe.get("tap") == ("output" if "output" in method.name else None)
-
-
-def test_pictures_are_recognised_where_the_model_has_emoji(tmp_path):
-    folder = Path(__file__).parents[1] / "models" / "emoji-flux"
-    assert benchmark.recogniser(tmp_path) is None
-    recognise = benchmark.recogniser(folder)
-    name = Atlas(folder).names[0]
-    drawn = Atlas(folder).draw(name, COMPOSITIONS[0])
-    prompts = [caption(name, COMPOSITIONS[0]), caption(Atlas(folder).names[1], COMPOSITIONS[0])]
-    assert recognise is not None and recognise(prompts, [drawn, drawn]) == [True, False]
 
 
 # --- time, on a clock that only the hooks below move

@@ -22,10 +22,10 @@ from lesa.bench.models import build, grid_of
 from lesa.cli import _seeds
 from lesa.host.pipelines import check_call, with_call
 from lesa.learn.trajectory import Trajectory
-from lesa.predictors import predictor as predictors
+from lesa.predictors import L2P, LESA, Predictor
+from lesa.predictors import base as predictors
 from lesa.predictors.convert import convert, read
 from lesa.predictors.kan import KANLayer
-from lesa.predictors.predictor import L2P, LESA, Predictor
 from lesa.rows.grid import validate
 from lesa.rows.plan import Plan
 from lesa.rows.schedule import MOST_STEPS, Schedule

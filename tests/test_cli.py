@@ -20,7 +20,7 @@ from lesa.cli import learn, main
 from lesa.cli.options import read_schedules, read_seeds
 from lesa.host import pipelines
 from lesa.learn import outcome
-from lesa.predictors.predictor import L2P, Predictor
+from lesa.predictors import L2P, Predictor
 from lesa.rows.schedule import Schedule
 
 STEPS = 10

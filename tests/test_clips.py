@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from lesa.clips import FRAMES, GROUNDS, MOTIONS, PIXELS, SCENES, Reel, Scene, caption, parse
-from lesa.emoji import COLOURS
+from composed_emoji import COLOURS
+from moving_emoji import FRAMES, GROUNDS, MOTIONS, PIXELS, SCENES, Reel, Scene, caption, parse
 
 MODEL = Path(__file__).parent.parent / "models" / "emoji-video"
 

@@ -28,7 +28,7 @@ from lesa.learn.collect import record
 from lesa.learn.guidance import facts
 from lesa.learn.planning import Planner
 from lesa.learn.trajectory import draw_tokens
-from lesa.predictors.predictor import L2P, Origin, configuration
+from lesa.predictors import L2P, Origin, configuration
 from lesa.rows.forecasters import Lagrange, Reuse, Taylor
 from lesa.rows.schedule import Schedule
 

@@ -18,8 +18,8 @@ import lesa
 from lesa.bench.models import MODELS, grid_of
 from lesa.cli import main
 from lesa.host import tap
+from lesa.predictors import LESA, Predictor
 from lesa.predictors.convert import convert, read
-from lesa.predictors.predictor import LESA, Predictor
 from lesa.rows import plan
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap

@@ -14,7 +14,7 @@ from zoo.pipelines import ZOO, Specimen
 from lesa.host.data import DataRun
 from lesa.host.runtime import accelerate
 from lesa.host.tap import tap_of
-from lesa.predictors.predictor import L2P, Origin, configuration
+from lesa.predictors import L2P, Origin, configuration
 from lesa.rows.detour import Detour
 from lesa.rows.forecasters import Lagrange, Reuse, Taylor
 from lesa.rows.levels import Levels

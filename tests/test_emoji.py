@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from composed_emoji import COMPOSITIONS, PIXELS, Atlas, Composition, caption, parse
 from diffusers import FluxPipeline
 
 import lesa
-from lesa.emoji import COMPOSITIONS, PIXELS, Atlas, Composition, caption, parse
 from lesa.learn.collect import record
 from lesa.learn.metrics import psnr
 from lesa.learn.planning import PLANNED_ON, Planner

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from composed_emoji import PIXELS, Atlas
 from diffusers import QwenImagePipeline
 
 import lesa
-from lesa.emoji import PIXELS, Atlas
 from lesa.learn.collect import record
 from lesa.learn.metrics import psnr
 from lesa.learn.training import drift

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import HunyuanVideoPipeline
+from moving_emoji import FRAMES, PIXELS, Reel
 
 import lesa
-from lesa.clips import FRAMES, PIXELS, Reel
 from lesa.host.pipelines import pictures_of
-from lesa.predictors.predictor import shipped_for
+from lesa.predictors import shipped_for
 from lesa.rows.grid import from_scheduler
 
 MODEL = Path(__file__).parent.parent / "models" / "emoji-video"

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from composed_emoji import Atlas
 from peft import LoraConfig
 from tiny import TRAINED
 
 import lesa
 from lesa.cli import main
-from lesa.emoji import Atlas
 from lesa.host.pipelines import with_call
 from lesa.learn.metrics import psnr
-from lesa.predictors.predictor import LESA, Origin, Predictor
+from lesa.predictors import LESA, Origin, Predictor
 from lesa.rows.grid import from_scheduler
 from lesa.rows.plan import compile
 

@@ -22,7 +22,7 @@ from lesa.host.runtime import accelerate
 from lesa.host.tap import TAPS, place_of, tap_of
 from lesa.learn.collect import record
 from lesa.learn.training import Problem, Runs
-from lesa.predictors.predictor import L2P, Origin, Predictor, configuration
+from lesa.predictors import L2P, Origin, Predictor, configuration
 from lesa.rows.forecasters import Taylor
 from lesa.rows.grid import from_scheduler
 from lesa.rows.schedule import Schedule

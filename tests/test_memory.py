@@ -5,7 +5,7 @@ from pathlib import Path
 
 import lesa
 from lesa.host.tap import tap_of
-from lesa.predictors.predictor import Origin, configuration
+from lesa.predictors import Origin, configuration
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "memory.py"
 PROMPTS = ["small red apple on white, left", "large blue fish on grey, right", "large green pear on white, left"]

@@ -1,17 +1,22 @@
 """What README and docs tell people to type is there, and what must not be said is not."""
 
+import copy
+import importlib
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lesa
 from lesa.cli.parser import parser
-from lesa.predictors.predictor import SHIPPED_FOLDER
+from lesa.host.pipelines import with_call
+from lesa.predictors.shelf import SHIPPED_FOLDER
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "models").glob("*/README.md"))]
+CHANGELOG = ROOT / "CHANGELOG.md"
 OF_REAL_MODELS = [ROOT / "docs" / f"{name}.md" for name in ("flux", "qwen-image", "hunyuanvideo")]
 
 
@@ -45,6 +50,42 @@ def test_commands_of_a_page_are_commands(page):
         assert callable(parser().parse_args(words).command)
 
 
+def exists(dotted: str) -> bool:
+    """Whether a dotted name is a module of the package, or something in one."""
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            value: Any = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            if not hasattr(value, part):
+                return False
+            value = getattr(value, part)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", CHANGELOG], ids=name)
+def test_names_of_the_package_on_a_page_exist(page):
+    text = page.read_text()
+    if page == CHANGELOG:
+        text = re.sub(r"^\| `lesa\..*$", "", text, flags=re.MULTILINE)  # what modules were called
+    names = set(re.findall(r"(?<![\w./-])lesa(?:\.[A-Za-z_]\w*)+", text))
+    assert not sorted(one for one in names if not exists(one))
+
+
+def test_names_that_do_not_exist_are_seen():
+    assert exists("lesa.learn.planning.detours") and exists("lesa.Schedule.every")
+    assert not any(map(exists, ("lesa.planning.detours", "lesa.learn.planning.nothing", "lesa.Schedule.nothing")))
+
+
+def test_what_modules_are_called_now_exists():
+    moved = re.findall(r"^\| (`lesa\..*?) \| (`lesa\..*?) \|$", CHANGELOG.read_text(), re.MULTILINE)
+    now = [one for _, new in moved for one in re.findall(r"`([\w.]+)`", new)]
+    assert len(moved) > 20 and not [one for one in now if not exists(one)]
+
+
 @pytest.mark.parametrize("page", OF_REAL_MODELS, ids=name)
 def test_pages_of_real_models_begin_with_few_prompts(page):
     assert any(words[0] == "calibrate" for words in commands(page))
@@ -56,9 +97,18 @@ def test_nothing_is_installed_from_an_index_under_the_projects_name(page):
     assert not re.search(r"pip install [^`\n]*lesa", page.read_text())
 
 
-def test_the_first_block_of_the_readme_holds_for_the_model_that_it_loads():
-    """Of no other: a pipeline without a predictor is refused, and the page must not promise more."""
+def test_the_readme_begins_with_any_pipeline(tiny_flux, call):
+    """Its first block runs, as it stands, on a pipeline that nobody trained for."""
     block = blocks(ROOT / "README.md", "python")[0]
+    assert "lesa.load" not in block and "lesa.Taylor(1), schedule=lesa.Schedule.every(3)" in block
+    printed: list[object] = []
+    exec(block, {"pipe": with_call(copy.copy(tiny_flux), call), "print": printed.append})
+    assert printed[0]["cond"].skipped_steps == 5  # of 8
+
+
+def test_the_second_block_of_the_readme_holds_for_the_model_that_it_loads():
+    """Of no other: a pipeline without a predictor is refused, and the page must not promise more."""
+    block = blocks(ROOT / "README.md", "python")[1]
     folder = re.search(r'lesa\.load\("(.*?)"\)', block)
     assert folder and list((ROOT / folder[1] / SHIPPED_FOLDER).glob("*/config.json"))
     assert "lesa.accelerate(pipe) as" in block and "Pipeline" not in block

@@ -12,7 +12,7 @@ from lesa.learn.collect import record
 from lesa.learn.planning import CAUTIONS, Planner, detours, disturbance, responses
 from lesa.learn.training import Problem, Runs, drift, response
 from lesa.learn.trajectory import draw_tokens
-from lesa.predictors.predictor import L2P
+from lesa.predictors import L2P
 from lesa.rows.forecasters import Lagrange, LinearRows, PlannedRow, Reuse, Taylor
 from lesa.rows.guidance import Guidance
 from lesa.rows.plan import compile, histories

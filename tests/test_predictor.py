@@ -15,7 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lesa.predictors.predictor import L2P, LESA, ContinuousLESA, Origin, Predictor, configuration, shipped_for
+from lesa.predictors import L2P, LESA, ContinuousLESA, Origin, Predictor, configuration, shipped_for
 from lesa.rows.forecasters import Lagrange, Taylor
 from lesa.rows.grid import from_scheduler
 from lesa.rows.plan import Plan, compile

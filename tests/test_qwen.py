@@ -17,7 +17,7 @@ from lesa.host.tap import tap_of
 from lesa.learn.collect import record
 from lesa.learn.planning import Planner
 from lesa.learn.training import drift
-from lesa.predictors.predictor import LESA, Origin, configuration
+from lesa.predictors import LESA, Origin, configuration
 from lesa.rows.forecasters import Reuse, Taylor
 from lesa.rows.schedule import Schedule
 

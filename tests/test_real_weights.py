@@ -21,7 +21,7 @@ from lesa.cli import main
 from lesa.host.offload import groups_layers
 from lesa.learn import collect
 from lesa.learn.trajectory import Store, Trajectory
-from lesa.predictors.predictor import Predictor
+from lesa.predictors import Predictor
 
 FORK = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="a warm process must be forked")
 CONFIGS = {model.name: dict(model.config) for model in models.MODELS}

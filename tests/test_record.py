@@ -16,7 +16,7 @@ from lesa.learn.planning import Planner
 from lesa.learn.recording import origin_of, recording
 from lesa.learn.training import Config, Lesson, drift, train
 from lesa.learn.trajectory import Store, Trajectory
-from lesa.predictors.predictor import L2P
+from lesa.predictors import L2P
 from lesa.rows.forecasters import Reuse
 from lesa.rows.guidance import ALL
 from lesa.rows.schedule import Schedule

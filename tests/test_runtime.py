@@ -19,7 +19,7 @@ from lesa.host.pipelines import with_call
 from lesa.host.runtime import StreamSummary, Summary, disable, enable
 from lesa.host.runtime import accelerate as accelerate_at_output
 from lesa.host.tap import tap_of
-from lesa.predictors.predictor import LESA, Origin, configuration
+from lesa.predictors import LESA, Origin, configuration
 from lesa.rows.detour import Detour
 from lesa.rows.forecasters import Forecaster, Lagrange, LinearRows, Reuse, Taylor
 from lesa.rows.plan import Plan

@@ -14,7 +14,7 @@ from lesa.learn.planning import Planner, disturbance, freshly, responses, spread
 from lesa.learn.sampling import euler, sampler_of
 from lesa.learn.training import Problem, Runs, drift, response
 from lesa.learn.trajectory import Trajectory
-from lesa.predictors.predictor import L2P
+from lesa.predictors import L2P
 from lesa.rows import sampler as samplers
 from lesa.rows.carry import Carry
 from lesa.rows.forecasters import Lagrange, Reuse, Taylor

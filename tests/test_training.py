@@ -20,8 +20,7 @@ from lesa.learn import rounds, training
 from lesa.learn.metrics import MOST_DRIFT
 from lesa.learn.training import Config, Lesson, Problem, Runs, drift, least_squares, train
 from lesa.learn.trajectory import Trajectory
-from lesa.predictors import predictor as predictors
-from lesa.predictors.predictor import L2P, LESA, Origin
+from lesa.predictors import L2P, LESA, Origin, Predictor, base
 from lesa.rows.forecasters import Lagrange, Reuse, Taylor
 from lesa.rows.guidance import Guidance
 from lesa.rows.plan import compile
@@ -431,7 +430,7 @@ class Fate:
 
     def __init__(self, monkeypatch, at: float = math.inf):
         self.events, self.at = 0, at
-        for module in (rounds, predictors):
+        for module in (rounds, base):
             monkeypatch.setattr(module, "write_atomically", self.fateful(module.write_atomically))
         monkeypatch.setattr(World, "runs", self.fateful(World.runs))
         self.head = self.fateful(head)
@@ -522,7 +521,7 @@ def test_a_round_after_a_damaged_one_is_not_trusted(tmp_path):
 
 def test_a_round_is_a_predictor_that_loads(whole, tmp_path):
     trained(tmp_path)
-    assert_same(predictors.Predictor.from_pretrained(tmp_path / "round-0"), whole.ground_truth)
+    assert_same(Predictor.from_pretrained(tmp_path / "round-0"), whole.ground_truth)
     entries = json.loads((tmp_path / "round-2" / "curve.json").read_text())
     assert entries == whole.curve.entries
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lesa.learn.trajectory import Collection, Store, Trajectory, draw_tokens, write_atomically
+from lesa.learn.trajectory import Collection, Store, Trajectory, draw_tokens
+from lesa.predictors.disk import write_atomically
 
 STEPS = 4
 

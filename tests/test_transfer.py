@@ -7,7 +7,7 @@ import torch
 
 import lesa
 from lesa.host.tap import tap_of
-from lesa.predictors.predictor import Origin, configuration
+from lesa.predictors import Origin, configuration
 from lesa.rows.grid import from_scheduler
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "transfer.py"

@@ -17,7 +17,7 @@ from lesa.learn.collecting import as_collected
 from lesa.learn.options import TrainOptions
 from lesa.learn.plan import Planned
 from lesa.learn.trajectory import Store
-from lesa.predictors.predictor import L2P, LESA, Origin
+from lesa.predictors import L2P, LESA, Origin
 from lesa.rows.tap import Tap
 
 CALL = dict(height=32, width=32, num_inference_steps=6, max_sequence_length=16)

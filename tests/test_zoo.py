@@ -32,6 +32,7 @@ def test_the_zoo_is_large():
     assert len(ZOO) >= 190 and len(MODELS) == 60
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", ZOO)
 def test_a_call_repeats_to_the_bit_and_is_left_as_it_was(name: str):
     run, unwatched = plain(name), tensors(built(name).call())
@@ -39,6 +40,7 @@ def test_a_call_repeats_to_the_bit_and_is_left_as_it_was(name: str):
     assert run.ticks >= 4 and run.denoisers and all(run.streams) and run.steps >= run.ticks
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", ZOO)
 def test_the_oracle_with_every_tick_full_is_the_plain_call(name: str):
     run = plain(name)
@@ -46,6 +48,7 @@ def test_the_oracle_with_every_tick_full_is_the_plain_call(name: str):
     assert full.skipped == 0 and equal(full.latents, run.latents) and full.times == run.times
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", ZOO)
 def test_the_oracle_skips_ticks(name: str):
     run = plain(name)
@@ -151,6 +154,7 @@ def test_combine_sums_every_tensor_and_hands_on_the_rest():
     assert got["c"][0].item() == 3  # whole numbers are no features
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_runs(name: str):
     module, args, kwargs = model_call(name)

@@ -13,7 +13,7 @@ from lesa.learn.collecting import CollectOptions, collect
 from lesa.learn.options import TrainOptions
 from lesa.learn.plan import PlanOptions, plan
 from lesa.learn.train import train
-from lesa.predictors.predictor import L2P, LESA, Predictor
+from lesa.predictors import L2P, LESA, Predictor
 from lesa.rows.forecasters import Forecaster, Lagrange, LinearRows, Reuse, Taylor
 from lesa.rows.plan import Plan
 from lesa.rows.row import Row

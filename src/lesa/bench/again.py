@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lesa.bench import benchmark, compare, methods, peers, records, scores
+from lesa.bench import benchmark, compare, methods, peers, recogniser, records, scores
 from lesa.bench.lines import Record
 from lesa.host import needs
 from lesa.host.loading import LoadOptions, loaded
 from lesa.learn.collect import fingerprint
-from lesa.predictors.predictor import Predictor
+from lesa.predictors import Predictor
 
 
 class Again(NamedTuple):
@@ -50,7 +50,7 @@ def reproduce(
     else:
         method = methods.rebuild(entry, compare.shipped(pipe) if predictors is None else predictors)
     found, _ = scores.load([name for name in then.scores if name in scores.SCORES])
-    recognise = benchmark.recogniser(options.model or setting["model"])
+    recognise = recogniser.recogniser(options.model or setting["model"])
     return Again(then, benchmark.reproduce(pipe, method, then, setting, recognise, found))
 
 

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,10 +17,9 @@ from tqdm import tqdm
 from lesa.bench.cost import Memory, Watch, flops, machine
 from lesa.bench.lines import DIFFERING, DRIFT, Cost, Failure, Key, Line, Pair, Record, Start, Time
 from lesa.bench.methods import REFERENCE, Method
+from lesa.bench.recogniser import Recogniser
 from lesa.bench.records import Comparison, Log
 from lesa.bench.scores import Score
-from lesa.clips import NAMES, Reel
-from lesa.emoji import Atlas
 from lesa.host import needs
 from lesa.host.pipelines import for_each, pictures_of
 from lesa.host.runtime import Run
@@ -31,14 +29,6 @@ from lesa.learn.ranks import Ranks
 PAIRS_A_TURN = 2
 MOTION = "motion"
 """The score of clips besides those that are asked for: `metrics.motion_psnr`, in dB."""
-Recogniser = Callable[[Sequence[str], Sequence[np.ndarray]], list[bool]]
-
-
-def recogniser(model: str | Path) -> Recogniser | None:
-    """Return the call that tells prompted pictures from others, for the embedded models that come with their emoji."""
-    if (Path(model) / NAMES).exists():
-        return Reel(model).is_prompted
-    return Atlas(model).is_prompted if (Path(model) / "emoji.json").exists() else None
 
 
 def compare(

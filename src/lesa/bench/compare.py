@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lesa.bench import benchmark, bound, methods, peers, records
+from lesa.bench import benchmark, bound, methods, peers, recogniser, records
 from lesa.bench.lines import Pair
 from lesa.bench.methods import Method
 from lesa.bench.records import Comparison, Log
@@ -24,8 +24,11 @@ from lesa.learn.collect import fingerprint, read_prompts
 from lesa.learn.plan import FEW_STEPS, finder, planner_of
 from lesa.learn.planning import Planner
 from lesa.learn.ranks import ALONE, Ranks
-from lesa.learn.trajectory import Store, write_atomically
-from lesa.predictors.predictor import CONFIG_FILE, SHIPPED_FOLDER, Predictor
+from lesa.learn.trajectory import Store
+from lesa.predictors import Predictor
+from lesa.predictors.base import CONFIG_FILE
+from lesa.predictors.disk import write_atomically
+from lesa.predictors.shelf import SHIPPED_FOLDER
 from lesa.rows.forecasters import Forecaster
 from lesa.rows.grid import validate
 from lesa.rows.schedule import Schedule
@@ -106,9 +109,11 @@ def compare(
     at.wait()
     with records.writing(folder, setting, at.rank) if folder else nullcontext(Log(setting=setting)) as log:
         facts: dict[str, Any] = dict(batch_size=options.batch_size, scores=options.scores)
-        facts["recognise"] = benchmark.recogniser(source_of(pipe).model)
+        facts["recognise"] = recogniser.recogniser(source_of(pipe).model)
+        why = recogniser.left_out(source_of(pipe).model)
+        lacking = {**options.lacking, **({recogniser.PROMPTED: why} if why else {})}
         fine = methods.more_steps(options.fine) if options.fine else None
-        more = dict(timed=options.timed, lacking=options.lacking, fine=fine, log=log, at=at)
+        more = dict(timed=options.timed, lacking=lacking, fine=fine, log=log, at=at)
         benchmark.compare(pipe, line_up(pipe, options, folder, at), texts, seeds, **more, **facts)
         if options.bound and at.leads:
             bound.add_bounds(log, pipe, texts, seeds, _schedules(pipe, options), **facts)

@@ -14,7 +14,7 @@ from lesa.bench import records as kept
 from lesa.bench.lines import TRAINING, Key
 from lesa.host.runtime import accelerate
 from lesa.host.tap import place_of
-from lesa.predictors.predictor import LESA, ContinuousLESA, Predictor
+from lesa.predictors import LESA, ContinuousLESA, Predictor
 from lesa.rows.forecasters import Forecaster, Lagrange, Reuse, Taylor
 from lesa.rows.schedule import Schedule
 

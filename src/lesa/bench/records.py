@@ -30,8 +30,8 @@ from PIL.PngImagePlugin import PngInfo
 from lesa.bench.lines import Cost, Failure, Key, Line, Pair, Record, Start, Time, from_text, to_text
 from lesa.learn import metrics
 from lesa.learn.metrics import Interval
-from lesa.learn.trajectory import write_atomically
 from lesa.predictors import disk
+from lesa.predictors.disk import write_atomically
 
 FORMAT = "lesa-records-1"
 FILES, PICTURES, FRAMES, PLANNED = "records*.jsonl", "pictures", "frames", "planned.json"

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lesa.bench.lines import DIFFERING, DRIFT, TRAINING, Key, Record
+from lesa.bench.recogniser import PROMPTED
 from lesa.bench.records import REFERENCE, Comparison, Result, paired
 from lesa.learn.metrics import MOST_PSNR, Interval
 
@@ -73,10 +74,10 @@ def table(results: Sequence[Result], lacking: Sequence[str] = ()) -> str:
     Scores that are `lacking` have a column that says so.
     """
     scores = list(dict.fromkeys(name for result in results for name in result.scores))
-    columns = [*scores, *(name for name in lacking if name not in scores)]
+    columns = [*scores, *(name for name in lacking if name not in (*scores, PROMPTED))]
     head = ("method", "schedule", "full steps", "step ratio", "speedup", "whole call", "PSNR, dB [95 %]", "SSIM")
     rows = [_cells(result, columns, lacking) for result in results]
-    return markdown((*head, *columns, "as prompted"), rows, text=2)
+    return markdown((*head, *columns, PROMPTED), rows, text=2)
 
 
 def _cells(result: Result, columns: Sequence[str], lacking: Sequence[str]) -> list[str]:
@@ -90,7 +91,7 @@ def _cells(result: Result, columns: Sequence[str], lacking: Sequence[str]) -> li
         _psnr_cell(result),
         f"{result.ssim:.3f}",
         *(_or_dash(result.scores.get(name), "{:.3f}", NOT_HAD if name in lacking else "-") for name in columns),
-        _or_dash(result.prompted, "{:.1%}"),
+        _or_dash(result.prompted, "{:.1%}", NOT_HAD if PROMPTED in lacking else "-"),
     ]
 
 

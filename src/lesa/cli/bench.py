@@ -16,7 +16,8 @@ from lesa.host.pipelines import source_of
 from lesa.learn import ranks
 from lesa.learn.collecting import as_collected, opened
 from lesa.learn.ranks import Ranks
-from lesa.predictors.predictor import SHIPPED_FOLDER, Predictor
+from lesa.predictors import Predictor
+from lesa.predictors.shelf import SHIPPED_FOLDER
 
 EMBEDDED = "models/emoji-flux"
 SCORES = "MS-SSIM"

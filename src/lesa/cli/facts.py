@@ -15,8 +15,9 @@ from lesa.bench import flops as counting
 from lesa.bench import models, report
 from lesa.cli import options
 from lesa.host.tap import PLACES, tap_of
+from lesa.predictors import Predictor
 from lesa.predictors import convert as conversion
-from lesa.predictors.predictor import Predictor, check_place
+from lesa.predictors.base import check_place
 from lesa.rows.plan import compile
 from lesa.rows.schedule import Schedule
 

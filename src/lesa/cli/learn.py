@@ -17,7 +17,7 @@ from lesa.learn import plan as planning
 from lesa.learn import train as training
 from lesa.learn.options import HISTORIES, LOSSES, METHODS, TrainOptions
 from lesa.learn.outcome import GAINED_NOTHING
-from lesa.predictors.predictor import Predictor
+from lesa.predictors import Predictor
 
 
 def collect(given: Namespace) -> None:

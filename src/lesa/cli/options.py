@@ -15,7 +15,7 @@ from lesa.host.offload import OFFLOADS
 from lesa.learn.calls import Call, read_calls
 from lesa.learn.collect import read_prompts
 from lesa.learn.options import LEARNED
-from lesa.predictors.predictor import Predictor
+from lesa.predictors import Predictor
 from lesa.rows.forecasters import Forecaster, Lagrange, Reuse, Taylor
 from lesa.rows.schedule import Schedule
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lesa.host.intercept import unmarked
 from lesa.host.structure import leaves
-from lesa.predictors.predictor import Origin, Predictor
+from lesa.predictors import Origin, Predictor
 from lesa.rows.forecasters import Forecaster
 from lesa.rows.guidance import UNEXPLAINED, Guidance
 from lesa.rows.plan import Plan

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lesa.host import needs
+from lesa.predictors.shelf import HOME
 from lesa.rows.schedule import check_steps
 
 CALL_FILE, SCHEDULER_FOLDER = "call.json", "scheduler"
-HOME = "_lesa_home"
-"""A loaded pipeline's attribute: the folder whose predictors are shipped for it, where that is not its own."""
 ARGUMENTS, SOURCE = "_lesa_arguments", "_lesa_source"
 """A loaded pipeline's attributes: the arguments that its calls start from, and its `Source`."""
 FRAMES_A_SECOND = 8

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lesa import predictors
 from lesa.host import data
 from lesa.host.clock import LoopClock, PipelineClock
 from lesa.host.conditions import Judge, Noise
@@ -21,7 +22,6 @@ from lesa.host.intercept import mark_of
 from lesa.host.streams import FIRST, hear
 from lesa.host.summary import StreamSummary, Summary
 from lesa.host.tap import OUTPUT, tap_of
-from lesa.predictors import predictor as predictors
 from lesa.rows.detour import Detours
 from lesa.rows.forecasters import Forecaster
 from lesa.rows.plan import Plan

@@ -18,7 +18,7 @@ from lesa.learn.planning import PLANNED_ON, Planner
 from lesa.learn.stages import choose, learn
 from lesa.learn.training import Head
 from lesa.learn.trajectory import Store
-from lesa.predictors.predictor import L2P, LESA, ContinuousLESA, Origin, Predictor, configuration
+from lesa.predictors import L2P, LESA, ContinuousLESA, Origin, Predictor, configuration
 from lesa.rows.tap import Tap
 
 Say = Callable[[str], object]

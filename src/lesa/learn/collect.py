@@ -88,7 +88,7 @@ def record(
     ]
 
 
-def isis_at_sampler(pipe: Any, calls: Sequence[Call], tap: Tap | None, seam: bool | None) -> bool:
+def is_at_sampler(pipe: Any, calls: Sequence[Call], tap: Tap | None = None, seam: bool | None = None) -> bool:
     """Tell where runs are recorded.
 
     Raises: ValueError if that is at the sampler, but a feature tap is asked for.

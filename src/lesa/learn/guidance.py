@@ -8,7 +8,7 @@ from typing import Any
 
 from lesa.host.conditions import alike
 from lesa.learn.trajectory import Trajectory
-from lesa.predictors.predictor import configuration
+from lesa.predictors import configuration
 from lesa.rows.guidance import Guidance
 
 

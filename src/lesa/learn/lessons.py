@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lesa.learn.trajectory import Trajectory
-from lesa.predictors.predictor import Predictor
+from lesa.predictors import Predictor
 from lesa.rows.schedule import Schedule
 
 LOSSES = ("latents", "features")

@@ -8,7 +8,7 @@ from typing import Any
 
 from lesa.host.tap import PLACES, place_of
 from lesa.learn.lessons import Config
-from lesa.predictors.predictor import Predictor
+from lesa.predictors import Predictor
 from lesa.rows.forecasters import Forecaster, Lagrange
 from lesa.rows.schedule import Schedule
 

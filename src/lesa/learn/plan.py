@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lesa.host.pipelines import source_of
-from lesa.host.tap import OUTPUT, PAPER, place_of, tap_of
+from lesa.host.tap import OUTPUT, PAPER, PLACES, place_of, tap_of
 from lesa.learn.calls import Call
 from lesa.learn.collect import read_prompts, record
 from lesa.learn.collecting import TRAINING_SEED, opened, recorded, tap_for
 from lesa.learn.planning import PLANNED_ON, Planner
 from lesa.learn.trajectory import Store
-from lesa.predictors.predictor import Predictor
+from lesa.predictors import Predictor
 from lesa.rows.forecasters import Forecaster, Lagrange
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap

@@ -10,7 +10,7 @@ from lesa.learn.calls import Call
 from lesa.learn.collect import rerun
 from lesa.learn.training import Lesson, RecordRuns
 from lesa.learn.trajectory import Trajectory
-from lesa.predictors.predictor import Origin, Predictor, configuration
+from lesa.predictors import Origin, Predictor, configuration
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
 

@@ -16,8 +16,7 @@ from lesa.learn.lessons import Lesson
 from lesa.learn.outcome import JUDGED_ON
 from lesa.learn.training import drift
 from lesa.learn.trajectory import Store, Trajectory
-from lesa.predictors import disk
-from lesa.predictors.predictor import Predictor
+from lesa.predictors import Predictor, disk
 from lesa.rows.forecasters import Forecaster
 from lesa.rows.tap import Tap
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lesa.learn.lessons import Config, Curve, Lesson
-from lesa.learn.trajectory import write_atomically
-from lesa.predictors import disk
-from lesa.predictors.predictor import CARD_FILE, FILES, Predictor
+from lesa.predictors import Predictor, disk
+from lesa.predictors.base import CARD_FILE, FILES
+from lesa.predictors.disk import write_atomically
 
 CURVE_FILE, SETTINGS_FILE, PART = "curve.json", "training.json", "part"
 

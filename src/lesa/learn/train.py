@@ -28,7 +28,8 @@ from lesa.learn.plan import finder, planner_of, usual_schedule
 from lesa.learn.reruns import Reruns
 from lesa.learn.rounds import begun
 from lesa.learn.trajectory import Store
-from lesa.predictors.predictor import Predictor, check_place
+from lesa.predictors import Predictor
+from lesa.predictors.base import check_place
 from lesa.rows.tap import Tap
 
 CURVE = "training.png"

@@ -26,7 +26,7 @@ from lesa.learn.lessons import Config, Curve, Lesson, RecordRuns, Result
 from lesa.learn.rounds import Rounds, settings_of
 from lesa.learn.sampling import euler, sampler_of
 from lesa.learn.trajectory import Trajectory
-from lesa.predictors.predictor import L2P, LESA, Predictor
+from lesa.predictors import L2P, LESA, Predictor
 from lesa.rows.grid import matches
 from lesa.rows.guidance import Guidance
 from lesa.rows.row import Row

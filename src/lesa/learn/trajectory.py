@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,13 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from lesa.predictors.disk import write_atomically
 from lesa.rows.grid import times_in_order
 from lesa.rows.guidance import ALL
 from lesa.rows.sampler import Sampler
 
 COLLECTION = "collection.json"
 _GROUPS = ("features", "outputs", "conditioning")
-PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,33 +286,3 @@ def draw_numbers(available: int, count: int | None = None) -> Tensor:
     Raises: ValueError if there are not so many.
     """
     return draw_tokens(available, min(available, MOST_NUMBERS) if count is None else count)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, whatever happens meanwhile.
-
-    Raises: OSError if it cannot be written; nothing of it is left then.
-    """
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Make a renaming in a folder last; Windows has no such call."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

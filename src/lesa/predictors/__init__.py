@@ -1,1 +1,10 @@
-"""The forecasters that are learned: their numbers, what they were made for, where they are kept."""
+"""The forecasters that are learned: their kinds, what they were trained for, how they are saved and found."""
+
+from lesa.predictors.base import Predictor
+from lesa.predictors.continuous import ContinuousLESA
+from lesa.predictors.l2p import L2P
+from lesa.predictors.lesa import LESA, Expert
+from lesa.predictors.origin import Origin, configuration
+from lesa.predictors.shelf import shipped_for
+
+__all__ = ["L2P", "LESA", "ContinuousLESA", "Expert", "Origin", "Predictor", "configuration", "shipped_for"]

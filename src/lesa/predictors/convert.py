@@ -21,14 +21,14 @@ import reprlib
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lesa.bench.models import Model
-from lesa.predictors.predictor import LESA, Origin
+from lesa.predictors.lesa import LESA
+from lesa.predictors.origin import Origin
 from lesa.rows.grid import validate
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
@@ -54,6 +54,23 @@ class _Inert:
 
     def __setstate__(self, _state: Any) -> None:
         pass
+
+
+class Described(Protocol):
+    """The model that a predictor is for, as far as it matters here: `lesa.bench.models.Model` is one."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def transformer(self) -> str:
+        """The name of the transformer's class."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What the transformer is built with."""
+        ...
 
 
 class Weights(NamedTuple):
@@ -153,7 +170,7 @@ def _renamed(name: Any, tensor: Any) -> tuple[str, Tensor]:
 
 def convert(
     weights: Weights,
-    model: Model,
+    model: Described,
     tap: Tap,
     grid: Sequence[float] | Tensor,
     schedule: Schedule,

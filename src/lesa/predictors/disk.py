@@ -6,11 +6,12 @@ configuration of a predictor. In any other folder the names of what a run would 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from lesa.learn.trajectory import PARTIAL
+PARTIAL = ".partial"
 
 
 def check_free(folder: str | Path, patterns: Iterable[str], what: str) -> None:
@@ -42,3 +43,33 @@ def remove(files: Iterable[Path], within: Path) -> None:
     for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
         with suppress(OSError):
             folder.rmdir()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all, whatever happens meanwhile.
+
+    Raises: OSError if it cannot be written; nothing of it is left then.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Make a renaming in a folder last; Windows has no such call."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -97,3 +97,9 @@ def stage_of(time: float, bounds: Sequence[float]) -> int:
 def matches(grid: Tensor, other: Tensor) -> bool:
     """Tell whether two grids are the same: as long as each other, and no time further apart than `TOLERANCE`."""
     return grid.shape == other.shape and bool((grid - other).abs().max() <= TOLERANCE)
+
+
+def in_words(grid: Tensor) -> str:
+    """Say how many steps a grid has and where it begins."""
+    first = ", ".join(f"{float(t):.4f}" for t in grid[:3])
+    return f"{len(grid) - 1} steps ({first}, ...)"

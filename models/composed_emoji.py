@@ -1,7 +1,7 @@
 """The pictures and captions of the embedded models: colour emoji composed with a background, a size and a place."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -101,3 +101,8 @@ def compose(bitmap: Image.Image, composition: Composition) -> np.ndarray:
     x = {"left": 1, "middle": room // 2, "right": room - 1}[composition.place]
     ground.paste(emoji, (x, room // 2), emoji)
     return np.asarray(ground)
+
+
+def recogniser(folder: str | Path) -> Callable[[Sequence[str], Sequence[np.ndarray]], list[bool]]:
+    """Return the call by which `lesa bench` tells pictures that show what their prompts name."""
+    return Atlas(folder).is_prompted

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from composed_emoji import COLOURS, bitmaps
 from PIL import Image
-
-from lesa.emoji import COLOURS, bitmaps
 
 FRAMES, PIXELS = 9, 48
 NAMES = "clips.json"
@@ -111,3 +110,8 @@ def _frame(bitmap: Image.Image, pose: Pose, colour: str) -> np.ndarray:
     corner = round(room / 2 + pose.x * (room / 2 - 1)), round(room / 2 + pose.y * (room / 2 - 1))
     ground.paste(emoji, corner, emoji)
     return np.asarray(ground)
+
+
+def recogniser(folder: str | Path) -> Callable[[Sequence[str], Sequence[np.ndarray]], list[bool]]:
+    """Return the call by which `lesa bench` tells clips that show what their prompts name."""
+    return Reel(folder).is_prompted

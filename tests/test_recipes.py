@@ -1,0 +1,67 @@
+"""Every script of models/recipes and benchmarks runs through, and every command in it is one that there is."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lesa import cli
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted([*ROOT.glob("models/recipes/*.sh"), *ROOT.glob("benchmarks/*.sh")])
+WRITES_DOWN = """#!{python}
+import json, sys
+from pathlib import Path
+
+with open("calls", "a") as file:  # one line, which programs side by side do not tear
+    file.write(json.dumps(sys.argv) + "\\n")
+if "train" in sys.argv:
+    (Path(sys.argv[sys.argv.index("--out") + 1]) / "ground-truth").mkdir(parents=True, exist_ok=True)
+    sys.exit({status})
+"""
+
+
+def calls_of(script: Path, root: Path, status: int) -> list[list[str]]:
+    """Run a script in a copy of the scripts, where the programs write down their calls and trainings end so."""
+    for folder in ("models/recipes", "benchmarks"):
+        shutil.copytree(ROOT / folder, root / folder)
+    (root / "out").mkdir()
+    (root / ".venv" / "bin").mkdir(parents=True)
+    for name in ("lesa", "python", "pip", "torchrun"):
+        program = root / ".venv" / "bin" / name
+        program.write_text(WRITES_DOWN.format(python=sys.executable, status=status))
+        program.chmod(0o755)
+    done = subprocess.run([root / script.relative_to(ROOT)], cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == (status if status != 3 else 0), done.stderr
+    return [json.loads(line) for line in (root / "calls").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_calls_what_there_is(script, tmp_path):
+    """Trainings that are of no use, which exit with 3, do not end it."""
+    assert os.access(script, os.X_OK) and re.match(r"#!.*\n# (Makes|Shows) ", script.read_text())
+    calls = calls_of(script, tmp_path, status=3)
+    assert calls
+    for program, *words in calls:
+        if "lesa.cli" in words:
+            words = words[words.index("lesa.cli") + 1 :]
+        elif not program.endswith("lesa"):
+            continue
+        assert callable(cli._parser().parse_args(words).command)
+
+
+def test_a_training_that_fails_ends_its_script(tmp_path):
+    (script,) = [path for path in SCRIPTS if path.stem == "flux-many"]
+    trainings = [words for words in calls_of(script, tmp_path, status=1) if "train" in words]
+    assert len(trainings) == 1
+
+
+def test_a_benchmark_is_a_line_of_the_makefile():
+    text = (ROOT / "Makefile").read_text()
+    named = set(re.findall(r"benchmarks/[\w-]+\.sh", text))
+    assert named == {str(path.relative_to(ROOT)) for path in SCRIPTS if path.parent.name == "benchmarks"}
