@@ -52,6 +52,7 @@ def test_runs_of_a_pipeline_object_are_collected_planned_on_and_trained_on(pipe,
     assert said == [f"planned: {planned.schedule}  {planned.drawn}"]
     assert len(trained.scores) == 2 and trained.curve and trained.seconds > 0
     assert trained.predictor.digest() == lesa.Predictor.from_pretrained(tmp_path).digest()
+    assert not (tmp_path / "rounds" / "recorded").exists()
     with lesa.accelerate(pipe, trained.predictor) as run:
         pipe(PROMPTS[0], output_type="latent")
     assert run.plan().full == planned.schedule.full_steps(6)

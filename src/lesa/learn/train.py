@@ -178,8 +178,7 @@ def _save(result: Result, stores: Sequence[Store], options: TrainOptions, folder
     Of a training that was stopped nobody knows how long it took.
     """
     before = options.predictor.origin.training.get("seconds") if options.predictor else 0.0
-    known = seconds is not None and before is not None
-    took = {"seconds": round(before + seconds, 1)} if known else {}
+    took = {} if seconds is None or before is None else {"seconds": round(before + seconds, 1)}
     size = sum(path.stat().st_size for store in stores for path in store.paths)
     score = {"drift": round(min(result.scores), 2)} if result.scores else {}
     remember(result.predictor, **score, **took, bytes=size)
