@@ -194,3 +194,12 @@ def test_a_training_leaves_the_random_numbers_of_others_alone(pipe, runs, tmp_pa
     torch.manual_seed(3)
     lesa.train(pipe, runs, PROMPTS[:1], tmp_path, lesa.TrainOptions(schedule=lesa.Schedule.every(2), updates=(1, 1)))
     assert torch.equal(torch.rand(2), expected)
+
+
+def test_steps_may_be_named_twice_and_the_option_wins(tiny_flux, tmp_path):
+    tiny_flux.save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a red apple\n")
+    call = json.dumps({**CALL, "num_inference_steps": 9})
+    options = ["--prompts", str(tmp_path / "prompts.txt"), "--steps", "4", "--call", call]
+    assert main(["collect", str(tmp_path / "model"), *options, "--out", str(tmp_path / "runs")]) == 0
+    assert Store.open(tmp_path / "runs").collection.call == {**CALL, "num_inference_steps": 4}
