@@ -12,7 +12,7 @@ from typing import Any
 
 from lesa.host.loading import LoadOptions
 from lesa.host.offload import OFFLOADS
-from lesa.learn.calls import Prompt, read_calls
+from lesa.learn.call_files import Prompt, read_calls
 from lesa.learn.collect import read_prompts
 from lesa.learn.options import LEARNED
 from lesa.predictors.predictor import Predictor

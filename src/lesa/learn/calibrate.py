@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lesa.learn.beginning import Say, quiet
-from lesa.learn.calls import Prompt
+from lesa.learn.call_files import Prompt
 from lesa.learn.collecting import CollectOptions, collect
 from lesa.learn.options import TrainOptions
 from lesa.learn.ranks import ALONE, Ranks

@@ -11,7 +11,7 @@ from lesa.host.loading import LoadOptions
 from lesa.host.pipelines import source_of, steps_of
 from lesa.host.tap import tap_of
 from lesa.learn import collect as collector
-from lesa.learn.calls import Prompt, prompts_of
+from lesa.learn.call_files import Prompt, prompts_of
 from lesa.learn.ranks import ALONE, Ranks
 from lesa.learn.trajectory import Store
 from lesa.rows.tap import Tap

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from lesa.host.pipelines import source_of
 from lesa.host.tap import PLACES, place_of, tap_of
-from lesa.learn.calls import Prompt, prompts_of
+from lesa.learn.call_files import Prompt, prompts_of
 from lesa.learn.collect import read_prompts, record
 from lesa.learn.collecting import TRAINING_SEED, opened, recorded
 from lesa.learn.planning import PLANNED_ON, Planner

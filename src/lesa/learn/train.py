@@ -17,15 +17,15 @@ from lesa.host.pipelines import source_of
 from lesa.host.tap import tap_of
 from lesa.learn import training
 from lesa.learn.beginning import Say, quiet, remember, staged, untrained
-from lesa.learn.calls import Prompt, prompts_of
+from lesa.learn.call_files import Prompt, prompts_of
 from lesa.learn.collect import fingerprint
 from lesa.learn.collecting import opened
+from lesa.learn.kept import begun
 from lesa.learn.lessons import Curve, Lesson, Result
 from lesa.learn.options import TrainOptions
 from lesa.learn.outcome import shortfalls
 from lesa.learn.plan import finder, planner_of, usual_schedule
 from lesa.learn.reruns import Reruns
-from lesa.learn.rounds import begun
 from lesa.learn.trajectory import Store
 from lesa.predictors.predictor import Predictor, check_place
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from lesa.host.head import Projection
 from lesa.learn import metrics
+from lesa.learn.kept import Rounds, settings_of
 from lesa.learn.lessons import Config, Curve, Lesson, RecordRuns, Result
-from lesa.learn.rounds import Rounds, settings_of
 from lesa.learn.trajectory import Trajectory
 from lesa.predictors.predictor import L2P, LESA, Predictor
 from lesa.rows.grid import matches
