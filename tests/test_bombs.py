@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lesa.bench.models import build, grid_of
-from lesa.cli import _seeds
+from lesa.cli.options import read_seeds
 from lesa.host.pipelines import check_call, with_call
 from lesa.learn.trajectory import Trajectory
 from lesa.predictors import L2P, LESA, Predictor
@@ -245,7 +245,7 @@ def tracemalloc_below(most: float) -> Iterator[None]:
 
 def test_seeds_are_few():
     with little(), pytest.raises(Exception, match="at most 1000000 seeds"):
-        _seeds("0:9999999")
+        read_seeds("0:9999999")
 
 
 # --- checkpoints

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lesa.host.head import Projection
-from lesa.learn import rounds, training
+from lesa.learn import kept, training
 from lesa.learn.metrics import MOST_DRIFT
 from lesa.learn.training import Config, Lesson, Problem, Runs, drift, least_squares, train
 from lesa.learn.trajectory import Trajectory
@@ -430,7 +430,7 @@ class Fate:
 
     def __init__(self, monkeypatch, at: float = math.inf):
         self.events, self.at = 0, at
-        for module in (rounds, base):
+        for module in (kept, base):
             monkeypatch.setattr(module, "write_atomically", self.fateful(module.write_atomically))
         monkeypatch.setattr(World, "runs", self.fateful(World.runs))
         self.head = self.fateful(head)

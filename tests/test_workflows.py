@@ -52,6 +52,7 @@ def test_runs_of_a_pipeline_object_are_collected_planned_on_and_trained_on(pipe,
     assert said == [f"planned: {planned.schedule}  {planned.drawn}"]
     assert len(trained.scores) == 2 and trained.curve and trained.seconds > 0
     assert trained.predictor.digest() == lesa.Predictor.from_pretrained(tmp_path).digest()
+    assert not (tmp_path / "rounds" / "recorded").exists()
     with lesa.accelerate(pipe, trained.predictor) as run:
         pipe(PROMPTS[0], output_type="latent")
     assert run.plan().full == planned.schedule.full_steps(6)
@@ -193,3 +194,12 @@ def test_a_training_leaves_the_random_numbers_of_others_alone(pipe, runs, tmp_pa
     torch.manual_seed(3)
     lesa.train(pipe, runs, PROMPTS[:1], tmp_path, lesa.TrainOptions(schedule=lesa.Schedule.every(2), updates=(1, 1)))
     assert torch.equal(torch.rand(2), expected)
+
+
+def test_steps_may_be_named_twice_and_the_option_wins(tiny_flux, tmp_path):
+    tiny_flux.save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a red apple\n")
+    call = json.dumps({**CALL, "num_inference_steps": 9})
+    options = ["--prompts", str(tmp_path / "prompts.txt"), "--steps", "4", "--call", call]
+    assert main(["collect", str(tmp_path / "model"), *options, "--out", str(tmp_path / "runs")]) == 0
+    assert Store.open(tmp_path / "runs").collection.call == {**CALL, "num_inference_steps": 4}

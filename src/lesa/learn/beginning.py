@@ -99,8 +99,9 @@ def _new(origin: Origin, options: TrainOptions) -> Predictor:
     remembers_forecasts = options.history == "all"
     if options.method == "l2p":
         return L2P(origin, remembers_forecasts=remembers_forecasts)
-    memories = {"memories": options.memories} if options.memories else {}
-    return LESA(origin, remembers_forecasts=remembers_forecasts, **memories)
+    if options.memories:
+        return LESA(origin, memories=options.memories, remembers_forecasts=remembers_forecasts)
+    return LESA(origin, remembers_forecasts=remembers_forecasts)
 
 
 def _schedules(lessons: Sequence[Lesson]) -> dict[tuple[float, ...], list[str]]:

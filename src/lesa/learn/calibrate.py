@@ -38,7 +38,8 @@ class CalibrateOptions:
     def __post_init__(self) -> None:
         if self.budget < 1:
             raise ValueError(f"a run has a full step or more, got budget={self.budget}; raise it.")
-        self.collecting(), self.training()
+        self.collecting()
+        self.training()
 
     def collecting(self) -> CollectOptions:
         """Record runs that serve any tap: the outputs are part of every run."""

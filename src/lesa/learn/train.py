@@ -21,12 +21,12 @@ from lesa.learn.beginning import Say, quiet, remember, staged, untrained
 from lesa.learn.calls import Call
 from lesa.learn.collect import fingerprint
 from lesa.learn.collecting import opened
+from lesa.learn.kept import begun
 from lesa.learn.lessons import Curve, Lesson, Result
 from lesa.learn.options import TrainOptions
 from lesa.learn.outcome import shortfalls
 from lesa.learn.plan import finder, planner_of, usual_schedule
 from lesa.learn.reruns import Reruns
-from lesa.learn.rounds import begun
 from lesa.learn.trajectory import Store
 from lesa.predictors import Predictor
 from lesa.predictors.base import check_place
@@ -183,8 +183,7 @@ def _save(result: Result, stores: Sequence[Store], options: TrainOptions, folder
     Of a training that was stopped nobody knows how long it took.
     """
     before = options.predictor.origin.training.get("seconds") if options.predictor else 0.0
-    known = seconds is not None and before is not None
-    took = {"seconds": round(before + seconds, 1)} if known else {}
+    took = {} if seconds is None or before is None else {"seconds": round(before + seconds, 1)}
     size = sum(path.stat().st_size for store in stores for path in store.paths)
     score = {"drift": round(min(result.scores), 2)} if result.scores else {}
     remember(result.predictor, **score, **took, bytes=size)

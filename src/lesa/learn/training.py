@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from lesa.host.head import Projection
 from lesa.learn import metrics
+from lesa.learn.kept import Rounds, settings_of
 from lesa.learn.lessons import Config, Curve, Lesson, RecordRuns, Result
-from lesa.learn.rounds import Rounds, settings_of
 from lesa.learn.sampling import euler, sampler_of
 from lesa.learn.trajectory import Trajectory
 from lesa.predictors import L2P, LESA, Predictor

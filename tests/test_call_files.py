@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from lesa.learn.calls import prompts_of, read_calls
+from lesa.learn.call_files import prompts_of, read_calls
 
 
 @pytest.fixture
