@@ -63,8 +63,12 @@ TINY = 1e-12
 
 @dataclass
 class Report:
-    """What solving took and gave: the mean drift of the calls in dB after each round, of reuse on the same schedule, after
-    each refinement and each step of the search; `transformer_runs` are those of one picture and stream, `reference_runs` of them for the references."""
+    """What solving took and gave.
+
+    Drifts are means over the calls in dB: after each round, of reuse on the same schedule, after each refinement, and
+    of the schedules that the search began and ended with. Transformer runs are those of one picture and stream; of
+    them `reference_runs` were in full.
+    """
 
     rounds: list[float] = field(default_factory=list)
     reuse: float = math.nan
@@ -500,7 +504,7 @@ def _rounds(bench: _Bench, full: tuple[int, ...], rounds: int) -> _Found:
 
 
 def _not_below_reuse(bench: _Bench, found: _Found) -> _Found:
-    """Return what was found, or reuse if that ends nearer: what is best at the end of each gap may not be at the end."""
+    """Return what was found, or reuse if that ends nearer: what is best gap by gap may not be best at the end."""
     rows = torch.eye(len(found.full), dtype=torch.float64)
     runs = bench.run(bench.predictor(found.full, rows))
     bench.report.reuse = bench.drift(runs)
