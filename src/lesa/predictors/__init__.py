@@ -6,5 +6,6 @@ from lesa.predictors.l2p import L2P
 from lesa.predictors.lesa import LESA, Expert
 from lesa.predictors.origin import Origin, configuration
 from lesa.predictors.shelf import shipped_for
+from lesa.predictors.solved import Solved
 
-__all__ = ["L2P", "LESA", "ContinuousLESA", "Expert", "Origin", "Predictor", "configuration", "shipped_for"]
+__all__ = ["L2P", "LESA", "ContinuousLESA", "Expert", "Origin", "Predictor", "Solved", "configuration", "shipped_for"]

@@ -1,0 +1,118 @@
+"""Rows that were solved for, in closed form, rather than trained: free numbers, one row for all streams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lesa.predictors.base import Predictor
+from lesa.predictors.origin import Origin, configuration
+from lesa.rows.forecasters import Forecaster
+from lesa.rows.grid import times_in_order
+from lesa.rows.row import Row
+from lesa.rows.schedule import Schedule
+from lesa.rows.tap import Tap
+
+STREAMS = ("all",)
+
+
+class Solved(Predictor):
+    """Free rows over the outputs of all full steps so far, the same in every stream.
+
+    `coefficients` is (S, J) for J full steps, float64: the row of each skipped step, oldest full step first, 0 for what
+    is not held yet. A new predictor is reuse. Its grid is whatever a sampler walks, times that repeat included.
+
+    The steps of one gap may share their row: all that a gap does to the latents at its end is one number for each held
+    output, so J (J + 1) / 2 numbers are a run (`gaps`).
+    """
+
+    method = "solved"
+    remembers_forecasts = False
+
+    def __init__(self, origin: Origin) -> None:
+        nn.Module.__init__(self)  # a predictor's own wants times that fall, and this one runs on any
+        self.origin = origin
+        self.grid = times_in_order(origin.grid)
+        self.schedule = Schedule.parse(origin.schedule)
+        self.full = self.schedule.full_steps(len(self.grid) - 1)
+        self.begins = (0,)
+        self.memory = len(self.full)
+        self.coefficients = nn.Parameter(torch.zeros(len(self.grid) - 1, self.memory, dtype=torch.float64))
+        self.set_gaps(torch.eye(self.memory, dtype=torch.float64))
+
+    @property
+    def gaps(self) -> Tensor:
+        """Return the row of the first step that is skipped after each full step, (J, J); reuse where none is."""
+        rows = torch.eye(self.memory, dtype=torch.float64)
+        for step in reversed(range(len(self.grid) - 1)):
+            if step not in self.full:
+                rows[self._newest(step)] = self.coefficients.detach()[step]
+        return rows
+
+    @torch.no_grad()
+    def set_gaps(self, rows: Tensor) -> None:
+        """Give all steps that are skipped after the j-th full step row j of `rows`, (J, J), lower triangular.
+
+        They are rounded to what files of predictors keep, float32, so that a predictor saved is the one measured.
+        """
+        for step in range(len(self.grid) - 1):
+            if step not in self.full:
+                self.coefficients[step] = rows[self._newest(step)].float().double()
+
+    def _newest(self, step: int) -> int:
+        return sum(k < step for k in self.full) - 1
+
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    def numbers(self, stream: str) -> list[nn.Parameter]:
+        return [self.coefficients]
+
+    def for_stream(self, name: str) -> Forecaster:
+        """Return the forecaster of any stream: this one."""
+        return self
+
+    def rows_of(self, grid: Tensor, pasts: Mapping[int, Sequence[int]]) -> dict[int, Row]:
+        """Return the rows of several steps.
+
+        Raises: ValueError if the predictor is bound to another grid or schedule.
+        """
+        self.check_grid(grid)
+        for step, past in pasts.items():
+            self.check_past(step, past)
+        return self.stream_rows(STREAMS[0], grid, pasts)
+
+    def stream_rows(self, stream: str, grid: Tensor, pasts: Mapping[int, Sequence[int]]) -> dict[int, Row]:
+        table = self.coefficients
+        return {step: Row(table[step, : len(past)], table.new_zeros(())) for step, past in pasts.items()}
+
+    def wants(self, grid: Tensor, step: int) -> int:
+        """Return how many past features the schedule leaves in the history."""
+        return len(self.past(step))
+
+    def schedule_for(self, grid: Sequence[float] | Tensor, budget: int | None = None, start: int = 0) -> Schedule:
+        """Return its schedule.
+
+        Raises: ValueError if it has not so many full steps, or the predictor is not for this grid.
+        """
+        self.check_grid(times_in_order(grid))
+        if budget not in (None, len(self.full)):
+            raise ValueError(
+                f"these rows were solved for {len(self.full)} full steps, got a budget of {budget}; take others."
+            )
+        return self.schedule
+
+    def check_model(self, transformer: nn.Module, tap: Tap) -> None:
+        """Raise ValueError unless the predictor fits this denoiser: the origin's, or another of the same pipeline."""
+        others = self.origin.training.get("denoisers", [])
+        if not tap.modules:
+            if [type(transformer).__name__, configuration(transformer)] in others:
+                return
+            tap = self.origin.tap  # at the output nothing depends on the names of blocks
+        super().check_model(transformer, tap)
+
+    def __repr__(self) -> str:
+        return f"Solved({self.origin.model!r}, schedule={self.origin.schedule!r})"

@@ -1,0 +1,243 @@
+"""Rows solved in closed form: the algebra, rounds against lockstep, any pipeline, and the predictor that holds them."""
+
+import copy
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
+from zoo.pipelines import ZOO
+
+from lesa.host.intercept import mark_of
+from lesa.host.runtime import accelerate
+from lesa.learn import solve as module
+from lesa.learn.metrics import drift
+from lesa.learn.solve import solve, solve_row, ways
+from lesa.predictors import Origin, Predictor
+from lesa.predictors.solved import Solved
+from lesa.rows.forecasters import Reuse
+from lesa.rows.plan import compile
+from lesa.rows.schedule import Schedule
+from lesa.rows.tap import Tap
+
+FULL = (0, 3, 5)
+SCHEDULE = Schedule.at(FULL)
+PROMPTS = ["small red apple on white, left", "large blue pear on grey, right"]
+CALL = dict(height=32, width=32, num_inference_steps=8, max_sequence_length=16)
+GRID = tuple(torch.linspace(1, 0, 9).tolist())
+
+
+def origin(**changes) -> Origin:
+    return replace(Origin("a model", "Linear", {}, Tap(), GRID, str(SCHEDULE), ("all",)), **changes)
+
+
+def some_rows(seed: int = 0) -> torch.Tensor:
+    return torch.randn(3, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tril()
+
+
+def multistep(steps: int = 8) -> torch.Tensor:
+    """The response of a sampler whose steps move by this output and the one before."""
+    response = torch.zeros(steps + 1, steps, dtype=torch.float64)
+    for s in range(steps):
+        response[s + 1] = response[s]
+        response[s + 1, s] -= 0.2
+        response[s + 1, max(s - 1, 0)] += 0.05 * (s + 1) / steps
+    return response
+
+
+def last_latents(pipe, seed: int, predictor: Solved | None = None) -> torch.Tensor:
+    call = dict(CALL, output_type="latent", generator=torch.Generator().manual_seed(seed))
+    if predictor is None:
+        return pipe(PROMPTS[0], **call).images
+    with accelerate(pipe, predictor):
+        return pipe(PROMPTS[0], **call).images
+
+
+# --- the predictor
+
+
+def test_a_new_predictor_reuses():
+    plan = compile(Solved(origin()), GRID, SCHEDULE)
+    reused = compile(Reuse(), GRID, SCHEDULE)
+    assert torch.equal(plan.unroll(), reused.unroll())
+
+
+def test_the_steps_of_a_gap_share_their_row_over_all_full_steps_so_far():
+    predictor, rows = Solved(origin()), some_rows().float().double()
+    predictor.set_gaps(rows)
+    plan = compile(predictor, GRID, SCHEDULE)
+    assert [row.past for row in plan.rows.values()] == [(0,), (0,), (0, 3), FULL, FULL]
+    for step, gap in {1: 0, 2: 0, 4: 1, 6: 2, 7: 2}.items():
+        assert plan.rows[step].coefficients == tuple(rows[gap, : gap + 1].tolist())
+    assert torch.equal(predictor.gaps, rows)
+
+
+def test_it_is_the_same_for_every_stream():
+    predictor = Solved(origin())
+    assert predictor.for_stream("uncond") is predictor.for_stream("call 2") is predictor
+
+
+def test_it_is_saved_and_loaded_to_the_bit(tmp_path):
+    predictor = Solved(origin())
+    predictor.set_gaps(some_rows())
+    predictor.save_pretrained(tmp_path)
+    loaded = Predictor.from_pretrained(tmp_path)
+    assert isinstance(loaded, Solved) and loaded.digest() == predictor.digest()
+    assert torch.equal(loaded.coefficients, predictor.coefficients)
+
+
+def test_it_runs_on_times_that_repeat():
+    times = (1.0, 0.8, 0.8, 0.5, 0.5, 0.2, 0.1)
+    predictor = Solved(origin(grid=times, schedule="at:0,2"))
+    assert predictor.schedule_for(times) == Schedule.at([0, 2])
+    assert set(compile(predictor, times, predictor.schedule).rows) == {1, 3, 4, 5}
+
+
+def test_another_schedule_grid_or_budget_is_refused():
+    predictor = Solved(origin())
+    with pytest.raises(ValueError, match="got step 2"):
+        compile(predictor, GRID, Schedule.at([0, 1]))
+    with pytest.raises(ValueError, match="8 steps"):
+        predictor.schedule_for(torch.linspace(1, 0, 5))
+    with pytest.raises(ValueError, match="a budget of 4"):
+        predictor.schedule_for(GRID, 4)
+
+
+# --- the algebra
+
+
+def test_ways_are_the_plan_unrolled_through_the_sampler():
+    predictor, response = Solved(origin()), multistep()
+    predictor.set_gaps(some_rows())
+    unrolled = compile(predictor, GRID, SCHEDULE).unroll()[:, list(FULL)]
+    expected = (response @ unrolled)[[3, 5, 8]]
+    torch.testing.assert_close(ways(response, FULL, predictor.gaps), expected, atol=1e-12, rtol=0)
+
+
+def test_rows_are_recovered_from_the_latents_that_they_gave():
+    response, rows = multistep(), some_rows(1)
+    outputs = torch.randn(3, 50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    target = (ways(response, FULL, rows) @ outputs) @ outputs.T
+    equations = module._Equations(outputs @ outputs.T, target)
+    torch.testing.assert_close(module.solve_rows(response, FULL, equations, 1e-12), rows, atol=1e-8, rtol=0)
+
+
+def test_a_large_ridge_leaves_reuse_and_so_does_an_empty_gap():
+    response = multistep()
+    gram, target = torch.eye(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    reuse = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+    held = solve_row(response, FULL, torch.zeros(3, 3, dtype=torch.float64), 2, gram, target, 1e12)
+    torch.testing.assert_close(held, reuse, atol=1e-9, rtol=0)
+    assert torch.equal(solve_row(response, (0, 3, 7), torch.zeros(3, 3).double(), 2, gram, target), reuse)
+
+
+# --- in closed loop
+
+
+@pytest.mark.parametrize("unipc", [False, True])
+def test_rounds_one_call_at_a_time_end_where_lockstep_ends(tiny_flux, unipc):
+    pipe = copy.copy(tiny_flux)
+    if unipc:
+        config = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+        pipe.scheduler = UniPCMultistepScheduler(**config)
+    together, first = solve(pipe, PROMPTS, [3, 4], schedule=SCHEDULE, refine=0, **CALL)
+    apart, second = solve(pipe, [{"prompt": p} for p in PROMPTS], [3, 4], schedule=SCHEDULE, refine=0, **CALL)
+    assert len(first.rounds) == 1, "what lockstep finds is what a round would find"
+    assert 2 <= len(second.rounds) <= len(FULL) + 1
+    assert apart.origin.training["drift"] == pytest.approx(together.origin.training["drift"], abs=0.05)
+
+
+def test_the_drift_reported_is_that_of_real_runs_and_below_that_of_reuse(tiny_flux):
+    predictor, report = solve(tiny_flux, PROMPTS[:1], [3], schedule=SCHEDULE, **CALL)
+    reference = last_latents(tiny_flux, 3)
+    found = drift(last_latents(tiny_flux, 3, predictor), reference)
+    assert found == pytest.approx(predictor.origin.training["drift"], abs=0.01)
+    assert found < drift(last_latents(tiny_flux, 3, Solved(predictor.origin)), reference) - 3
+    assert found == pytest.approx(min(report.rounds + report.refined), abs=0.01)
+
+
+def test_transformer_runs_are_counted(tiny_flux):
+    calls = [{"prompt": p} for p in PROMPTS]
+    _, report = solve(tiny_flux, calls, [3, 4], schedule=SCHEDULE, refine=0, **CALL)
+    assert report.reference_runs == 2 * 8
+    assert report.transformer_runs == 2 * 8 + (len(report.rounds) + 1) * 2 * len(FULL), "one of them reuse"
+
+
+def test_refining_takes_only_what_real_runs_confirm(tiny_flux):
+    _, report = solve(tiny_flux, PROMPTS, [3, 4], schedule=Schedule.at([0, 4]), refine=3, **CALL)
+    falling = [min(report.rounds), *report.refined]
+    assert all(b < a for a, b in pairwise(falling)) and len(falling) > 1
+
+
+def test_a_schedule_searched_by_real_runs_is_no_worse_than_the_one_that_algebra_began_with(tiny_flux):
+    predictor, report = solve(tiny_flux, PROMPTS, [3, 4], budget=3, refine=0, most=30, **CALL)
+    (_, planned), (full, found) = report.searched
+    assert predictor.full == full and len(full) == 3 and full[0] == 0
+    assert found <= planned and 1 < report.tried <= 30
+    assert predictor.origin.training["drift"] == pytest.approx(found, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["flux_guided", "wan21_guided", "sdxl_heun_guided", "stable_diffusion_kdpm2_guided"])
+def test_any_pipeline_is_solved(name):
+    subject = ZOO[name]()
+    with subject.around():
+        reference = torch.as_tensor(subject.call(0)[0])
+        steps = subject_steps(subject)
+        schedule = Schedule.at(sorted({0, steps // 3, steps // 2, steps - 2}))
+        predictor, report = solve(subject.pipe, [subject.arguments], [0], schedule=schedule, refine=0, rounds=3)
+        found = {}
+        for one in (predictor, Solved(predictor.origin)):
+            with accelerate(subject.pipe, one):
+                found[one] = drift(torch.as_tensor(subject.call(0)[0]), reference)
+    ours, reuse = found.values()
+    assert ours <= reuse + 0.01 and reuse == pytest.approx(report.reuse, abs=0.01)
+    assert report.rounds and mark_of(subject.pipe.scheduler) is None
+
+
+def subject_steps(subject) -> int:
+    """How many ticks a run has."""
+    recorder = module._Recorder(subject.pipe, 1)
+    undo = recorder.attach()
+    subject.call(0)
+    undo()
+    return recorder.runs[-1].velocities.shape[1]
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize("options", [{}, dict(budget=3, schedule=SCHEDULE)])
+def test_a_budget_or_a_schedule_is_needed(tiny_flux, options):
+    with pytest.raises(ValueError, match="pass one of them"):
+        solve(tiny_flux, PROMPTS, [3, 4], **options, **CALL)
+
+
+def test_calls_and_seeds_pair_up(tiny_flux):
+    with pytest.raises(ValueError, match="2 calls and 1 seeds"):
+        solve(tiny_flux, PROMPTS, [3], budget=3, **CALL)
+
+
+def test_a_budget_beyond_the_run_is_refused(tiny_flux):
+    with pytest.raises(ValueError, match="from 1 to 8"):
+        solve(tiny_flux, PROMPTS[:1], [3], budget=9, **CALL)
+
+
+def test_a_run_that_begins_in_mid_grid_is_refused():
+    subject = ZOO["flux_img2img_guided"]()
+    with pytest.raises(ValueError, match="walk one whole grid"):
+        solve(subject.pipe, [subject.arguments], [0], schedule=Schedule.at([0, 2]))
+
+
+def test_a_second_denoiser_that_joins_in_mid_run_is_refused():
+    subject = ZOO["wan22_guided"]()
+    with subject.around(), pytest.raises(ValueError, match="run it on that schedule and from the first step on"):
+        solve(subject.pipe, [subject.arguments], [0], schedule=Schedule.at([0, 2, 3, 4]))
+
+
+def test_nothing_is_left_attached_where_a_run_fails(tiny_flux):
+    with pytest.raises(TypeError):
+        solve(tiny_flux, PROMPTS[:1], [3], schedule=SCHEDULE, **{**CALL, "height": "tall"})
+    assert mark_of(tiny_flux) is None and mark_of(tiny_flux.transformer) is None
+    assert math.isfinite(float(last_latents(tiny_flux, 3).sum()))
