@@ -147,10 +147,13 @@ class PipelineClock:
         if scheduler is self._scheduler:
             return
         self._detach()
-        copies = dict(of_copies=lambda: self.moment is not None or self._caller is not None)
+
+        def counts() -> bool:
+            return self.moment is not None or self._caller is not None
+
         with ExitStack() as undo:
-            undo.callback(intercept(scheduler, "set_timesteps", self._set, **copies))
-            undo.callback(intercept(scheduler, "step", self._step, **copies))
+            undo.callback(intercept(scheduler, "set_timesteps", self._set, of_copies=counts))
+            undo.callback(intercept(scheduler, "step", self._step, of_copies=counts))
             self._detach = undo.pop_all().close
         self._scheduler = scheduler
 

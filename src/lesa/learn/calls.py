@@ -56,8 +56,9 @@ def described(value: Any) -> Any:
         return f"{value.dtype} {tuple(value.shape)} {_digest(data)}"
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {value.shape} {_digest(np.ascontiguousarray(value).tobytes())}"
-    if hasattr(value, "tobytes") and hasattr(value, "size"):  # a picture
-        return f"{getattr(value, 'mode', 'picture')} {value.size} {_digest(value.tobytes())}"
+    picture: Any = value
+    if hasattr(picture, "tobytes") and hasattr(picture, "size"):
+        return f"{getattr(picture, 'mode', 'picture')} {picture.size} {_digest(picture.tobytes())}"
     raise ValueError(
         f"the call's arguments are kept as JSON, tensors and pictures by a digest, got a {type(value).__name__}; pass "
         "numbers, texts, lists, tensors and pictures."

@@ -204,8 +204,8 @@ class _Recorder:
             undo.callback(intercept(self._scheduler, "step", self._read_sampler))
             for block in list(getattr(self._transformer, self._tap.blocks[0]))[:1]:
                 undo.callback(block.register_forward_pre_hook(self._see_block).remove)
-            if self._tap.module is not None:
-                module = getattr(self._transformer, self._tap.module)
+            for name in self._tap.modules[:1]:
+                module = getattr(self._transformer, name)
                 undo.callback(module.register_forward_pre_hook(self._pass, with_kwargs=True).remove)
             undo.callback(hear(self._transformer, self._within))
             yield
@@ -283,6 +283,10 @@ class _Recorder:
             group: {name: _per_run(of_stream[group]) for name, of_stream in self._kept.items()}
             for group in ("features", "outputs", "conditioning")
         }
+        passed: list[dict[str, Any]] = [
+            {group: {name: runs[k] for name, runs in streams.items()} for group, streams in kept.items()}
+            for k in range(len(prompts))
+        ]
         return [
             Trajectory(
                 prompt=prompt,
@@ -293,7 +297,7 @@ class _Recorder:
                 latents=latents[k],
                 sampler=self._sampler if isinstance(self._sampler, Sampler) else None,
                 refusal=self._sampler if isinstance(self._sampler, str) else "",
-                **{group: {name: runs[k] for name, runs in streams.items()} for group, streams in kept.items()},
+                **passed[k],
             )
             for k, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
