@@ -123,7 +123,10 @@ class Plan:
     def to_json(self) -> str:
         """Write the plan as JSON, without loss."""
         rows = {step: row._asdict() for step, row in self.rows.items()}
-        return json.dumps({"format": FORMAT, **asdict(self), "rows": rows})
+        entries = {"format": FORMAT, **asdict(self), "rows": rows}
+        if not self.begins:
+            del entries["begins"]  # as it always was
+        return json.dumps(entries)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -135,7 +138,8 @@ class Plan:
             data = json.loads(text)
             if data.pop("format") != FORMAT:
                 raise ValueError("its format is another")
-            for name in ("times", "full", "truncated"):
+            data.setdefault("begins", ())
+            for name in ("times", "full", "truncated", "begins"):
                 data[name] = tuple(data[name])
             data["rows"] = {
                 int(step): PlannedRow(tuple(row["past"]), tuple(row["coefficients"]), row["offset"])
