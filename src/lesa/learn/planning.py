@@ -231,7 +231,8 @@ class Planner:
 
         shape = reference[0].steps, reference[0].begins
         answers = responses(runs(Reuse(), disturbance(*shape)), again)
-        answers = freshly(answers, runs(Reuse(), spread(*shape)), again)
+        if len(reference[0].streams) == 1:  # of guided streams one number explains half, and two explain no more
+            answers = freshly(answers, runs(Reuse(), spread(*shape)), again)
         outputs_of = _outputs if sampled else head(pipe.transformer, tap)
         return cls(reference[:PLANNED_ON], outputs_of, answers, tap=tap, size=size, run=run)
 
