@@ -283,6 +283,10 @@ class _Recorder:
             group: {name: _per_run(of_stream[group]) for name, of_stream in self._kept.items()}
             for group in ("features", "outputs", "conditioning")
         }
+        passed: list[dict[str, Any]] = [
+            {group: {name: runs[k] for name, runs in streams.items()} for group, streams in kept.items()}
+            for k in range(len(prompts))
+        ]
         return [
             Trajectory(
                 prompt=prompt,
@@ -293,7 +297,7 @@ class _Recorder:
                 latents=latents[k],
                 sampler=self._sampler if isinstance(self._sampler, Sampler) else None,
                 refusal=self._sampler if isinstance(self._sampler, str) else "",
-                **{group: {name: runs[k] for name, runs in streams.items()} for group, streams in kept.items()},
+                **passed[k],
             )
             for k, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]

@@ -208,6 +208,7 @@ class Planner:
         reference: Sequence[Trajectory],
         tap: Tap | None = None,
         calls: Sequence[Call] = (),
+        size: int = 64,
         **call: Any,
     ) -> Planner:
         """Plan for a pipeline: its reference runs are given, and some of them are run once more, disturbed.
@@ -230,9 +231,10 @@ class Planner:
 
         shape = reference[0].steps, reference[0].begins
         answers = responses(runs(Reuse(), disturbance(*shape)), again)
-        answers = freshly(answers, runs(Reuse(), spread(*shape)), again)
+        if len(reference[0].streams) == 1:  # of guided streams one number explains half, and two explain no more
+            answers = freshly(answers, runs(Reuse(), spread(*shape)), again)
         outputs_of = _outputs if sampled else head(pipe.transformer, tap)
-        return cls(reference[:PLANNED_ON], outputs_of, answers, tap=tap, run=run)
+        return cls(reference[:PLANNED_ON], outputs_of, answers, tap=tap, size=size, run=run)
 
     def drift(self, forecaster: Forecaster, full: Sequence[int], caution: float = 0.0) -> float:
         """Return how far a run would end from its reference run: mean over runs of 10 log10(|d|^2 / |x|^2), in dB.

@@ -310,7 +310,8 @@ def _joined(runs: Sequence[_Recording], labels: Sequence[str], seeds: Sequence[i
     assert first.tokens is not None
     start, grid = first.moment.start, first.moment.times
     parts = [_latents(run) for run in runs]
-    velocity, latents = (torch.cat([part[k] for part in parts], dim=2) for k in (0, 1))
+    velocity = torch.cat([velocity for velocity, _, _ in parts], dim=2)
+    latents = torch.cat([latents for _, latents, _ in parts], dim=2)
     sampler = next((found for _, _, found in parts if isinstance(found, str)), parts[0][2])
     velocity = torch.cat([velocity.new_zeros(start, *velocity.shape[1:]), velocity])
     latents = torch.cat([latents[:1].expand(start, *latents.shape[1:]), latents])

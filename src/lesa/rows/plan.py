@@ -124,7 +124,10 @@ class Plan:
     def to_json(self) -> str:
         """Write the plan as JSON, without loss."""
         rows = {step: row._asdict() for step, row in self.rows.items()}
-        return json.dumps({"format": FORMAT, **asdict(self), "rows": rows})
+        entries = {"format": FORMAT, **asdict(self), "rows": rows}
+        if not self.begins:
+            del entries["begins"]  # as it always was
+        return json.dumps(entries)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
