@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lesa.bench.models import Model, build
-from lesa.host.denoiser import attach
+from lesa.host.denoiser import Passage, attach
 from lesa.host.structure import leaves
 from lesa.host.tap import NORM
 from lesa.rows.schedule import Schedule
@@ -68,7 +68,7 @@ def count(model: Model, place: str = "norm") -> Cost:
     return Cost(full, skipped, 2 * ROW_TERMS * listener.elements)
 
 
-class _Listener:
+class _Listener(Passage):
     """Says which calls are full, and passes their features on where they are not."""
 
     full, elements = True, 0

@@ -22,7 +22,7 @@ from torch import Tensor
 from lesa.bench.methods import Method
 from lesa.host import needs, structure
 from lesa.host.clock import Moment, PipelineClock
-from lesa.host.denoiser import attach
+from lesa.host.denoiser import Passage, attach
 from lesa.host.tap import tap_of
 
 INTERVALS, RANGES = (4, 7, 10), (2, 6)
@@ -284,7 +284,7 @@ def _dbcache(runs: Runs, options: Options, calibrator: str) -> Switch:
 # --- hicache-pp
 
 
-class HiCache:
+class HiCache(Passage):
     """Lets hicache-pp say which steps are full and what the transformer returns on the others, as its quick start does.
 
     It has no calls for pipelines, so it listens at our tap of the output.

@@ -38,12 +38,12 @@ class Passage(Protocol):
         ...
 
     def returned(self, output: Any) -> None:
-        """Take what the denoiser returned on a full step."""
-        ...
+        """Take what the denoiser returned on a full step; by default nothing comes of it."""
+        return None
 
     def fits(self, feature: Any, part: int = 0) -> bool:
-        """Tell whether a forecast has the shape of what enters on a skipped step."""
-        ...
+        """Tell whether a forecast has the shape of what enters on a skipped step; by default it has."""
+        return True
 
     def forecast(self, part: int = 0) -> Any:
         """Return what stands for it on a skipped step."""

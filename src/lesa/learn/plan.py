@@ -138,7 +138,7 @@ def _place(pipe: Any, forecaster: Forecaster, store: Store | None) -> str:
     if store is not None and len(store) and store.load(0).at_sampler:
         return OUTPUT
     known = getattr(pipe, "transformer", None)
-    if type(known).__name__ not in PAPER:
+    if known is None or type(known).__name__ not in PAPER:
         return OUTPUT
     tap = tap_of(known)
     if isinstance(forecaster, Predictor):
