@@ -27,7 +27,8 @@ from lesa.bench.methods import Method, fewer_steps, forecast
 from lesa.bench.report import markdown
 from lesa.host.head import head
 from lesa.host.tap import tap_of
-from lesa.learn.collect import read_prompts, record
+from lesa.learn.call_files import read_prompts
+from lesa.learn.collect import record
 from lesa.learn.collecting import VALIDATION_SEED
 from lesa.learn.metrics import interval
 from lesa.learn.training import Config, Lesson, train

@@ -27,7 +27,8 @@ import lesa
 from lesa.bench.benchmark import batches, pair_up
 from lesa.bench.lines import Pair
 from lesa.bench.report import markdown
-from lesa.learn.collect import read_prompts, record
+from lesa.learn.call_files import read_prompts
+from lesa.learn.collect import record
 from lesa.learn.collecting import TRAINING_SEED
 from lesa.learn.metrics import drift, interval, paired_interval, psnr
 from lesa.learn.planning import PLANNED_ON, Planner

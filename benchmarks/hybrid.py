@@ -25,7 +25,8 @@ from lesa.bench.benchmark import pair_up
 from lesa.bench.lines import Pair
 from lesa.bench.report import markdown
 from lesa.host.runtime import Run
-from lesa.learn.collect import read_prompts, record
+from lesa.learn.call_files import read_prompts
+from lesa.learn.collect import record
 from lesa.learn.collecting import TRAINING_SEED
 from lesa.learn.metrics import drift, interval, psnr
 from lesa.learn.planning import Planner, detours

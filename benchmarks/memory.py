@@ -24,7 +24,7 @@ from lesa.bench.benchmark import batches, draw, pair_up
 from lesa.bench.lines import Pair
 from lesa.bench.methods import REFERENCE, Method, label
 from lesa.host.tap import PLACES, place_of, tap_of
-from lesa.learn.collect import read_prompts
+from lesa.learn.call_files import read_prompts
 from lesa.learn.metrics import interval, paired_interval, psnr
 
 MODEL = "models/emoji-flux"

@@ -26,7 +26,8 @@ from lesa.bench.benchmark import batches, pair_up
 from lesa.bench.lines import Pair
 from lesa.bench.report import markdown
 from lesa.host.tap import OUTPUT, tap_of
-from lesa.learn.collect import read_prompts, record
+from lesa.learn.call_files import read_prompts
+from lesa.learn.collect import record
 from lesa.learn.collecting import TRAINING_SEED, VALIDATION_SEED
 from lesa.learn.metrics import drift, psnr
 from lesa.learn.planning import PLANNED_ON, Planner

@@ -22,7 +22,8 @@ from lesa.bench.benchmark import compare
 from lesa.bench.methods import forecast
 from lesa.bench.report import markdown
 from lesa.cli import main as command
-from lesa.learn.collect import read_prompts, record
+from lesa.learn.call_files import read_prompts
+from lesa.learn.collect import record
 from lesa.learn.collecting import VALIDATION_SEED
 from lesa.learn.metrics import interval
 from lesa.learn.outcome import GAINED_NOTHING

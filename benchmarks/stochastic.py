@@ -22,7 +22,7 @@ from tqdm import tqdm
 import lesa
 from lesa.bench.benchmark import Pair, pair_up
 from lesa.bench.report import markdown
-from lesa.learn.collect import read_prompts
+from lesa.learn.call_files import read_prompts
 from lesa.learn.metrics import interval, psnr
 
 MODEL = "models/emoji-flux"

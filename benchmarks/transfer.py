@@ -32,7 +32,7 @@ from lesa.bench.benchmark import batches, draw, pair_up
 from lesa.bench.lines import Pair
 from lesa.bench.methods import REFERENCE, Method, forecast, untrained
 from lesa.bench.report import markdown
-from lesa.learn.collect import read_prompts
+from lesa.learn.call_files import read_prompts
 from lesa.learn.metrics import interval, paired_interval, psnr
 from lesa.rows.forecasters import LinearRows
 from lesa.rows.grid import from_scheduler

@@ -402,7 +402,7 @@ def test_what_skipped_steps_take_is_counted_at_each_tap(pipe, clock, place):
             clock.now += 0.5
             return super().row(*about)
 
-    with benchmark.forecast("slow", Slow(), EVERY_OTHER, place).switch(pipe):
+    with forecast("slow", Slow(), EVERY_OTHER, place).switch(pipe):
         counted, timed = Watch(pipe), Watch(pipe)
         with counted.counting(), counted.counting_flops(), timed.timing():
             pipe(

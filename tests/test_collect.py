@@ -19,7 +19,8 @@ import lesa.learn.collect
 import lesa.learn.trajectory
 from lesa.host.runtime import accelerate
 from lesa.host.tap import tap_of
-from lesa.learn.collect import collect, read_prompts, record
+from lesa.learn.call_files import read_prompts
+from lesa.learn.collect import collect, record
 from lesa.learn.trajectory import COLLECTION, Store
 from lesa.rows.forecasters import Reuse
 from lesa.rows.schedule import Schedule

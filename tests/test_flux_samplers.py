@@ -8,7 +8,8 @@ import pytest
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 import lesa
-from lesa.learn.collect import read_prompts, record
+from lesa.learn.call_files import read_prompts
+from lesa.learn.collect import record
 from lesa.learn.planning import Planner
 from lesa.rows.forecasters import Lagrange, Reuse
 from lesa.rows.schedule import Schedule

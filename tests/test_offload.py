@@ -13,7 +13,8 @@ from lesa.host import offload
 from lesa.host.head import head
 from lesa.host.offload import place
 from lesa.host.tap import tap_of
-from lesa.learn.collect import fingerprint, record
+from lesa.learn.collect import record
+from lesa.learn.fingerprint import fingerprint
 
 CALL = dict(height=32, width=32, num_inference_steps=4, max_sequence_length=16)
 PLACES = ("feature", "output", "feature")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lesa import cli
+from lesa.cli.parser import parser
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([*ROOT.glob("models/recipes/*.sh"), *ROOT.glob("benchmarks/*.sh")])
@@ -52,7 +52,7 @@ def test_a_script_calls_what_there_is(script, tmp_path):
             words = words[words.index("lesa.cli") + 1 :]
         elif not program.endswith("lesa"):
             continue
-        assert callable(cli._parser().parse_args(words).command)
+        assert callable(parser().parse_args(words).command)
 
 
 def test_a_training_that_fails_ends_its_script(tmp_path):

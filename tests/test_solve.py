@@ -120,7 +120,7 @@ def test_rows_are_recovered_from_the_latents_that_they_gave():
     response, rows = multistep(), some_rows(1)
     outputs = torch.randn(3, 50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     target = (ways(response, FULL, rows) @ outputs) @ outputs.T
-    equations = module._Equations(outputs @ outputs.T, target)
+    equations = module.Equations(outputs @ outputs.T, target)
     torch.testing.assert_close(module.solve_rows(response, FULL, equations, 1e-12), rows, atol=1e-8, rtol=0)
 
 
@@ -198,7 +198,7 @@ def test_any_pipeline_is_solved(name):
 
 def subject_steps(subject) -> int:
     """How many ticks a run has."""
-    recorder = module._Recorder(subject.pipe, 1)
+    recorder = module.Recorder(subject.pipe, 1)
     undo = recorder.attach()
     subject.call(0)
     undo()

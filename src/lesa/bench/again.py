@@ -11,7 +11,7 @@ from lesa.bench import benchmark, compare, methods, peers, recogniser, records, 
 from lesa.bench.lines import Record
 from lesa.host import needs
 from lesa.host.loading import LoadOptions, loaded
-from lesa.learn.collect import fingerprint
+from lesa.learn.fingerprint import fingerprint
 from lesa.predictors import Predictor
 
 

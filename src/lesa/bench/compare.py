@@ -19,9 +19,9 @@ from lesa.bench.records import Comparison, Log
 from lesa.bench.scores import Score
 from lesa.host import needs
 from lesa.host.pipelines import arguments_of, source_of, steps_of
-from lesa.learn.call_files import prompts_of
+from lesa.learn.call_files import prompts_of, read_prompts
 from lesa.learn.calls import Call
-from lesa.learn.collect import fingerprint, read_prompts
+from lesa.learn.fingerprint import fingerprint
 from lesa.learn.plan import FEW_STEPS, finder, planner_of
 from lesa.learn.planning import Planner
 from lesa.learn.ranks import ALONE, Ranks

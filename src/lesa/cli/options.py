@@ -12,9 +12,8 @@ from typing import Any
 
 from lesa.host.loading import LoadOptions
 from lesa.host.offload import OFFLOADS
-from lesa.learn.call_files import read_calls
+from lesa.learn.call_files import read_calls, read_prompts
 from lesa.learn.calls import Call
-from lesa.learn.collect import read_prompts
 from lesa.learn.options import LEARNED
 from lesa.predictors import Predictor
 from lesa.rows.forecasters import Forecaster, Lagrange, Reuse, Taylor

@@ -84,3 +84,20 @@ def prompts_of(runs: Sequence[Call]) -> list[str]:
             )
         found.append(prompt)
     return found
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Read prompts from a text file in UTF-8, one a line; blank lines and blanks around a prompt are left out.
+
+    Raises: ValueError if there is none, or one twice.
+    """
+    prompts: dict[str, int] = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), start=1):
+        prompt = line.strip()
+        if prompt in prompts:
+            raise ValueError(f"{path} has {prompt!r} in line {prompts[prompt]} and again in line {number}; remove one.")
+        if prompt:
+            prompts[prompt] = number
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt; write one a line.")
+    return list(prompts)

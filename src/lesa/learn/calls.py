@@ -23,9 +23,15 @@ NO_PROMPT = "call "
 """What a label begins with that is no prompt."""
 
 
+def plain(call: Call) -> Call:
+    """Return a call that has a prompt and nothing else as the prompt."""
+    alone = not isinstance(call, str) and set(call) == {"prompt"} and isinstance(call["prompt"], str)
+    return call["prompt"] if alone else call
+
+
 def listed(calls: Calls, count: int) -> list[Call]:
     """Return the calls in order; a function is asked for `count` of them."""
-    return [calls(number) for number in range(count)] if callable(calls) else list(calls)
+    return [plain(calls(number)) for number in range(count)] if callable(calls) else [plain(one) for one in calls]
 
 
 def label(call: Call) -> str:

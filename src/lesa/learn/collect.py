@@ -8,8 +8,6 @@ for 100 prompts (whole features: 1.26 GB a run). One batch is held in memory at 
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,7 +25,9 @@ from lesa.host.intercept import intercept
 from lesa.host.pipelines import for_each
 from lesa.host.streams import hear
 from lesa.host.tap import PAPER, part_of, tap_of
+from lesa.learn.alone import alone_in
 from lesa.learn.calls import NO_PROMPT, Call, Calls, arguments, described, label, listed, seeded, takes
+from lesa.learn.fingerprint import fingerprint
 from lesa.learn.ranks import ALONE, Ranks
 from lesa.learn.seam import SeamRecorder, checked, refuse_noise
 from lesa.learn.trajectory import COLLECTION, Collection, Store, Trajectory, draw_numbers, draw_tokens
@@ -351,7 +351,7 @@ def collect(
             )
         return drawn
 
-    with _alone_in(folder, at.rank):
+    with alone_in(folder, at.rank):
         store = Store.open(folder) if (folder / COLLECTION).exists() else None
         if store is not None:
             _check_same(store, wanted)
@@ -460,25 +460,6 @@ def _describe(
     }
 
 
-def fingerprint(pipe: Any) -> str:
-    """Name a pipeline's weights by the kind and the first numbers of each: a retrained model gets another name."""
-    total = hashlib.sha256()
-    for part, module in sorted(pipe.components.items()):
-        for name, x in module.state_dict().items() if isinstance(module, nn.Module) else ():
-            x = _offloaded(module, name) if x.is_meta else x
-            head = [] if x.is_meta else x.flatten()[:8].tolist()
-            total.update(f"{part}.{name} {x.dtype} {tuple(x.shape)} {head}\n".encode())
-    return total.hexdigest()
-
-
-def _offloaded(module: nn.Module, name: str) -> Tensor:
-    """Return a weight that accelerate's sequential offloading keeps elsewhere, or the empty one in its place."""
-    owner, _, weight = name.rpartition(".")
-    part = module.get_submodule(owner)
-    elsewhere = getattr(getattr(part, "_hf_hook", None), "weights_map", None) or {}
-    return elsewhere[weight] if weight in elsewhere else getattr(part, weight)
-
-
 def _check_same(store: Store, wanted: dict[str, Any]) -> None:
     """Raise a ValueError that says what differs if the store was collected otherwise."""
     for name, here in wanted.items():
@@ -500,22 +481,6 @@ def _shown(there: Any, here: Any) -> str:
 
 
 @contextmanager
-def _alone_in(folder: Path, rank: int) -> Iterator[None]:
-    """Make a folder, and keep other processes of this rank from collecting into it; explain a full disk."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / (f".lock-{rank}" if rank else ".lock"), timeout=0):
-            yield
-    except Timeout as error:
-        raise RuntimeError(f"another process is collecting into {folder}; wait for it, or end it.") from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        advice = "the disk is full; free some space and collect again: it goes on after the runs stored so far"
-        raise OSError(error.errno, advice, str(folder)) from error
-
-
-@contextmanager
 def _quiet(pipe: Any) -> Iterator[None]:
     """Hide the pipeline's own progress bar, which would draw a line per batch."""
     before = getattr(pipe, "_progress_bar_config", {})
@@ -527,20 +492,3 @@ def _quiet(pipe: Any) -> Iterator[None]:
         yield
     finally:
         pipe.set_progress_bar_config(**before)
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """Read prompts from a text file in UTF-8, one a line; blank lines and blanks around a prompt are left out.
-
-    Raises: ValueError if there is none, or one twice.
-    """
-    prompts: dict[str, int] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), start=1):
-        prompt = line.strip()
-        if prompt in prompts:
-            raise ValueError(f"{path} has {prompt!r} in line {prompts[prompt]} and again in line {number}; remove one.")
-        if prompt:
-            prompts[prompt] = number
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt; write one a line.")
-    return list(prompts)

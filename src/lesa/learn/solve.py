@@ -21,9 +21,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib.metadata import version
 from inspect import signature
 from itertools import pairwise
@@ -32,24 +31,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lesa.host.clock import Moment, PipelineClock
-from lesa.host.intercept import intercept, unmarked
+from lesa.host.clock import Moment
 from lesa.host.pipelines import for_each
 from lesa.host.runtime import Run, accelerate, denoisers_of
 from lesa.host.tap import OUTPUT, tap_of
+from lesa.learn.counted import Recorder, Recording
+from lesa.learn.gaps import Algebra, Equations, descend, ends_of, solve_row, solve_rows, ways
 from lesa.predictors import Origin, configuration
 from lesa.predictors.solved import STREAMS, Solved
-from lesa.rows import sampler
 from lesa.rows.plan import PlannedRow
 from lesa.rows.sampler import Sampler
 from lesa.rows.schedule import Schedule
 
 BATCH = 16
 """How many plain prompts go in one call of the pipeline."""
-ELEMENTS = 1 << 16
-"""How many elements of each call's latents the equations are made of, drawn once; all of them where there are fewer."""
-RIDGE = 1e-7
-"""What holds a row to reuse, as a share of the outputs' mean square."""
 SETTLED = 0.01
 """Rounds end when new rows would move the latents by less than this share of what they are off."""
 NUDGE = 0.3
@@ -134,96 +129,6 @@ def solve(
     return Solution(bench.predictor(full, found.rows, found.drift), bench.report)
 
 
-# --- recording
-
-
-class _Recording:
-    """One run of a batch of calls, at some elements: velocities, latents before each step and at the end, float32."""
-
-    def __init__(self, moment: Moment, calls: int):
-        self.moment, self.calls = moment, calls
-        self._velocities: list[Tensor] = []
-        self._latents: list[Tensor] = []
-        self.final = torch.empty(0)
-
-    def add(self, velocity: Tensor, latents: Tensor) -> None:
-        self._velocities.append(self._sample(velocity))
-        self._latents.append(self._sample(latents))
-
-    def end(self, latents: Tensor) -> None:
-        self.final = self._split(latents)
-
-    def _split(self, x: Tensor) -> Tensor:
-        """Return a row for each call, or one for all where the pipeline does not stack them."""
-        return x.detach().reshape(self.calls if x.shape[0] % self.calls == 0 else 1, -1).float().cpu()
-
-    def _sample(self, x: Tensor) -> Tensor:
-        rows = self._split(x)
-        if rows.shape[1] <= ELEMENTS:
-            return rows.clone()
-        drawn = torch.randint(rows.shape[1], (ELEMENTS,), generator=torch.Generator().manual_seed(0))
-        return rows[:, drawn]
-
-    @property
-    def velocities(self) -> Tensor:
-        """(calls, ticks, elements)"""
-        return torch.stack(self._velocities, 1)
-
-    @property
-    def latents(self) -> Tensor:
-        """(calls, ticks + 1, elements)"""
-        end = self._sample(self.final)
-        return torch.stack([*self._latents, end], 1)
-
-
-class _Recorder(PipelineClock):
-    """Records the runs of one call of a pipeline at its sampler, accelerated or not, and counts transformer runs.
-
-    `on_record` is called with the recording before each tick.
-    """
-
-    def __init__(self, pipe: Any, calls: int):
-        super().__init__(pipe)
-        self._parts = [getattr(pipe, name) for name in denoisers_of(pipe)]
-        self._batch = calls
-        self.numbers: Sampler | None = None
-        self.wants_numbers = False
-        self.runs: list[_Recording] = []
-        self.counted = 0
-        self.on_record: Callable[[_Recording], None] = lambda _recording: None
-
-    def attach(self) -> Callable[[], None]:
-        with ExitStack() as undo:
-            for part in self._parts:
-                undo.callback(intercept(part, "__call__", self._count, inner=True))
-                undo.callback(intercept(part, "__call__", self._hear))
-            undo.callback(super().attach())
-            return undo.pop_all().close
-
-    def _hear(self, go_on: Callable, _denoiser: Any, *args: Any, **kwargs: Any) -> Any:
-        self.now()
-        return go_on(*args, **kwargs)
-
-    def _count(self, go_on: Callable, _denoiser: Any, *args: Any, **kwargs: Any) -> Any:
-        self.counted += self._batch
-        return go_on(*args, **kwargs)
-
-    def _step(self, go_on: Callable, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-        moment = self.moment
-        if moment is None or not moment.called:
-            return super()._step(go_on, scheduler, *args, **kwargs)
-        if not self.runs or self.runs[-1].moment is not moment:
-            self.runs.append(_Recording(moment, self._batch))
-            if self.wants_numbers and self.numbers is None:
-                self.numbers = sampler.of(unmarked(scheduler), *args, **kwargs)
-        named, run = sampler.bind(scheduler, *args, **kwargs), self.runs[-1]
-        run.add(named["model_output"], named["sample"])
-        self.on_record(run)
-        result = super()._step(go_on, scheduler, *args, **kwargs)
-        run.end(result[0] if isinstance(result, tuple) else result.prev_sample)
-        return result
-
-
 # --- the bench
 
 
@@ -232,7 +137,7 @@ class _Found(NamedTuple):
 
     full: tuple[int, ...]
     rows: Tensor
-    recordings: list[_Recording]
+    recordings: list[Recording]
     drift: float
 
 
@@ -274,13 +179,13 @@ class _Bench:
                 f"{first.start} on, on grids of {self.steps}; use calls from noise, with as many steps each."
             )
 
-    def run(self, predictor: Solved | None = None, on_record: Callable | None = None) -> list[_Recording]:
+    def run(self, predictor: Solved | None = None, on_record: Callable | None = None) -> list[Recording]:
         """Run all calls, with these rows or in full, and return what passed."""
-        runs: list[_Recording] = []
+        runs: list[Recording] = []
         for batch, count in self._batches:
             accelerated = accelerate(self.pipe, predictor) if predictor else nullcontext()
             with accelerated as live:
-                recorder = _Recorder(self.pipe, count)
+                recorder = Recorder(self.pipe, count)
                 recorder.wants_numbers = self.sampler is None
                 if on_record is not None:
                     recorder.on_record = lambda run, live=live: on_record(live, run)
@@ -313,15 +218,15 @@ class _Bench:
             made.set_gaps(rows)
         return made
 
-    def off(self, runs: Sequence[_Recording]) -> list[Tensor]:
+    def off(self, runs: Sequence[Recording]) -> list[Tensor]:
         """Return how far the runs' last latents are off, (calls, all elements) each."""
         return [run.final - wanted.final for run, wanted in zip(runs, self.reference, strict=True)]
 
-    def errors(self, runs: Sequence[_Recording]) -> Tensor:
+    def errors(self, runs: Sequence[Recording]) -> Tensor:
         """Return |x - x_ref|^2 / |x_ref|^2 of the last latents of each call."""
         return torch.cat([x.double().square().sum(1) for x in self.off(runs)]) * self.weights
 
-    def drift(self, runs: Sequence[_Recording]) -> float:
+    def drift(self, runs: Sequence[Recording]) -> float:
         """Return the mean over calls of 10 log10(|x - x_ref|^2 / |x_ref|^2) of the last latents."""
         found = float(10 * self.errors(runs).clamp_min(TINY).log10().mean())
         return found if math.isfinite(found) else math.inf
@@ -329,15 +234,15 @@ class _Bench:
     # --- least squares
 
     def equations(
-        self, full: Sequence[int], runs: Sequence[_Recording] | None = None, rows: Tensor | None = None
-    ) -> _Equations:
+        self, full: Sequence[int], runs: Sequence[Recording] | None = None, rows: Tensor | None = None
+    ) -> Equations:
         """Return what the outputs of these full steps say: of the reference runs, or of runs with these rows.
 
         The latents at the end of each gap are taken from the run itself, and the rows' own algebra says how other rows
         would move them: where that is not exact (norms rescaled by guidance, latents rewritten), rounds still end where
         the real latents are nearest to the reference's.
         """
-        ends, chosen = _ends(full, self.steps), list(full)
+        ends, chosen = ends_of(full, self.steps), list(full)
         gram, target = [], []
         for number, (wanted, known) in enumerate(zip(self.wanted, self._velocities, strict=True)):
             if runs is None or rows is None:
@@ -349,18 +254,18 @@ class _Bench:
             gram.append(outputs @ outputs.mT)
             target.append(missing @ outputs.mT)
         weights = self.weights[:, None, None]
-        return _Equations((weights * torch.cat(gram)).sum(0), (weights * torch.cat(target)).sum(0))
+        return Equations((weights * torch.cat(gram)).sum(0), (weights * torch.cat(target)).sum(0))
 
     def lockstep(self, full: tuple[int, ...]) -> _Found:
         """Solve every gap as the one run of all calls comes to it."""
-        ends, count = _ends(full, self.steps), len(full)
+        ends, count = ends_of(full, self.steps), len(full)
         known, (recording,) = self._velocities[0], self.reference
         missing = torch.einsum("es,psn->pen", self.response[ends], known)
         rows = torch.tril(torch.ones(count, count, dtype=torch.float64))
         predictor = self.predictor(full, rows)
         weights = self.weights[:, None, None]
 
-        def solve_gap(live: Run, run: _Recording) -> None:
+        def solve_gap(live: Run, run: Recording) -> None:
             step = len(run._velocities) - 1
             if step not in full:
                 return
@@ -425,63 +330,6 @@ def _generator(seed: int) -> torch.Generator:
 # --- algebra
 
 
-class _Equations(NamedTuple):
-    """Weighted sums over calls: of the outputs' inner products, and of those with what each gap's end lacks."""
-
-    gram: Tensor
-    """(J, J)"""
-    target: Tensor
-    """(J, J): end of gap, output"""
-
-
-def _ends(full: Sequence[int], steps: int) -> list[int]:
-    return [*full[1:], steps]
-
-
-def ways(response: Tensor, full: Sequence[int], rows: Tensor) -> Tensor:
-    """Return how the latents at the end of each gap depend on the full steps' outputs, (J, J), with these rows."""
-    spread = torch.zeros(response.shape[1], len(full), dtype=response.dtype)
-    for j, (begin, end) in enumerate(pairwise([*full, response.shape[1]])):
-        spread[begin, j] = 1.0
-        spread[begin + 1 : end] = rows[j]
-    return response[_ends(full, response.shape[1])] @ spread
-
-
-def solve_row(
-    response: Tensor, full: Sequence[int], rows: Tensor, j: int, gram: Tensor, target: Tensor, ridge: float = RIDGE
-) -> Tensor:
-    """Return the row of the gap after the j-th full step, (j + 1,), given the rows before it.
-
-    `gram` is of the outputs up to there at least, (j + 1, j + 1), and `target` what the gap's end lacks, (j + 1,). A
-    gap that skips nothing, or whose steps move nothing, reuses.
-    """
-    count = j + 1
-    reuse = torch.zeros(count, dtype=gram.dtype)
-    reuse[-1] = 1.0
-    begin, end = full[j], _ends(full, response.shape[1])[j]
-    moves = float(response[end, begin + 1 : end].sum())
-    if abs(moves) < TINY:
-        return reuse
-    without = rows.clone()
-    without[j] = torch.cat([reuse, reuse.new_zeros(len(rows) - count)])
-    given = ways(response, full, without)[j, :count]
-    gram, target = gram[:count, :count], target[:count]
-    held = gram + ridge * gram.diagonal().mean() * torch.eye(count, dtype=gram.dtype)
-    return reuse + torch.linalg.lstsq(held, target - gram @ given, driver="gelsd").solution / moves
-
-
-def solve_rows(response: Tensor, full: Sequence[int], equations: _Equations, ridge: float = RIDGE) -> Tensor:
-    """Return the rows of all gaps, (J, J), each given those before it."""
-    rows = torch.zeros(len(full), len(full), dtype=torch.float64)
-    for j in range(len(full)):
-        gram, target = equations.gram, equations.target[j]
-        rows[j, : j + 1] = solve_row(response, full, rows, j, gram, target, ridge)
-    return rows
-
-
-# --- rounds
-
-
 def _rounds(bench: _Bench, full: tuple[int, ...], rounds: int) -> _Found:
     """Solve all gaps on what the last run gave and run again, until the rows settle; returns the best run."""
     best = last = bench.lockstep(full) if bench.goes_together else None
@@ -511,7 +359,7 @@ def _not_below_reuse(bench: _Bench, found: _Found) -> _Found:
     return found if found.drift <= bench.report.reuse else _Found(found.full, rows, runs, bench.report.reuse)
 
 
-def _moved(response: Tensor, full: Sequence[int], equations: _Equations, change: Tensor) -> float:
+def _moved(response: Tensor, full: Sequence[int], equations: Equations, change: Tensor) -> float:
     """Return by how much a change of rows moves the latents at any gap's end, over all calls."""
     zero = ways(response, full, torch.zeros_like(change))
     moves = ways(response, full, change) - zero
@@ -581,47 +429,6 @@ def _refined(bench: _Bench, found: _Found) -> _Found | None:
 # --- which steps are full
 
 
-class _Algebra:
-    """What the reference runs say of schedules: what rows solved on their outputs leave at the end."""
-
-    def __init__(self, bench: _Bench):
-        weights = bench.weights[:, None, None]
-        outputs = torch.cat(bench._velocities)
-        self.response, self.gram = bench.response, (weights * (outputs @ outputs.mT)).sum(0)
-        self.calls = len(bench.weights)
-        self._gaps: dict[tuple, float] = {}
-
-    def gap(self, past: tuple[int, ...], end: int) -> float:
-        """Return the mean square that the best row leaves at the end of a gap, given the reference's outputs."""
-        key = past, end
-        if key not in self._gaps:
-            moves = self.response[end].clone()
-            moves[: past[-1] + 1] = 0
-            moves[end:] = 0
-            held = self.gram[list(past)][:, list(past)]
-            held = held + RIDGE * held.diagonal().mean() * torch.eye(len(past), dtype=held.dtype)
-            target = self.gram[list(past)] @ moves
-            left = moves @ self.gram @ moves - target @ torch.linalg.solve(held, target)
-            self._gaps[key] = max(float(left), 0.0) / self.calls
-        return self._gaps[key]
-
-    def cost(self, full: Sequence[int], forgiveness: float = 0.0) -> float:
-        """Return the sum of what all gaps leave, as if none could make up for another.
-
-        The denoiser takes back a part of what is left early in a run: a gap that ends after a share u of the steps
-        counts u^forgiveness.
-        """
-        steps = self.response.shape[1]
-        ends = _ends(full, steps)
-        return sum(self.gap(tuple(full[: j + 1]), end) * (end / steps) ** forgiveness for j, end in enumerate(ends))
-
-    def best(self, budget: int, forgiveness: float) -> tuple[int, ...]:
-        """Return the best schedule found from several starts."""
-        cost = partial(self.cost, forgiveness=forgiveness)
-        steps = self.response.shape[1]
-        return min({_descend(start, cost, steps) for start in _spreads(steps, budget)}, key=cost)
-
-
 def _search(bench: _Bench, budget: int, most: int) -> tuple[int, ...]:
     """Return the best schedule of so many full steps: by algebra from several starts, then by real runs.
 
@@ -630,7 +437,7 @@ def _search(bench: _Bench, budget: int, most: int) -> tuple[int, ...]:
     steps = bench.steps
     if not 1 <= budget <= steps:
         raise ValueError(f"a budget is from 1 to {steps} full steps, got {budget}; change it.")
-    algebra, known = _Algebra(bench), {}
+    algebra, known = Algebra(bench.response, torch.cat(bench._velocities), bench.weights), {}
     starts = {algebra.best(budget, forgiveness) for forgiveness in FORGIVENESS}
 
     def real(full: tuple[int, ...]) -> float:
@@ -642,7 +449,7 @@ def _search(bench: _Bench, budget: int, most: int) -> tuple[int, ...]:
 
     start = min(sorted(starts), key=real)
     bench.report.searched.append((start, real(start)))
-    best = _descend(start, real, steps)
+    best = descend(start, real, steps)
     bench.report.searched.append((best, real(best)))
     bench.report.tried = len(known)
     return best
@@ -657,46 +464,6 @@ def _tried(bench: _Bench, full: tuple[int, ...]) -> float:
         return _rounds(bench, full, 2).drift
     finally:
         kept.transformer_runs, bench.report = quiet.transformer_runs, kept
-
-
-def _spreads(steps: int, budget: int) -> Iterator[tuple[int, ...]]:
-    """Spread full steps evenly, and more and more towards the run's end or its beginning."""
-    if budget == 1:
-        yield (0,)
-        return
-    places = torch.linspace(0, 1, budget, dtype=torch.float64)
-    for bend in (1.0, 1.5, 2.2, 3.0):
-        for some in (1 - (1 - places) ** bend, places**bend):
-            full = (some * (steps - 1)).round().int().tolist()
-            for k in range(1, budget):
-                full[k] = min(max(full[k], full[k - 1] + 1), steps - budget + k)
-            yield tuple(full)
-
-
-def _descend(full: tuple[int, ...], cost: Callable[[tuple[int, ...]], float], steps: int) -> tuple[int, ...]:
-    """Take every move that makes the cost smaller, until there is none."""
-    best, improved = cost(full), True
-    while improved:
-        improved = False
-        for moved in _moves(full, steps):
-            if (found := cost(moved)) < best - TINY:
-                full, best, improved = moved, found, True
-                break
-    return full
-
-
-def _moves(full: tuple[int, ...], steps: int) -> Iterator[tuple[int, ...]]:
-    """Yield the schedules with one full step elsewhere, or with several that follow each other moved together, the
-    nearest first; the first one stays."""
-    count = len(full)
-    for distance in (1, 2, 4, 8, 16):
-        for length in range(1, count if distance <= 2 else 2):
-            for k in range(1, count - length + 1):
-                for way in (distance, -distance):
-                    kept = full[:k], full[k + length :]
-                    moved = sorted({*kept[0], *(step + way for step in full[k : k + length]), *kept[1]})
-                    if len(moved) == count and moved[1] > 0 and moved[-1] < steps:
-                        yield tuple(moved)
 
 
 def _words(drifts: Sequence[float]) -> str:

@@ -18,9 +18,9 @@ from lesa.host.runtime import denoisers_of
 from lesa.host.tap import tap_of
 from lesa.learn import training
 from lesa.learn.beginning import Say, quiet, remember, staged, untrained
-from lesa.learn.calls import Call
-from lesa.learn.collect import fingerprint
+from lesa.learn.calls import Call, plain
 from lesa.learn.collecting import opened
+from lesa.learn.fingerprint import fingerprint
 from lesa.learn.kept import begun
 from lesa.learn.lessons import Curve, Lesson, Result
 from lesa.learn.options import TrainOptions
@@ -83,7 +83,7 @@ def train(
     if options.predictor is not None:
         options.predictor.check_model(denoiser, tap)
     resumed = (folder / ROUNDS).exists()
-    reruns = Reruns(pipe, tap, prompts, folder / ROUNDS / RECORDED, options.batch_size)
+    reruns = Reruns(pipe, tap, [plain(one) for one in prompts], folder / ROUNDS / RECORDED, options.batch_size)
     with _frozen(denoiser):
         lessons = _lessons(pipe, stores, reruns, options, say)
         start = untrained(pipe, stores, lessons, options)

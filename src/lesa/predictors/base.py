@@ -363,7 +363,8 @@ def _around(
         raise ValueError(
             f"its options say that the weights of {name!r} are of shape {said.get(name)}, they are of {found.get(name)}"
         )
-    predictor.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    kinds = {name: tensor.dtype for name, tensor in predictor.state_dict().items()}
+    predictor.load_state_dict({name: tensor.to(kinds[name]) for name, tensor in weights.items()}, assign=True)
     return predictor
 
 
@@ -383,9 +384,11 @@ def _fetch(source: str, name: str, options: Mapping[str, Any]) -> Path:
 
 
 def _without_loss(tensor: Tensor) -> Tensor:
-    """Store half the bytes where no number changes by it."""
-    half = tensor.half()
-    return (half if torch.equal(half.to(tensor.dtype), tensor) else tensor).contiguous()
+    """Store as few bytes as no number changes by."""
+    for narrow in (tensor.half(), tensor.float()):
+        if torch.equal(narrow.to(tensor.dtype), tensor):
+            return narrow.contiguous()
+    return tensor.contiguous()
 
 
 def _digest(entries: Mapping[str, Any], weights: bytes) -> str:
