@@ -26,8 +26,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 PAGE = ROOT / "docs" / "support.md"
 HEADS = ("pipeline", "in the zoo", "denoisers", "sampler", "steps", "streams", "all full", "skipped, every:3", "note")
-NOISY = "samplers that add no noise"
-"""What the reason of a run is known by that is refused for its sampler's noise."""
 TEXT = """# What is accelerated
 
 **Any pipeline whose loop calls a module and steps a scheduler.** Two calls are all that is known of it: the
@@ -39,7 +37,7 @@ tiny and with random weights, as tests/zoo builds them. Of these,
 
 - {equal} end with the same bits as without lesa if every step is full;
 - {skipping} skip steps on `Schedule.every(3)` with `Taylor(1)`;
-- {noisy} have samplers that add noise as they step, refused by all but `lesa.Reuse()`, with which {reusing} skip steps;
+- {noisy} have samplers that add noise as they step, and are forecast by rows on the data prediction;
 - {refused} cannot be accelerated.
 
 Random weights say that the calls fit, not how near a picture is: that depends on the model, the schedule and the
@@ -50,14 +48,14 @@ forecaster ([figures of trained ones](results.md)).
 *Steps* are those of all runs of a call: the first step of a sampler after a call of a denoiser; methods that evaluate
 twice a step have more than the call asks for. *Streams* are the calls of a denoiser that one step tells apart, by the
 conditioning that they bring. *All full* tells whether the output is the same to the bit; *skipped* are steps of the
-streams, of all of them.
+streams, of all of them; *data* marks samplers that add noise, where the data prediction is forecast.
 
 ## What is refused
 
 {reasons}
 
-And without a row above: a pipeline without a scheduler, such as `LongCatAudioDiTPipeline` (accelerate its transformer
-in a loop of your own, with `grid=`), and a denoiser that a pipeline holds under a name of its own, until it is named:
+And without a row above: a pipeline without a scheduler (accelerate its denoiser in a loop of your own, with `grid=`),
+and a denoiser that a pipeline holds under a name of its own, until it is named:
 `lesa.accelerate(pipe, ..., denoisers=("name",))`.
 """
 
@@ -75,14 +73,12 @@ class Finding:
     equal: bool | None = None
     skipped: tuple[int, int] | None = None
     """Skipped steps of all streams, and all of their steps."""
+    noisy: bool = False
+    """Whether the data prediction was forecast, as the sampler adds noise."""
     reason: str = ""
 
-    @property
-    def noisy(self) -> bool:
-        return NOISY in self.reason
-
     def cells(self) -> tuple[str, ...]:
-        note = "reuse alone: noise" if self.noisy else "refused" if self.reason else ""
+        note = "refused" if self.reason else "data" if self.noisy else ""
         skipped = "-" if self.skipped is None else f"{self.skipped[0]} of {self.skipped[1]}"
         equal = {None: "-", True: "equal", False: "DIFFERS"}[self.equal]
         streams = str(len(self.streams)) if self.streams else "-"
@@ -122,28 +118,22 @@ def look_at(name: str, specimen: Any) -> Finding:
         done = run.summary().values()
         found.streams, found.steps = run.streams, max(one.full_steps for one in done)
         found.equal = len(ours) == len(plain) and all(map(torch.equal, ours, plain))
-        found.skipped = skips(specimen, lesa.Taylor(1))
+        with lesa.accelerate(pipe, lesa.Taylor(1), schedule=lesa.Schedule.every(3)) as run:
+            specimen.call()
+        summary = run.summary()
+        skipped = sum(one.skipped_steps for one in summary.values())
+        found.skipped = skipped, skipped + sum(one.full_steps for one in summary.values())
+        found.noisy = summary.data is not None
     except (ValueError, RuntimeError) as error:
         found.reason = str(error)
-        if found.noisy:
-            found.skipped = skips(specimen, lesa.Reuse())
     return found
-
-
-def skips(specimen: Any, forecaster: lesa.Forecaster) -> tuple[int, int]:
-    """Return how many steps of all streams a run with every third step full skips, and of how many."""
-    with lesa.accelerate(specimen.pipe, forecaster, schedule=lesa.Schedule.every(3)) as run:
-        specimen.call()
-    done = list(run.summary().values())
-    skipped = sum(one.skipped_steps for one in done)
-    return skipped, skipped + sum(one.full_steps for one in done)
 
 
 def page_of(findings: Sequence[Finding]) -> str:
     """Write the page of what was found."""
     import diffusers
 
-    refused = [one for one in findings if one.reason and not one.noisy]
+    refused = [one for one in findings if one.reason]
     ordered = sorted(findings, key=lambda one: (one.pipeline.lower(), one.name))
     return TEXT.format(
         diffusers=diffusers.__version__,
@@ -153,7 +143,6 @@ def page_of(findings: Sequence[Finding]) -> str:
         equal=sum(one.equal is True for one in findings),
         skipping=sum(one.skipped is not None and one.skipped[0] > 0 and not one.reason for one in findings),
         noisy=sum(one.noisy for one in findings),
-        reusing=sum(one.noisy and one.skipped is not None and one.skipped[0] > 0 for one in findings),
         refused=len(refused),
         table=markdown(HEADS, [one.cells() for one in ordered], text=4),
         reasons=reasons_of(findings),
@@ -161,15 +150,8 @@ def page_of(findings: Sequence[Finding]) -> str:
 
 
 def reasons_of(findings: Sequence[Finding]) -> str:
-    """List what is refused and why; samplers that add noise are one reason."""
-    lines = [f"- `{one.name}`: {one.reason}" for one in findings if one.reason and not one.noisy]
-    noisy: dict[str, list[str]] = {}
-    for one in findings:
-        if one.noisy:
-            noisy.setdefault(one.sampler, []).append(one.name)
-    if noisy:
-        lines.append("- Samplers that add noise as they step, but for reuse: rows over features jump with that noise.")
-    lines += [f"  - `{sampler}` in {', '.join(f'`{name}`' for name in names)}" for sampler, names in noisy.items()]
+    """List what is refused and why."""
+    lines = [f"- `{one.name}`: {one.reason}" for one in findings if one.reason]
     return "\n".join(lines) or "Nothing that was tried."
 
 

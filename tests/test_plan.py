@@ -259,7 +259,7 @@ def _change(path, value):
     "change",
     [
         _change(["format"], "lesa-plan-0"),
-        _change(["times", 3], 0.99),
+        _change(["times", 3], 1.01),
         _change(["full", 0], 1),
         _change(["full", 4], 10),
         _change(["memory"], 3),

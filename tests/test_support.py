@@ -27,11 +27,11 @@ def test_the_page_says_what_runs_did(tmp_path, monkeypatch):
         *("6", "2", "equal", "8 of 12", ""),
     ]
     assert heun[4:8] == ["11", "1", "equal", "7 of 11"]  # two evaluations a step, but for the last
-    assert noisy[3] == "LCMScheduler" and noisy[6] == "equal" and noisy[8] == "reuse alone: noise"
+    assert noisy[3] == "LCMScheduler" and noisy[6] == "equal" and noisy[8] == "data"
     assert int(noisy[7].split()[0]) > 0
     assert refused[4:] == ["-", "-", "-", "-", "refused"]
     reasons = text.partition("## What is refused")[2]
-    assert "frames at different noise levels" in reasons and "`LCMScheduler` in `latent_consistency`" in reasons
+    assert "frames at different noise levels" in reasons
     assert "- 3 end with the same bits" in text and "- 1 have samplers that add noise" in text
 
 
