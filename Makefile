@@ -17,11 +17,12 @@ demo: setup
 	benchmarks/demo.sh
 
 # All but the tests marked `broad`, which say of every pipeline of the zoo what others say of some.
+# Two processes share the files of tests.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: setup
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m ""
 
 # With the oldest versions that pyproject.toml declares, in an environment of their own.
 test-oldest: $(OLDEST)/.installed

@@ -121,7 +121,7 @@ def test_with_every_step_full_nothing_changes(name):
             assert all(torch.equal(a, b) for a, b in zip(outputs(name), plain(name).output, strict=True))
 
 
-@pytest.mark.parametrize(("forecaster", "rows"), [(Reuse(), reuse), (Taylor(1), extrapolate)], ids=repr)
+@pytest.mark.parametrize(("forecaster", "rows"), [(Reuse(), reuse), (Taylor(1), extrapolate)], ids=["reuse", "a line"])
 @pytest.mark.parametrize("name", [*NOISY, *QUIET])
 def test_a_run_is_what_the_oracle_says(name, forecaster, rows):
     run = plain(name)

@@ -23,6 +23,9 @@ class Staged(Forecaster):
 
     memory = 8
 
+    def __repr__(self):
+        return f"Staged({self.remembers_forecasts})"
+
     def __init__(self, remembers_forecasts: bool):
         self.remembers_forecasts = remembers_forecasts
         self.experts = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 4

@@ -45,6 +45,9 @@ class MeanOfTwo(Forecaster):
 
     memory, remembers_forecasts = 2, True
 
+    def __repr__(self):
+        return "MeanOfTwo()"
+
     def row(self, grid, step, past):
         coefficients = torch.full((len(past),), 1.0 / len(past), dtype=torch.float64)
         return Row(coefficients, torch.tensor(0.25, dtype=torch.float64))
@@ -371,6 +374,9 @@ class Sparse(Forecaster):
     """Its rows use two of five past features, the newest and one that changes from step to step."""
 
     memory = 5
+
+    def __repr__(self):
+        return "Sparse()"
 
     def __init__(self, remembers_forecasts: bool):
         self.remembers_forecasts = remembers_forecasts
@@ -850,9 +856,10 @@ def test_who_calls_during_a_run_is_answered_in_full_and_does_not_disturb_it(pipe
         assert torch.equal(NEXT[intruder](pipe), in_full)
         return tensors
 
-    with accelerate(pipe, Taylor(1), schedule=EVERY):
+    with accelerate(pipe, Taylor(1), schedule=EVERY) as run:
         expected = draw(pipe)
         assert torch.equal(draw(pipe, callback_on_step_end=intrude), expected)
+    assert "calls of a denoiser were of no run, and ran in full" in str(run.summary())
 
 
 @pytest.mark.parametrize("loop", [drawn_by_hand, drawn_step_by_step], ids=["at once", "a function for each step"])

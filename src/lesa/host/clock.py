@@ -56,6 +56,7 @@ class LoopClock:
 
     def __init__(self, grid: Sequence[float] | Tensor):
         self._times = grids.validate(grid)
+        self.passed_by = 0  # a loop says which calls are its own
         self._first: tuple[int, str] | None = None
         self.moment: Moment | None = None
 

@@ -90,6 +90,7 @@ class Run:
         if self._executor.data is not None:
             found.data = replace(self._executor.data, clamped=int(self._executor.data.clamped))
             found.reason = self._executor.data_reason
+        found.passed_by = self._executor.clock.passed_by
         return found
 
     def close(self) -> None:

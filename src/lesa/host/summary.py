@@ -35,11 +35,13 @@ class StreamSummary:
 class Summary(dict[str, StreamSummary]):
     """Stream name to `StreamSummary`; prints as a table.
 
-    `data` is what was done for the data prediction, where that was forecast, and `reason` why it was.
+    `data` is what was done for the data prediction, where that was forecast, and `reason` why it was. `passed_by`
+    counts calls of a denoiser that came while a run went on and were not the run's: they ran in full.
     """
 
     data: StreamSummary | None = None
     reason: str = ""
+    passed_by: int = 0
 
     def __str__(self) -> str:
         if not self:
@@ -59,6 +61,8 @@ class Summary(dict[str, StreamSummary]):
                 lines.append(f"{'':<10} {s.detours} runs were unusual and took a detour")
         if self.data:
             lines.append(f"forecast: the data prediction, {self.reason}")
+        if self.passed_by:
+            lines.append(f"{self.passed_by} calls of a denoiser were of no run, and ran in full")
         return "\n".join(lines)
 
 

@@ -25,8 +25,10 @@ NO_PROMPT = "call "
 
 def plain(call: Call) -> Call:
     """Return a call that has a prompt and nothing else as the prompt."""
-    alone = not isinstance(call, str) and set(call) == {"prompt"} and isinstance(call["prompt"], str)
-    return call["prompt"] if alone else call
+    if isinstance(call, str):
+        return call
+    prompt = call.get("prompt")
+    return prompt if set(call) == {"prompt"} and isinstance(prompt, str) else call
 
 
 def listed(calls: Calls, count: int) -> list[Call]:
