@@ -20,7 +20,7 @@ from lesa.learn import collect
 
 EXTRAS = PROJECT["optional-dependencies"]
 CALL = dict(height=32, width=32, num_inference_steps=6, max_sequence_length=16)
-BENCH = "(pip install 'lesa-cache[bench]')"
+BENCH = "(in a checkout of lesa: pip install '.[bench]')"
 
 
 class Loaded(BaseException):
@@ -98,7 +98,7 @@ def test_a_clip_is_not_drawn_where_it_could_not_be_written(name, hidden, model, 
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(get_ffmpeg_exe=lambda: "ffmpeg"))
     without(hidden)
     assert main(["generate", str(model), "x", "--full", "--out", str(tmp_path / name)]) == 2
-    said = f"an MP4 needs {hidden.replace('_', '-')} (pip install 'lesa-cache[video]')"
+    said = f"an MP4 needs {hidden.replace('_', '-')} (in a checkout of lesa: pip install '.[video]')"
     assert said in capsys.readouterr().err
     with pytest.raises(ImportError, match=re.escape(said)):
         save_picture([Image.new("RGB", (8, 8))], tmp_path / name)
@@ -110,7 +110,8 @@ def test_ffmpeg_that_is_not_there_is_lacking(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "imageio", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", SimpleNamespace(get_ffmpeg_exe=nowhere))
-    said = "imageio-ffmpeg (it is there, but: RuntimeError: no ffmpeg here) (pip install 'lesa-cache[video]')"
+    why = "it is there, but: RuntimeError: no ffmpeg here"
+    said = f"imageio-ffmpeg ({why}) (in a checkout of lesa: pip install '.[video]')"
     assert needs.lacking("mp4") == said
 
 
@@ -155,7 +156,7 @@ def test_scores_that_cannot_be_had_are_named_before_the_pipeline_is_loaded(model
     without("torchmetrics")
     with pytest.raises(Loaded):
         main(["bench", str(model), "--scores", "CLIP,LPIPS,MS-SSIM", "--out", str(tmp_path / "out")])
-    said, install = capsys.readouterr().err, "needs torchmetrics (pip install 'lesa-cache[scores]')"
+    said, install = capsys.readouterr().err, "needs torchmetrics (in a checkout of lesa: pip install '.[scores]')"
     assert all(f"{name} will not be measured: ImportError: {name} {install}" in said for name in ("CLIP", "LPIPS"))
     assert scores.load(["CLIP"]) == ({}, {"CLIP": f"ImportError: CLIP {install}"})
 
@@ -187,7 +188,7 @@ def test_all_that_is_lacking_is_named_at_once(without):
     without("skimage", "matplotlib", "imageio", "imageio_ffmpeg", "ImageReward")
     assert needs.lacking("comparison", "plots", "mp4", "ImageReward") == (
         "scikit-image and matplotlib and imageio and imageio-ffmpeg and image-reward "
-        "(pip install 'lesa-cache[bench,video]' image-reward)"
+        "(in a checkout of lesa: pip install '.[bench,video]' image-reward)"
     )
 
 

@@ -73,7 +73,7 @@ def test_a_peer_that_is_not_installed_is_listed_with_its_error(pipe, monkeypatch
     methods = peers.line_up(["dbcache"], STEPS, PROMPT)[:1]
     compared = benchmark.compare(pipe, methods, [PROMPT], [0], timed=0)
     assert list(compared.records) == [REFERENCE.key]
-    said = "ImportError: DBCache needs cache-dit (pip install 'lesa-cache[peers]')"
+    said = "ImportError: DBCache needs cache-dit (in a checkout of lesa: pip install '.[peers]')"
     assert compared.failures[methods[0].key] == said
 
 

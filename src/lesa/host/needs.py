@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, NamedTuple
 
-DISTRIBUTION = "lesa-cache"
-
 
 class Package(NamedTuple):
     """A package by the name that pip knows, the module of it that is used, and the extra of lesa that brings it.
@@ -67,7 +65,8 @@ def lacking(*asked: str) -> str:
 def _install(packages: list[Package]) -> str:
     extras = ",".join(sorted({package.extra for package in packages if package.extra}))
     others = [package.name for package in packages if not package.extra]
-    return "pip install " + " ".join(([f"'{DISTRIBUTION}[{extras}]'"] if extras else []) + others)
+    begin = "in a checkout of lesa: " if extras else ""
+    return begin + "pip install " + " ".join(([f"'.[{extras}]'"] if extras else []) + others)
 
 
 def _why_not(package: Package) -> str | None:
