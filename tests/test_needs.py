@@ -180,7 +180,7 @@ def test_what_does_not_run_is_lacking_with_what_it_says(monkeypatch, tmp_path):
     for name in [name for name in sys.modules if name.split(".")[0] == "skimage"]:
         monkeypatch.delitem(sys.modules, name)
     assert needs.lacking("comparison").startswith(
-        "scikit-image (it is there, but: OSError: built for another machine) (pip"
+        "scikit-image (it is there, but: OSError: built for another machine) (in a checkout of lesa: pip"
     )
 
 
