@@ -1,6 +1,6 @@
 """Which feature taps the classes of diffusers have, as facts.
 
-At the feature tap it is what enters the final norm or the last projection, whichever the paper forecasts for the class:
+What is forecast at a feature tap enters the final norm or the last projection, whichever the paper takes for the class:
 with the blocks bypassed and that tensor put back, everything else of the denoiser's own forward does what it does in a
 full step. At the output tap it is what the denoiser returns, a fraction of that size, and none of it runs on skipped
 steps; that needs no fact of a class.
