@@ -3,7 +3,7 @@
     python benchmarks/samplers.py
 
 UniPC and DPM++ 2M on flow matching's sigmas. Runs of 16 training prompts are recorded at the sampler; schedules are
-planned for Lagrange-2 on 8 of them, and a LESA is trained on each; 8 validation prompts choose its round. PSNR in dB of
+planned for Lagrange-2 on them, and a LESA is trained on each; 8 validation prompts choose its round. PSNR in dB of
 24 held-out prompts, at most 60 a picture, against the sampler's own 50 steps: the same sampler with fewer steps, and on
 the planned schedule rows without training and LESA.
 """
