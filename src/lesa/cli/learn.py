@@ -6,7 +6,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from time import monotonic
 from typing import Any
 
-from lesa.bench import compare, plots, report
+from lesa.bench import calibrated, compare, plots, report
 from lesa.cli import options
 from lesa.host import needs
 from lesa.host.loading import loaded
@@ -18,6 +18,7 @@ from lesa.learn import train as training
 from lesa.learn.options import HISTORIES, LOSSES, METHODS, TrainOptions
 from lesa.learn.outcome import GAINED_NOTHING
 from lesa.predictors import Predictor
+from lesa.predictors.curve import Curve, Point
 
 
 def collect(given: Namespace) -> None:
@@ -95,19 +96,44 @@ def _train_options(given: Namespace) -> TrainOptions:
 
 
 def calibrate(given: Namespace) -> int:
-    """Collect, plan and train in one, from a few runs."""
-    began = monotonic()
-    training.place_for(given.out)
-    without, load = _plotless(), options.load_options(given)
-    forecaster = options.forecaster_of(given) or calibration.CalibrateOptions.forecaster
-    call = options.more_of_call(load)
-    chosen = calibration.CalibrateOptions(given.budget, forecaster, given.tap, given.batch_size, call)
+    """Find a schedule and rows from a few runs, check them, and keep them where `lesa.accelerate` finds them."""
+    if given.plot:
+        needs.check("lesa calibrate --plot", "plots")
+    began, load, worst = monotonic(), options.load_options(given), {}
     prompts = options.runs_of(given.prompts, given.calls, given.limit)
-    with ranks.together() as at:
-        trained = calibration.calibrate(loaded(load), prompts, given.out, chosen, at=at, say=options.say)
-    code = _told(trained, without)
-    options.say_aside(f"calibrated in {monotonic() - began:.1f} s, the runs included")
-    return code
+    chosen = calibration.CalibrateOptions(
+        given.checked, given.seed, given.refine, batch_size=given.batch_size, pictures=given.pictures
+    )
+
+    def told(point: Point, pictures: calibrated.Pictures | None) -> None:
+        options.say(f"{point.full_steps} full steps, {point.kept.rows} on {point.kept.schedule}: {point.promise}")
+        if pictures is not None:
+            worst[point.full_steps] = pictures
+
+    asked = dict(budget=given.budget, budgets=given.budgets, target=given.target)
+    pipe = loaded(load)
+    predictor = calibration.calibrate(pipe, prompts, given.out, chosen, **asked, on_point=told)
+    curve = predictor.curve
+    assert curve is not None
+    options.say(f"\n{curve.table()}\n")
+    if given.plot:
+        calibrated.plot(curve, worst, given.plot)
+        options.say(given.plot)
+    return _calibrated(given, curve, len(predictor.full), monotonic() - began)
+
+
+def _calibrated(given: Namespace, curve: Curve, budget: int, seconds: float) -> int:
+    """Say what a calibration came to, and what to do next."""
+    point = curve.at(budget)
+    options.say_aside(f"calibrated in {seconds:.1f} s, the runs included; the predictors are on the shelf (lesa shelf)")
+    options.say_aside(f"next: lesa generate {given.model} 'another prompt' --budget {budget}")
+    for one in curve.points:
+        if one.left_out:
+            options.say_aside(f"lesa: at {one.full_steps} full steps, left out: {one.left_out}")
+    if point.is_solved:
+        return 0
+    options.say_aside(f"lesa: solving gained nothing at {budget} full steps: {point.kept.rows} is kept, without training")
+    return GAINED_NOTHING
 
 
 def _plotless() -> str:
@@ -137,7 +163,7 @@ def add(commands: Any) -> None:
     _add_collect(options.command(commands, "collect", collect, words))
     words = "choose which steps are full, for a number of full steps"
     _add_plan(options.command(commands, "plan", plan, words))
-    words = "a planned schedule and rows from a few runs, in minutes"
+    words = "a schedule and rows from a few runs, checked by others; resumable; 3 if solving was of no use"
     _add_calibrate(options.command(commands, "calibrate", calibrate, words))
     words = "train a predictor on collected runs; resumable; 3 if it was of no use"
     parser = options.command(commands, "train", train, words)
@@ -186,13 +212,25 @@ def _add_plan(parser: ArgumentParser) -> None:
 
 
 def _add_calibrate(parser: ArgumentParser) -> None:
+    parser.epilog = (
+        "Exits with 3 where rows without training, on a schedule planned for them, end nearer to the reference runs "
+        "than what was solved for; they are kept in its place."
+    )
     options.add_prompts(parser)
-    parser.add_argument("--limit", type=options.read_count, default=8, help="how many of them (8)")
-    parser.add_argument("--budget", type=options.read_count, default=8, help="full steps (8)")
-    parser.add_argument("--forecaster", default="lagrange:2", help="what the schedule is planned with (lagrange:2)")
-    parser.add_argument("--tap", choices=PLACES, default="feature", help="where forecasts are made")
-    parser.add_argument("--batch-size", type=options.read_count, default=8)
-    parser.add_argument("--out", required=True, metavar="FOLDER")
+    parser.add_argument("--limit", type=options.read_count, default=12, help="how many of them (12)")
+    budgets = parser.add_mutually_exclusive_group()
+    budgets.add_argument("--budget", type=options.read_count, help="full steps; default: a sixth of all")
+    budgets.add_argument("--budgets", type=options.read_counts, metavar="N,M", help="several numbers of full steps")
+    words = "what checked calls keep with the fewest full steps: psnr:40, ssim:0.97 or drift:-45"
+    parser.add_argument("--target", type=options.read_target, metavar="MEASURE:VALUE", help=words)
+    words = "how many of the prompts are checked on; default: a third, or of less than four the same with other seeds"
+    parser.add_argument("--checked", type=options.read_count, help=words)
+    parser.add_argument("--refine", type=int, default=2, help="steps on the end of runs at most (2)")
+    parser.add_argument("--seed", type=int, default=0, help="what all noise of the calibration depends on (0)")
+    parser.add_argument("--batch-size", type=options.read_count, help="16; of large models 1")
+    parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="measure the last latents alone")
+    parser.add_argument("--plot", metavar="FILE", help="draw the curve, and the worst pictures of each budget")
+    parser.add_argument("--out", metavar="FOLDER", help="a predictor's folder besides the shelf")
 
 
 def _add_train_data(parser: ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from lesa.learn.call_files import read_calls, read_prompts
 from lesa.learn.calls import Call
 from lesa.learn.options import LEARNED
 from lesa.predictors import Predictor
+from lesa.predictors.curve import Target
 from lesa.rows.forecasters import Forecaster, Lagrange, Reuse, Taylor
 from lesa.rows.schedule import Schedule
 
@@ -167,6 +168,11 @@ def read_stages(text: str) -> Any:
     if text == LEARNED or text.isdigit():
         return text if text == LEARNED else read_count(text)
     return read_bounds(text)
+
+
+@_told
+def read_target(text: str) -> str:
+    return str(Target.parse(text))
 
 
 @_told

@@ -1,84 +1,272 @@
-"""Calibrate: a planned schedule and rows for a pipeline from a few of its runs, all in one call."""
+"""Calibrate: a schedule and rows for a pipeline from a few of its runs, checked by other runs, in one call.
+
+The reference runs of some calls are made once; rows are solved on them, for one number of full steps after the other
+(`lesa.learn.solve`). What is kept is decided on other calls, by real runs: solved rows beside Lagrange, Taylor and
+reuse, on schedules planned for these and on the solved one's own. Where one of them is better, it is kept instead.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lesa.learn.beginning import Say, quiet
-from lesa.learn.calls import Call
-from lesa.learn.collecting import CollectOptions, collect
-from lesa.learn.options import TrainOptions
-from lesa.learn.ranks import ALONE, Ranks
-from lesa.learn.train import Trained, place_for, train
-from lesa.rows.forecasters import Forecaster, Lagrange
+import numpy as np
 
-RUNS = "runs"
-"""Where the recorded runs lie, in the predictor's folder."""
+from lesa.host.facts import Facts, listen
+from lesa.host.pipelines import arguments_of
+from lesa.host.runtime import denoisers_of
+from lesa.learn.calls import Call, plain
+from lesa.learn.checks import Checks
+from lesa.learn.collecting import TRAINING_SEED, VALIDATION_SEED
+from lesa.learn.journal import Journal
+from lesa.learn.progress import Progress
+from lesa.learn.references import BATCH
+from lesa.learn.rivals import Rivals, baked
+from lesa.learn.solve import Solver
+from lesa.predictors.curve import SOLVED, Curve, Point, Target
+from lesa.predictors.fingerprint import fingerprint
+from lesa.predictors.shelf import Shelf
+from lesa.predictors.solved import Solved
+from lesa.rows.schedule import Schedule
+
+OnPoint = Callable[[Point, "tuple[np.ndarray, np.ndarray] | None"], object]
+LARGE = 5e8
+"""Denoisers of more parameters than this run one call at a time, unless somebody says how many."""
+Pairs = tuple[list[Call], list[int]]
+"""Calls, and the seed of each."""
+APART = 1000
+"""How far the seeds of a calibration lie from those of the next `seed`."""
+FIRST_SHARE = 6
+"""A target is looked for from a full step in so many on."""
 
 
 @dataclass(frozen=True)
 class CalibrateOptions:
     """How a pipeline is calibrated.
 
-    `budget` is the number of full steps; the schedule is planned with `forecaster`, and forecasts are made at the place
-    `tap` (see `lesa.accelerate`). `batch_size` is in runs. `call` holds more arguments of the pipeline's calls.
+    `checked` of the calls are held out to check on, the last ones: by default a third of them, where there are four or
+    more; of fewer all are solved on, and checked with other seeds. All noise depends on `seed`. Rows are refined on
+    the end of runs by at most `refine` steps, and at most `most` schedules are run for each budget. `batch_size`
+    prompts go in one call of the pipeline: 16, or one where a denoiser has more than 5e8 parameters. With `pictures`
+    what checked runs draw is decoded and measured, by PSNR, and by SSIM where scikit-image is installed. `rivals` are
+    rows without training that solved ones are held against. `progress` shows a bar.
 
-    Raises: ValueError as `CollectOptions` and `TrainOptions` do, or if the budget is no number from 1 on.
+    Raises: ValueError if a number is out of range.
     """
 
-    budget: int = 8
-    forecaster: Forecaster = Lagrange(2)
-    tap: str = "feature"
-    batch_size: int = 8
-    call: Mapping[str, Any] = field(default_factory=dict)
+    checked: int | None = None
+    seed: int = 0
+    refine: int = 2
+    most: int = 200
+    batch_size: int | None = None
+    pictures: bool = True
+    rivals: bool = True
+    progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.budget < 1:
-            raise ValueError(f"a run has a full step or more, got budget={self.budget}; raise it.")
-        self.collecting()
-        self.training()
-
-    def collecting(self) -> CollectOptions:
-        """Record runs that serve any tap: the outputs are part of every run."""
-        tap = "feature" if self.tap == "output" else self.tap
-        return CollectOptions(tap, batch_size=self.batch_size, call=self.call)
-
-    def training(self) -> TrainOptions:
-        """Train free rows on the planned schedule, for one round of few updates."""
-        return TrainOptions(
-            "l2p",
-            budgets=[self.budget],
-            forecaster=self.forecaster,
-            tap=self.tap,
-            rounds=1,
-            updates=(100, 100),
-            batch_size=self.batch_size,
-        )
+        for name, least in dict(checked=1, seed=0, refine=0, most=1, batch_size=1).items():
+            number = getattr(self, name)
+            if number is not None and number < least:
+                raise ValueError(f"{name}= is at least {least}, got {number}; raise it.")
 
 
 def calibrate(
     pipe: Any,
-    prompts: Sequence[Call],
-    folder: str | Path,
+    calls: Sequence[Call],
+    folder: str | Path | None = None,
     options: CalibrateOptions = CalibrateOptions(),
     *,
-    at: Ranks = ALONE,
-    say: Say = quiet,
-) -> Trained:
-    """Record a few runs of a pipeline, plan which steps are full, fit rows to them, and keep the predictor.
+    budget: int | None = None,
+    budgets: Sequence[int] | None = None,
+    target: str | None = None,
+    shelf: Shelf | None = None,
+    on_point: OnPoint | None = None,
+    **call: Any,
+) -> Solved:
+    """Find a schedule and rows for a pipeline from a few of its calls, check them, and keep them on the shelf.
 
-    The round is chosen on the same prompts (or calls) with other seeds. `say` takes lines on the way.
+        predictor = lesa.calibrate(pipe, ["a red apple", "a boat at night", ...], budget=8)
+        with lesa.accelerate(pipe) as run:  # finds it, in this process and in the next
+            image = pipe("another prompt").images[0]
 
-        trained = lesa.calibrate(pipe, ["small red apple on blue, left", ...], "my-predictor")
-        with lesa.accelerate(pipe, trained.predictor):
-            image = pipe("large fish on grey, right").images[0]
+    The pipeline is taken as it is, with its LoRA, quantisation, offload and sampler. Calls are prompts, or the
+    arguments of calls by name; other arguments go to all of them (`num_inference_steps=28, height=768`).
 
-    Raises: as `lesa.collect`, `lesa.plan` and `lesa.train` do.
+    A `budget` is a number of full steps; several `budgets` are calibrated from high to low. A `target` such as
+    'psnr:40', 'ssim:0.97' or 'drift:-45' is kept on the mean of the checked calls by the smallest budget that does, of
+    those named or of all. Without any of them the budget is a sixth of the steps, and two at least.
+
+    Returns the predictor of the budget asked for, of several the largest, or the one that keeps the target; its `curve`
+    says what was found for all. All go to the `shelf`, by default the user's (see `lesa.predictors.shelf`), and that
+    one to a `folder` too, if one is named. What is done is kept on the shelf meanwhile: the same call goes on after it
+    was stopped. `on_point` takes each budget's point as it is found, and the pictures of the worst checked call there:
+    what was drawn, and the reference's; or None.
+
+    Raises: ValueError if there are no calls, if the options do not fit, or as `lesa.learn.solve.Solver` does;
+        LookupError if no budget keeps the target.
     """
-    place_for(folder)
-    runs = collect(pipe, prompts, Path(folder) / RUNS, options.collecting(), at=at)
-    say(f"{len(runs)} runs in {runs.folder}, digest {runs.digest()}")
-    return train(pipe, runs, prompts, folder, options.training(), say=say)
+    wanted = _Wanted.of(budget, budgets, target)
+    bench = _Bench(pipe, calls, options, call, shelf or Shelf())
+    with bench.progress:
+        curve, chosen = wanted.find(bench, on_point or (lambda _point, _pictures: None))
+    bench.keep(curve, chosen.full_steps, wanted.target)
+    predictor = bench.predictors[chosen.full_steps]
+    if folder is not None:
+        predictor.save_pretrained(folder)
+    return predictor
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Which numbers of full steps are calibrated, and which is taken."""
+
+    budgets: tuple[int, ...]
+    target: Target | None
+
+    @classmethod
+    def of(cls, budget: int | None, budgets: Sequence[int] | None, target: str | None) -> _Wanted:
+        if budget is not None and budgets is not None:
+            raise ValueError("name one number of full steps, budget=8, or several, budgets=(4, 6, 8), not both.")
+        named = (budget,) if budget is not None else tuple(sorted(set(budgets or ()), reverse=True))
+        if any(one < 1 for one in named):
+            raise ValueError(f"a run has a full step or more, got the budgets {named}; raise them.")
+        return cls(named, Target.parse(target) if target is not None else None)
+
+    def find(self, bench: _Bench, on_point: OnPoint) -> tuple[Curve, Point]:
+        """Calibrate one budget after the other; returns all points, and the one taken.
+
+        Raises: LookupError if none keeps the target.
+        """
+        points: dict[int, Point] = {}
+
+        def found(budget: int) -> Point:
+            if budget not in points:
+                points[budget] = bench.point(budget, points)
+                on_point(points[budget], bench.worst(budget))
+            return points[budget]
+
+        if self.budgets or self.target is None:
+            for one in self.budgets or (usual_budget(bench.steps),):
+                found(one)
+        else:
+            _walk(found, self.target, bench.steps)
+        ordered = sorted(points.values(), key=lambda point: -point.full_steps)
+        curve = Curve(bench.steps, tuple(ordered))
+        return curve, curve.least(self.target) if self.target else ordered[0]
+
+
+def usual_budget(steps: int) -> int:
+    """Return the number of full steps that is calibrated where nobody names one."""
+    return max(round(steps / FIRST_SHARE), min(2, steps))
+
+
+def _walk(found: Callable[[int], Point], target: Target, steps: int) -> None:
+    """Look for the fewest full steps that keep a target: down while it is kept, or up until it is."""
+    budget = usual_budget(steps)
+    if target.is_kept(found(budget).kept):
+        while budget > 1 and target.is_kept(found(budget - 1).kept):
+            budget -= 1
+        return
+    while budget < steps - 1:
+        budget = min(budget + max(budget // 4, 1), steps - 1)
+        if target.is_kept(found(budget).kept):
+            return
+
+
+class _Bench:
+    """What a calibration works with: calls to solve on and calls to check on, their runs, and what is done so far."""
+
+    def __init__(self, pipe: Any, calls: Sequence[Call], options: CalibrateOptions, call: dict[str, Any], shelf: Shelf):
+        if not len(calls):
+            raise ValueError("a calibration needs prompts, or calls, got none; four to twelve are enough.")
+        self._pipe, self._options, self._shelf = pipe, options, shelf
+        self.progress = Progress(options.progress)
+        solved_on, checked_on = split([plain(one) for one in calls], options)
+        self._fingerprint = fingerprint(pipe)
+        what = dict(solved_on=solved_on, checked_on=checked_on, options=options, call=call, arguments=arguments_of(pipe))
+        self._journal = Journal(shelf.work_of(self._fingerprint), **what)
+        self.predictors: dict[int, Solved] = {}
+        size = options.batch_size or _batch_size(pipe)
+        with listen(pipe) as heard:
+            self.progress.say("reference runs")
+            self._solver = Solver(pipe, *solved_on, call, batch_size=size, on_run=self.progress.counter())
+        self._facts: Facts = heard[0]
+        self._checks = Checks(
+            pipe, *checked_on, call, pictures=options.pictures, batch_size=size, on_run=self.progress.counter()
+        )
+        self._rivals = Rivals(pipe, *solved_on, call) if options.rivals else None
+
+    @property
+    def steps(self) -> int:
+        return self._solver.steps
+
+    def point(self, budget: int, known: Mapping[int, Point]) -> Point:
+        """Solve for so many full steps, and check: as it was done before this call was stopped, or now."""
+        kept = self._journal.point(budget)
+        if kept is None:
+            self.progress.say(f"{budget} full steps")
+            kept = self._found(budget, known)
+            self._journal.keep(*kept, self._checks.worst.get(kept[0].kept))
+        point, self.predictors[budget] = kept
+        return point
+
+    def worst(self, budget: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return what was drawn of the worst checked call at a budget, and its reference; None of what is no picture."""
+        return self._journal.worst(budget)
+
+    def _found(self, budget: int, known: Mapping[int, Point]) -> tuple[Point, Solved]:
+        began, options = time.perf_counter(), self._options
+        above = min((one for one in known if one > budget), default=None)
+        near = Schedule.parse(known[above].tried[0].schedule) if above else None
+        solution = self._solver.solve(budget, refine=options.refine, most=options.most, near=near)
+        checked = self._checks.transformer_runs
+        tried = {self._checks.run(SOLVED, solution.predictor, solution.predictor.schedule): solution.predictor}
+        rivals, left_out = self._rivals.of(solution.predictor.schedule, budget) if self._rivals else ([], "")
+        for rival in rivals:
+            try:
+                one = self._checks.run(repr(rival.forecaster), *rival)
+            except ValueError as error:  # such as a grid that this forecaster is not for
+                left_out = f"{left_out} {rival.forecaster!r}: {error}".strip()
+                continue
+            tried[one] = baked(rival.forecaster, replace(solution.predictor.origin, schedule=str(rival.schedule)))
+        point = Point(
+            budget,
+            solution.report.drift,
+            tuple(tried),
+            {**solution.report.runs, "checks": self._checks.transformer_runs - checked},
+            time.perf_counter() - began,
+            left_out,
+        )
+        return point, tried[point.kept]
+
+    def keep(self, curve: Curve, chosen: int, target: Target | None) -> None:
+        """Put all predictors on the shelf, each with what is promised for it."""
+        for point in curve.points:
+            self.predictors[point.full_steps].promise(point.promise, curve)
+        self._shelf.put(self._fingerprint, self._facts, self.predictors, curve, chosen)
+        self._journal.clear()
+
+
+def split(calls: Sequence[Call], options: CalibrateOptions) -> tuple[Pairs, Pairs]:
+    """Say which calls are solved on and which are checked, each with its seeds.
+
+    Raises: ValueError if none is left to solve on.
+    """
+    held = options.checked if options.checked is not None else (len(calls) // 3 if len(calls) > 3 else 0)
+    if held >= len(calls):
+        raise ValueError(f"of {len(calls)} calls, {held} cannot be held out to check on; pass more, or checked= fewer.")
+    solved_on, checked_on = list(calls[: len(calls) - held]), list(calls[len(calls) - held :]) or list(calls)
+    first = options.seed * APART
+    return tuple(
+        (some, list(range(seed + first, seed + first + len(some))))
+        for some, seed in ((solved_on, TRAINING_SEED), (checked_on, VALIDATION_SEED))
+    )
+
+
+def _batch_size(pipe: Any) -> int:
+    """Return how many prompts go in one call where nobody says it."""
+    modules = [getattr(pipe, name) for name in denoisers_of(pipe)]
+    return 1 if any(sum(x.numel() for x in one.parameters()) > LARGE for one in modules) else BATCH

@@ -1,0 +1,56 @@
+"""Checked calls: none that rows were solved on, whose runs say what is kept and what is promised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lesa.host import needs
+from lesa.learn import metrics
+from lesa.learn.calls import Call
+from lesa.learn.drawn import arrays
+from lesa.learn.references import References
+from lesa.predictors.curve import Tried
+from lesa.rows.forecasters import Forecaster
+from lesa.rows.schedule import Schedule
+
+Metric = Callable[[np.ndarray, np.ndarray], float]
+
+
+class Checks:
+    """Runs of some calls, each measured against its reference run: by the last latents and, with `pictures`, by what is
+    drawn, where these are pictures or clips. Of these the `worst` pair is kept: what was drawn, and the reference's.
+
+    Raises: as `References` does.
+    """
+
+    def __init__(
+        self, pipe: Any, calls: Sequence[Call], seeds: Sequence[int], call: Mapping[str, Any], *, pictures: bool, **how: Any
+    ):
+        self._known = References(pipe, calls, seeds, call, pictures=pictures, **how)
+        self._wanted = arrays(self._known.pictures) if pictures else None
+        self.worst: dict[Tried, tuple[np.ndarray, np.ndarray]] = {}
+        self._metrics: dict[str, Metric] = {"psnr": metrics.psnr}
+        if not needs.lacking("comparison"):
+            self._metrics["ssim"] = metrics.ssim
+
+    def run(self, rows: str, forecaster: Forecaster, schedule: Schedule) -> Tried:
+        """Run all calls with a forecaster, named `rows`, on a schedule, and say what that gave.
+
+        Raises: as `lesa.accelerate` does.
+        """
+        measured = self._known.measure(forecaster, schedule)
+        drawn = arrays(measured.pictures) if self._wanted is not None else None
+        pairs = list(zip(drawn, self._wanted, strict=True)) if drawn and self._wanted else []
+        found = {name: tuple(metric(*pair) for pair in pairs) for name, metric in self._metrics.items()}
+        tried = Tried(rows, str(schedule), tuple(measured.drifts), **found)
+        if pairs:
+            self.worst[tried] = pairs[min(range(len(pairs)), key=lambda k: tried.psnr[k])]
+        return tried
+
+    @property
+    def transformer_runs(self) -> int:
+        """Of one picture and stream, reference runs included."""
+        return self._known.counts.total

@@ -1,0 +1,66 @@
+"""Rows without training, each on a schedule planned for it: what calibrated rows are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from lesa.learn.calls import Call
+from lesa.learn.collect import record
+from lesa.learn.planning import PLANNED_ON, Planner
+from lesa.predictors import Origin
+from lesa.predictors.solved import Solved
+from lesa.rows.forecasters import Forecaster, Lagrange, Reuse, Taylor
+from lesa.rows.schedule import Schedule
+from lesa.rows.tap import Tap
+
+UNTRAINED: tuple[Forecaster, ...] = (Reuse(), Lagrange(1), Lagrange(2), Lagrange(3), Taylor(1))
+
+
+class Rival(NamedTuple):
+    """Rows without training on a schedule."""
+
+    forecaster: Forecaster
+    schedule: Schedule
+
+
+class Rivals:
+    """Plans for all rows without training, on runs of some calls that are recorded the first time that it is asked."""
+
+    def __init__(self, pipe: Any, calls: Sequence[Call], seeds: Sequence[int], call: Mapping[str, Any]):
+        self._pipe, self._calls, self._seeds = pipe, list(calls)[:PLANNED_ON], list(seeds)[:PLANNED_ON]
+        self._call, self._planner = dict(call), None
+
+    def of(self, schedule: Schedule, budget: int) -> tuple[list[Rival], str]:
+        """Return each on a schedule of so many full steps planned for it, and on the one given; and why there are no
+        plans, where runs cannot be recorded to plan on."""
+        found, why = [Rival(one, schedule) for one in UNTRAINED], ""
+        try:
+            planner = self._planned_by()
+            found += [Rival(one, planner.search(one, budget)) for one in UNTRAINED]
+        except ValueError as error:
+            why = f"no schedules were planned for rows without training: {error}"
+        return list(dict.fromkeys(found)), why
+
+    def _planned_by(self) -> Planner:
+        if self._planner is None:
+            runs = record(self._pipe, self._calls, self._seeds, None, None, seam=True, **self._call)
+            self._planner = Planner.of(self._pipe, runs, Tap(), self._calls, **self._call)
+        return self._planner
+
+
+@torch.no_grad()
+def baked(forecaster: Forecaster, origin: Origin) -> Solved:
+    """Return a predictor whose rows are those that a forecaster has on the origin's grid and schedule."""
+    made = Solved(origin)
+    for step in range(len(made.grid) - 1):
+        past = [k for k in made.full if k < step]
+        if step in made.full or not past:
+            continue
+        newest = past[-forecaster.memory :]
+        row = forecaster.row(made.grid, step, newest).coefficients
+        made.coefficients[step] = 0.0
+        made.coefficients[step, len(past) - len(newest) : len(past)] = row.float().double()
+    return made

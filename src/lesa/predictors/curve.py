@@ -1,0 +1,186 @@
+"""What a calibration keeps for each number of full steps: what was tried, what it gave on checked calls, the promise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any, NamedTuple
+
+MEASURES: dict[str, Callable] = {"psnr": min, "ssim": min, "drift": max}
+"""What a call's run is measured by against its reference run, and which of several is the worst."""
+SOLVED = "solved"
+
+
+class Score(NamedTuple):
+    """A mean over checked calls, and the worst of them."""
+
+    mean: float
+    worst: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a calibration is to keep: `psnr` in dB or `ssim` at least, or the `drift` of the last latents in dB at most.
+
+    Raises: ValueError if it is of another measure, or no number.
+    """
+
+    measure: str
+    value: float
+
+    def __post_init__(self) -> None:
+        if self.measure not in MEASURES or not math.isfinite(self.value):
+            raise ValueError(f"a target is e.g. psnr:40, ssim:0.97 or drift:-45, got {self}; name one of these.")
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """Read e.g. 'psnr:40'.
+
+        Raises: ValueError if it is nothing of the kind.
+        """
+        measure, _, value = str(text).partition(":")
+        try:
+            return cls(measure.strip().lower(), float(value))
+        except ValueError:
+            raise ValueError(
+                f"a target is e.g. psnr:40, ssim:0.97 or drift:-45, got {text!r}; name one of these."
+            ) from None
+
+    def is_kept(self, tried: Tried) -> bool:
+        """Tell whether the mean over the checked calls keeps it.
+
+        Raises: ValueError if they were not measured so.
+        """
+        found = tried.score(self.measure)
+        if found is None:
+            known = ", ".join(name for name in MEASURES if tried.score(name))
+            raise ValueError(f"these runs were measured by {known}, got the target {self}; take one of these.")
+        return found.mean <= self.value if self.measure == "drift" else found.mean >= self.value
+
+    def __str__(self) -> str:
+        return f"{self.measure}:{self.value:g}"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What some rows on a schedule gave on the checked calls, a number for each call; none of what was not measured."""
+
+    rows: str
+    schedule: str
+    drift: tuple[float, ...]
+    psnr: tuple[float, ...] = ()
+    ssim: tuple[float, ...] = ()
+
+    def score(self, measure: str) -> Score | None:
+        values = getattr(self, measure)
+        return Score(fmean(values), MEASURES[measure](values)) if values else None
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was found for one number of full steps: what was tried on the checked calls, and which of it is kept.
+
+    `solved_on` is the drift in dB, a mean over the calls that rows were solved on; `transformer_runs` by what they were
+    for, of one picture and stream. `left_out` says what was not tried, and why.
+    """
+
+    full_steps: int
+    solved_on: float
+    tried: tuple[Tried, ...]
+    transformer_runs: Mapping[str, int]
+    seconds: float
+    left_out: str = ""
+
+    @property
+    def kept(self) -> Tried:
+        """What ended nearest to the reference runs on the mean; of equals the first."""
+        return min(self.tried, key=lambda one: fmean(one.drift))
+
+    @property
+    def is_solved(self) -> bool:
+        return self.kept.rows == SOLVED
+
+    @property
+    def promise(self) -> str:
+        """Say in words what was seen on the checked calls."""
+        calls = len(self.kept.drift)
+        found = [(name, self.kept.score(name)) for name in MEASURES]
+        parts = [f"{_NAMES[name]} {_shown(name, one.mean)} (worst {_shown(name, one.worst)})" for name, one in found if one]
+        return f"{', '.join(parts)} on {calls} checked call{'s' * (calls > 1)}"
+
+
+_NAMES = {"psnr": "PSNR", "ssim": "SSIM", "drift": "drift"}
+
+
+def _shown(measure: str, value: float) -> str:
+    return f"{value:.4f}" if measure == "ssim" else f"{value:.2f} dB"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The points of a calibration, with the most full steps first, of runs of so many steps."""
+
+    steps: int
+    points: tuple[Point, ...]
+
+    def at(self, budget: int) -> Point:
+        """Return the point of so many full steps.
+
+        Raises: LookupError if there is none.
+        """
+        for point in self.points:
+            if point.full_steps == budget:
+                return point
+        known = ", ".join(str(point.full_steps) for point in self.points)
+        raise LookupError(f"this calibration is of {known} full steps, got {budget}; take one of these or calibrate.")
+
+    def least(self, target: Target) -> Point:
+        """Return the point of the fewest full steps that keeps a target.
+
+        Raises: LookupError if none does.
+        """
+        kept = [point for point in self.points if target.is_kept(point.kept)]
+        if not kept:
+            best = ", ".join(f"{point.full_steps}: {point.promise}" for point in self.points)
+            raise LookupError(f"no budget that was calibrated keeps {target} ({best}); ask for less, or calibrate more.")
+        return min(kept, key=lambda point: point.full_steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> Curve:
+        """Read what `to_dict` gave after a round trip through JSON."""
+        return cls(entries["steps"], tuple(map(point_from, entries["points"])))
+
+    def table(self) -> str:
+        """Return the curve as a table in Markdown, and what else was tried under it."""
+        measured = [name for name in MEASURES if any(point.kept.score(name) for point in self.points)]
+        heads = ["full steps", "step ratio", "kept", "schedule", "drift solved on, dB"]
+        heads += [f"{_NAMES[name]}{'' if name == 'ssim' else ', dB'} (worst)" for name in measured]
+        heads += ["best of the rest", "its drift, dB"]
+        rows = [self._cells(point, measured) for point in self.points]
+        return "\n".join(["| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows)])
+
+    def _cells(self, point: Point, measured: Sequence[str]) -> list[str]:
+        kept = point.kept
+        cells = [str(point.full_steps), f"{self.steps / point.full_steps:.2f}", kept.rows, kept.schedule]
+        cells.append(f"{point.solved_on:.2f}")
+        for name in measured:
+            score, form = kept.score(name), ".4f" if name == "ssim" else ".2f"
+            cells.append(f"{score.mean:{form}} ({score.worst:{form}})" if score else "")
+        others = [one for one in point.tried if one is not kept]
+        rest = min(others, key=lambda one: fmean(one.drift), default=None)
+        cells += [f"{rest.rows}, {rest.schedule}", f"{fmean(rest.drift):.2f}"] if rest else ["", ""]
+        return cells
+
+
+def point_from(entries: Mapping[str, Any]) -> Point:
+    """Read what `dataclasses.asdict` gave of a point after a round trip through JSON."""
+    tried = [
+        Tried(one["rows"], one["schedule"], *(tuple(one[name]) for name in ("drift", "psnr", "ssim")))
+        for one in entries["tried"]
+    ]
+    return Point(**{**entries, "tried": tuple(tried)})
