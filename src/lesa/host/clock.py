@@ -218,8 +218,8 @@ class PipelineClock:
         return result
 
     def _tick(self, moment: Moment, scheduler: Any, time: Any) -> None:
-        if moment.ticks == 0 and (now := _time_of(time)) is not None:
-            moment.start = _place_of(scheduler, now, moment)
+        if moment.ticks == 0:
+            moment.start = _place_of(scheduler, time, moment)
         moment.ticks, moment.called, moment.time = moment.ticks + 1, False, time
         self._ticks += 1
         self.on_tick()
@@ -268,12 +268,20 @@ def _time_of(timestep: Any) -> float | None:
     return float(timestep)
 
 
-def _place_of(scheduler: Any, timestep: float, moment: Moment) -> int:
-    """Return the place on the grid of the step that a scheduler has just done: image to image begins in mid-grid.
+def start_of(scheduler: Any, args: tuple, kwargs: dict, moment: Moment) -> int:
+    """Return where on its grid a run begins, given the first `step` of it."""
+    return _place_of(scheduler, argument(scheduler, "timestep", args, kwargs), moment)
+
+
+def _place_of(scheduler: Any, timestep: Any, moment: Moment) -> int:
+    """Return the place on the grid of a scheduler's first step of a run: image to image begins in mid-grid.
 
     Its time is the scheduler's own, in its own dtype; of times that repeat the first one counts.
     """
+    now = _time_of(timestep)
+    if now is None:
+        return moment.start
     times = torch.as_tensor(scheduler.timesteps).flatten().double().cpu()
-    distance = (times - timestep).abs()
+    distance = (times - now).abs()
     nearest = int(distance.argmin())
     return moment.start if distance[moment.start] == distance[nearest] else nearest

@@ -8,7 +8,7 @@ forward runs with empty lists of blocks, and the features that enter its final m
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
@@ -22,7 +22,32 @@ from lesa.host.structure import leaves, replace
 from lesa.host.tap import part_of
 from lesa.rows.tap import Tap
 
+DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "prior", "unet", "unet_2")
+"""What the modules that a pipeline's loop calls are named in diffusers."""
 COMPILE_BLOCKS = "compile its repeated blocks instead: transformer.compile_repeated_blocks(fullgraph=True)."
+
+
+def denoisers_of(pipe: Any, named: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return the names of the modules that a pipeline's loop calls; of a module alone, one for it.
+
+    Raises: ValueError if it has none, or not those named, or no scheduler that tells its steps.
+    """
+    if isinstance(pipe, nn.Module):
+        return (DENOISERS[0],)
+    names = tuple(name for name in named or DENOISERS if isinstance(getattr(pipe, name, None), nn.Module))
+    if not names or (named and len(names) < len(named)):
+        modules = sorted(name for name, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module))
+        raise ValueError(
+            f"a pipeline with a transformer, or a module alone, is accelerated; got a {type(pipe).__name__} with the "
+            f"modules {', '.join(modules) or 'none'}; name those that its loop calls: denoisers=(...)."
+        )
+    scheduler = getattr(pipe, "scheduler", None)
+    if not (hasattr(scheduler, "step") and hasattr(scheduler, "set_timesteps")):
+        raise ValueError(
+            f"a pipeline's scheduler tells its steps, but a {type(pipe).__name__} has none; accelerate its "
+            f"{names[0]} in a loop of your own: lesa.accelerate(pipe.{names[0]}, ..., grid=grid)."
+        )
+    return names
 
 
 class Passage(Protocol):

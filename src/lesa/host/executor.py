@@ -15,7 +15,7 @@ from torch import Tensor
 from lesa.host.clock import LoopClock, Moment, PipelineClock, argument, with_argument
 from lesa.host.conditions import Judge
 from lesa.host.data import DATA, DataPrediction, DataRun
-from lesa.host.streams import FIRST, Call, Stream, Streams
+from lesa.host.streams import Call, Stream, Streams, name_of
 from lesa.host.structure import leaves, replace
 from lesa.host.summary import StreamSummary
 from lesa.rows import plan as plans
@@ -242,7 +242,7 @@ class Executor:
         stream = self._streams.find(call, moment.ticks)
         self._voices = {one: voice for one, voice in self._voices.items() if one in self._streams}  # others are freed
         if stream not in self._voices:
-            name = _name_of(call)
+            name = name_of(call.denoiser, call.name, call.place)
             voice = self._voices[stream] = Voice(name, self.storage, self.done.setdefault(name, StreamSummary()), step)
             if self._runs.get(name) is not moment:
                 voice.done.runs += 1
@@ -427,9 +427,3 @@ class _Passing:
     def forecast(self, part: int = 0) -> Any:
         self._forecast = True
         return self._voice.forecast(part)
-
-
-def _name_of(call: Call) -> str:
-    """Name a stream: as the pipeline does, or by its place in the step; in front its denoiser, but for the first."""
-    own = call.name or (FIRST if call.place == 0 else f"call {call.place + 1}")
-    return f"{call.denoiser}.{own}" if call.denoiser else own

@@ -16,7 +16,7 @@ from lesa import predictors
 from lesa.host import data
 from lesa.host.clock import LoopClock, PipelineClock
 from lesa.host.conditions import Judge, Noise
-from lesa.host.denoiser import attach, compiled_from, refuse_compiled
+from lesa.host.denoiser import attach, compiled_from, denoisers_of, refuse_compiled
 from lesa.host.executor import Executor, ScheduleFor, StreamOf
 from lesa.host.intercept import mark_of
 from lesa.host.streams import FIRST, hear
@@ -31,8 +31,6 @@ from lesa.rows.tap import Tap
 
 __all__ = ["Run", "StreamSummary", "Summary", "accelerate", "denoisers_of", "disable", "enable"]
 
-DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "prior", "unet", "unet_2")
-"""What the modules that a pipeline's loop calls are named in diffusers."""
 _lock = threading.RLock()
 
 
@@ -252,29 +250,6 @@ def disable(pipe: Any) -> None:
         run = _run_of(module)
         if run is not None:
             run.close()
-
-
-def denoisers_of(pipe: Any, named: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Return the names of the modules that a pipeline's loop calls; of a module alone, one for it.
-
-    Raises: ValueError if it has none, or not those named, or no scheduler that tells its steps.
-    """
-    if isinstance(pipe, nn.Module):
-        return (DENOISERS[0],)
-    names = tuple(name for name in named or DENOISERS if isinstance(getattr(pipe, name, None), nn.Module))
-    if not names or (named and len(names) < len(named)):
-        modules = sorted(name for name, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module))
-        raise ValueError(
-            f"a pipeline with a transformer, or a module alone, is accelerated; got a {type(pipe).__name__} with the "
-            f"modules {', '.join(modules) or 'none'}; name those that its loop calls: denoisers=(...)."
-        )
-    scheduler = getattr(pipe, "scheduler", None)
-    if not (hasattr(scheduler, "step") and hasattr(scheduler, "set_timesteps")):
-        raise ValueError(
-            f"a pipeline's scheduler tells its steps, but a {type(pipe).__name__} has none; accelerate its "
-            f"{names[0]} in a loop of your own: lesa.accelerate(pipe.{names[0]}, ..., grid=grid)."
-        )
-    return names
 
 
 def _modules(pipe: Any, names: Sequence[str]) -> list[Any]:

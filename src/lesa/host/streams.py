@@ -126,6 +126,12 @@ class Streams:
         return self._streams[-1]
 
 
+def name_of(denoiser: str, name: str | None, place: int) -> str:
+    """Name a stream: as the pipeline does, or by its place in the step; in front its denoiser, but for the first."""
+    own = name or (FIRST if place == 0 else f"call {place + 1}")
+    return f"{denoiser}.{own}" if denoiser else own
+
+
 def hear(denoiser: nn.Module, within: Callable[[str], AbstractContextManager]) -> Callable[[], None]:
     """Enter `within(name)` wherever a pipeline says its stream's name with `denoiser.cache_context(name)`.
 
