@@ -14,7 +14,7 @@ from lesa.host.head import head
 from lesa.host.offload import place
 from lesa.host.tap import tap_of
 from lesa.learn.collect import record
-from lesa.learn.fingerprint import fingerprint
+from lesa.predictors.fingerprint import pipeline_fingerprint
 
 CALL = dict(height=32, width=32, num_inference_steps=4, max_sequence_length=16)
 PLACES = ("feature", "output", "feature")
@@ -47,17 +47,17 @@ def drawn(pipe) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def whole(tiny_flux):
-    return drawn(tiny_flux), fingerprint(tiny_flux)
+    return drawn(tiny_flux), pipeline_fingerprint(tiny_flux)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_an_offloaded_pipeline_is_the_same(way, tiny_flux, whole):
     pipe = copy.deepcopy(tiny_flux)
     WAYS[way](pipe)
-    assert fingerprint(pipe) == whole[1]
+    assert pipeline_fingerprint(pipe) == whole[1]
     for ours, wanted in zip(drawn(pipe), whole[0], strict=True):
         assert torch.equal(ours, wanted)
-    assert fingerprint(pipe) == whole[1]
+    assert pipeline_fingerprint(pipe) == whole[1]
     (run,) = record(pipe, ["small red apple"], [0], torch.arange(4), **CALL)
     features = run.features["cond"].clone().requires_grad_()
     outputs = head(pipe.transformer, tap_of(pipe.transformer))(features, run.conditioning["cond"])
@@ -74,7 +74,7 @@ def test_layer_by_layer_all_but_the_head_is_elsewhere(tiny_flux):
     changed = copy.deepcopy(tiny_flux)
     changed.transformer.x_embedder.weight.data.add_(1.0)
     bring_layers(changed)
-    assert fingerprint(changed) != fingerprint(pipe)
+    assert pipeline_fingerprint(changed) != pipeline_fingerprint(pipe)
 
 
 def test_other_ways_are_refused(tiny_flux):

@@ -11,8 +11,8 @@ from lesa.bench import benchmark, compare, methods, peers, recogniser, records, 
 from lesa.bench.lines import Record
 from lesa.host import needs
 from lesa.host.loading import LoadOptions, loaded
-from lesa.learn.fingerprint import fingerprint
 from lesa.predictors import Predictor
+from lesa.predictors.fingerprint import pipeline_fingerprint
 
 
 class Again(NamedTuple):
@@ -42,7 +42,7 @@ def reproduce(
         raise ValueError("a record says how many steps its run has; leave steps= out.")
     then, entry, setting = records.at_line(file, line)
     pipe = loaded(_as_then(options, setting))
-    if fingerprint(pipe) != setting["weights"]:
+    if pipeline_fingerprint(pipe) != setting["weights"]:
         model = options.model or setting["model"]
         raise ValueError(f"the record is of other weights than those of {model}; name its model=.")
     if "peer" in entry["recipe"]:

@@ -21,7 +21,6 @@ from lesa.host import needs
 from lesa.host.pipelines import arguments_of, source_of, steps_of
 from lesa.learn.call_files import prompts_of, read_prompts
 from lesa.learn.calls import Call
-from lesa.learn.fingerprint import fingerprint
 from lesa.learn.plan import FEW_STEPS, finder, planner_of
 from lesa.learn.planning import Planner
 from lesa.learn.ranks import ALONE, Ranks
@@ -29,6 +28,7 @@ from lesa.learn.trajectory import Store
 from lesa.predictors import Predictor
 from lesa.predictors.base import CONFIG_FILE
 from lesa.predictors.disk import write_atomically
+from lesa.predictors.fingerprint import pipeline_fingerprint
 from lesa.predictors.shelf import SHIPPED_FOLDER
 from lesa.rows.forecasters import Forecaster
 from lesa.rows.grid import validate
@@ -132,7 +132,7 @@ def setting_of(pipe: Any, pairs: Sequence[Pair], options: CompareOptions) -> dic
         "lora": source.lora,
         "scheduler": source.scheduler,
         "pipeline": type(pipe).__name__,
-        "weights": fingerprint(pipe),
+        "weights": pipeline_fingerprint(pipe),
         "call": {**arguments_of(pipe), "num_inference_steps": _steps(pipe)},
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "device": source.device,

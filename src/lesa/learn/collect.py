@@ -27,10 +27,10 @@ from lesa.host.streams import hear
 from lesa.host.tap import PAPER, part_of, tap_of
 from lesa.learn.alone import alone_in
 from lesa.learn.calls import NO_PROMPT, Call, Calls, arguments, described, label, listed, seeded, takes
-from lesa.learn.fingerprint import fingerprint
 from lesa.learn.ranks import ALONE, Ranks
 from lesa.learn.seam import SeamRecorder, checked, refuse_noise
 from lesa.learn.trajectory import COLLECTION, Collection, Store, Trajectory, draw_numbers, draw_tokens
+from lesa.predictors.fingerprint import pipeline_fingerprint
 from lesa.rows import grid as grids
 from lesa.rows.sampler import Sampler
 from lesa.rows.tap import Tap
@@ -449,7 +449,7 @@ def _describe(
     return {
         "model": model,
         "pipeline": type(pipe).__name__,
-        "weights": fingerprint(pipe),
+        "weights": pipeline_fingerprint(pipe),
         "tap": tap.module,
         "call": plain,
         "batch_size": batch_size,

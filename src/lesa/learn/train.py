@@ -20,7 +20,6 @@ from lesa.learn import training
 from lesa.learn.beginning import Say, quiet, remember, staged, untrained
 from lesa.learn.calls import Call, plain
 from lesa.learn.collecting import opened
-from lesa.learn.fingerprint import fingerprint
 from lesa.learn.kept import begun
 from lesa.learn.lessons import Curve, Lesson, Result
 from lesa.learn.options import TrainOptions
@@ -30,6 +29,7 @@ from lesa.learn.reruns import Reruns
 from lesa.learn.trajectory import Store
 from lesa.predictors import Predictor
 from lesa.predictors.base import check_place
+from lesa.predictors.fingerprint import pipeline_fingerprint
 from lesa.rows.tap import Tap
 
 CURVE = "training.png"
@@ -109,7 +109,7 @@ def place_for(folder: str | Path) -> None:
 
 def _check_runs(pipe: Any, stores: Sequence[Store]) -> None:
     for store in stores:
-        if fingerprint(pipe) != store.collection.weights:
+        if pipeline_fingerprint(pipe) != store.collection.weights:
             raise ValueError(
                 f"{store.folder} was collected from other weights than those of {source_of(pipe).model}; collect anew."
             )
