@@ -39,6 +39,8 @@ Pairs = tuple[list[Call], list[int]]
 """Calls, and the seed of each."""
 APART = 1000
 """How far the seeds of a calibration lie from those of the next `seed`."""
+UNDER_WAY = "under-way"
+"""Where a shelf keeps what a calibration has done so far."""
 FIRST_SHARE = 6
 """A target is looked for from a full step in so many on."""
 
@@ -185,9 +187,9 @@ class _Bench:
         self._pipe, self._options, self._shelf = pipe, options, shelf
         self.progress = Progress(options.progress)
         solved_on, checked_on = split([plain(one) for one in calls], options)
-        self._fingerprint = fingerprint(pipe)
+        self._fingerprint = fingerprint({name: getattr(pipe, name) for name in denoisers_of(pipe)})
         what = dict(solved_on=solved_on, checked_on=checked_on, options=options, call=call, arguments=arguments_of(pipe))
-        self._journal = Journal(shelf.work_of(self._fingerprint), **what)
+        self._journal = Journal(shelf.folder / UNDER_WAY / self._fingerprint[:16], **what)
         self.predictors: dict[int, Solved] = {}
         size = options.batch_size or _batch_size(pipe)
         with listen(pipe) as heard:
@@ -220,7 +222,7 @@ class _Bench:
     def _found(self, budget: int, known: Mapping[int, Point]) -> tuple[Point, Solved]:
         began, options = time.perf_counter(), self._options
         above = min((one for one in known if one > budget), default=None)
-        near = Schedule.parse(known[above].tried[0].schedule) if above else None
+        near = [Schedule.parse(known[above].tried[0].schedule)] if above else []
         solution = self._solver.solve(budget, refine=options.refine, most=options.most, near=near)
         checked = self._checks.transformer_runs
         tried = {self._checks.run(SOLVED, solution.predictor, solution.predictor.schedule): solution.predictor}
@@ -236,7 +238,7 @@ class _Bench:
             budget,
             solution.report.drift,
             tuple(tried),
-            {**solution.report.runs, "checks": self._checks.transformer_runs - checked},
+            {**vars(solution.report.counts), "checks": self._checks.transformer_runs - checked},
             time.perf_counter() - began,
             left_out,
         )
@@ -245,8 +247,11 @@ class _Bench:
     def keep(self, curve: Curve, chosen: int, target: Target | None) -> None:
         """Put all predictors on the shelf, each with what is promised for it."""
         for point in curve.points:
-            self.predictors[point.full_steps].promise(point.promise, curve)
-        self._shelf.put(self._fingerprint, self._facts, self.predictors, curve, chosen)
+            predictor = self.predictors[point.full_steps]
+            predictor.curve = curve
+            predictor.origin.training["promise"] = point.promise
+        table = dict(curve.to_dict(), chosen=chosen, target=None if target is None else str(target))
+        self._shelf.put(self._fingerprint, self._facts, self.predictors, table)
         self._journal.clear()
 
 

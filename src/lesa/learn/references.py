@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -182,16 +183,21 @@ class References:
                 result = self.pipe(**self._arguments(calls, seeds))
         finally:
             undo()
-        return list(pictures_of(result)) if self._pictures else []
+        return list(pictures_of(result)) if self._pictures and _has_pictures(result) else []
 
     def _arguments(self, calls: Sequence[Call], seeds: Sequence[int]) -> dict[str, Any]:
-        decoded = {"output_type": "pil"} if self._pictures and takes(self.pipe, "output_type") else {}
+        usual = inspect.signature(type(self.pipe).__call__).parameters.get("output_type")
+        decoded = {"output_type": usual.default} if self._pictures and usual is not None else {}
         common = decoded | self._call
         if len(calls) == 1:
             return arguments(self.pipe, calls[0], seeds[0], common)
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         given = for_each(calls, common) | {"prompt": list(calls), "generator": generators}
         return ({"output_type": "latent"} if takes(self.pipe, "output_type") else {}) | given
+
+
+def _has_pictures(result: Any) -> bool:
+    return hasattr(result, "frames") or hasattr(result, "images")
 
 
 def _batches(calls: Sequence[Call], seeds: Sequence[int], size: int) -> Iterator[tuple[list[Call], list[int]]]:

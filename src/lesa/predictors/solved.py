@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lesa.predictors.base import Predictor
+from lesa.predictors.curve import Curve
 from lesa.predictors.origin import Origin, configuration
 from lesa.rows.forecasters import Forecaster
 from lesa.rows.grid import times_in_order
@@ -32,6 +33,8 @@ class Solved(Predictor):
 
     method = "solved"
     remembers_forecasts = False
+    curve: Curve | None = None
+    """What the calibration that made it found, for all numbers of full steps; known to the process that made it."""
 
     def __init__(self, origin: Origin) -> None:
         nn.Module.__init__(self)  # a predictor's own wants times that fall, and this one runs on any
