@@ -8,6 +8,22 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_home_of_ours(tmp_path_factory):
+    """Keep what is made before a test, in fixtures that it shares, away from the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LESA_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def lesa_home(_no_home_of_ours, tmp_path_factory, monkeypatch):
+    """Where a test's own shelf is, empty at first: none sees the user's, or another test's."""
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("LESA_HOME", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_flux():
     """A tiny FluxPipeline with random weights, shared by all tests: leave it as it was."""

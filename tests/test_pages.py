@@ -12,7 +12,7 @@ import pytest
 import lesa
 from lesa.cli.parser import parser
 from lesa.host.pipelines import with_call
-from lesa.predictors.shelf import SHIPPED_FOLDER
+from lesa.predictors.shipped import SHIPPED_FOLDER
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "models").glob("*/README.md"))]

@@ -29,7 +29,7 @@ from lesa.predictors import Predictor
 from lesa.predictors.base import CONFIG_FILE
 from lesa.predictors.disk import write_atomically
 from lesa.predictors.fingerprint import pipeline_fingerprint
-from lesa.predictors.shelf import SHIPPED_FOLDER
+from lesa.predictors.shipped import SHIPPED_FOLDER
 from lesa.rows.forecasters import Forecaster
 from lesa.rows.grid import validate
 from lesa.rows.schedule import Schedule

@@ -17,7 +17,7 @@ from lesa.learn import ranks
 from lesa.learn.collecting import as_collected, opened
 from lesa.learn.ranks import Ranks
 from lesa.predictors import Predictor
-from lesa.predictors.shelf import SHIPPED_FOLDER
+from lesa.predictors.shipped import SHIPPED_FOLDER
 
 EMBEDDED = "models/emoji-flux"
 SCORES = "MS-SSIM"

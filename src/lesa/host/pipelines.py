@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lesa.host import needs
-from lesa.predictors.shelf import HOME
+from lesa.predictors.shipped import HOME
 from lesa.rows.schedule import check_steps
 
 CALL_FILE, SCHEDULER_FOLDER = "call.json", "scheduler"

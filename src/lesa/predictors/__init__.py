@@ -5,7 +5,7 @@ from lesa.predictors.continuous import ContinuousLESA
 from lesa.predictors.l2p import L2P
 from lesa.predictors.lesa import LESA, Expert
 from lesa.predictors.origin import Origin, configuration
-from lesa.predictors.shelf import shipped_for
+from lesa.predictors.shipped import shipped_for
 from lesa.predictors.solved import Solved
 
 __all__ = ["L2P", "LESA", "ContinuousLESA", "Expert", "Origin", "Predictor", "Solved", "configuration", "shipped_for"]

@@ -1,0 +1,195 @@
+"""One calibration: predictors of several budgets for the same weights and facts, and what was checked of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lesa.predictors.base import Predictor
+from lesa.predictors.disk import write_atomically
+from lesa.predictors.facts import Facts
+
+FORMAT = "lesa-calibration-1"
+CALIBRATION_FILE = "calibration.json"
+UNITS = {"psnr": " dB", "ssim": "", "drift": " dB", "lpips": ""}
+LOWER = ("drift", "lpips")
+"""The measures that are better the lower they are."""
+
+
+class Quality(NamedTuple):
+    """What a run is to keep: a measure, as the mean over the prompts checked, at least (or at most) so high."""
+
+    measure: str
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> Quality:
+        """Read 'psnr:40', 'ssim:0.97' or 'drift:-45'.
+
+        Raises: ValueError if the text is none of these.
+        """
+        measure, _, limit = text.partition(":")
+        try:
+            if measure in UNITS:
+                return cls(measure, float(limit))
+        except ValueError:
+            pass
+        raise ValueError(f"quality reads psnr:40, ssim:0.97, lpips:0.1 or drift:-45, got {text!r}; write one of these.")
+
+    def is_kept_by(self, mean: float) -> bool:
+        return mean <= self.limit if self.measure in LOWER else mean >= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.measure}:{self.limit:g}"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Predictors for the same weights and facts, one for each budget of full steps.
+
+    `table` is what was measured: `chosen` is the budget that is taken where none is named (the largest, if it is
+    missing), and `checked` has for each budget (as JSON has keys, a text) the measures 'psnr', 'ssim', 'lpips' and
+    'drift', whichever are known, each with its `mean` and `worst` over the prompts that nothing was solved on. More may
+    stand in it.
+    """
+
+    folder: Path
+    fingerprint: str
+    facts: Facts
+    budgets: tuple[int, ...]
+    table: dict[str, Any]
+    versions: dict[str, str]
+    when: str
+
+    def __post_init__(self) -> None:
+        if not self.budgets or min(self.budgets) < 1:
+            raise ValueError(f"a calibration has predictors for one budget or more, got {list(self.budgets)}; add one.")
+        if self.chosen not in self.budgets:
+            raise ValueError(
+                f"the table chooses one of the budgets {list(self.budgets)}, got {self.chosen}; correct its 'chosen'."
+            )
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def chosen(self) -> int:
+        """The budget that is taken where none is named."""
+        return int(self.table.get("chosen", max(self.budgets)))
+
+    def name_for(self, predictors: Mapping[int, Predictor]) -> str:
+        """Return the name of its folder: the model's, the steps, the size of latents, and a few digits of its own."""
+        model = next(iter(predictors.values())).origin.model
+        words = re.sub(r"[^A-Za-z0-9]+", "-", re.split(r"[/\\]", model.rstrip("/\\"))[-1]).strip("-").lower()
+        told = json.dumps([self.fingerprint, self.facts.to_dict()], sort_keys=True)
+        digits = hashlib.sha256(told.encode()).hexdigest()[:6]
+        size = "x".join(map(str, self.facts.shape))
+        return "-".join(part for part in (words[:40], f"{self.facts.steps}-steps", size, digits) if part)
+
+    def predictor(self, budget: int) -> Predictor:
+        """Load the predictor of a budget.
+
+        Raises: ValueError or FileNotFoundError if its files are not as they were saved.
+        """
+        return Predictor.from_pretrained(folder_of(self.folder, budget))
+
+    def budget_for(self, budget: int | None = None, quality: str | None = None) -> int:
+        """Return the budget to run with: the one named, the smallest that keeps a quality, or the one chosen.
+
+        Raises: ValueError if it has no predictor for this budget, or none of them keeps the quality.
+        """
+        if budget is not None:
+            if budget in self.budgets:
+                return budget
+            known = ", ".join(map(str, self.budgets))
+            raise ValueError(
+                f"{self.name} was calibrated for the budgets {known}, got {budget}; take one of these, or calibrate "
+                f"it: lesa.calibrate(pipe, prompts, budget={budget})."
+            )
+        return self.chosen if quality is None else self._that_keeps(Quality.parse(quality))
+
+    def _that_keeps(self, quality: Quality) -> int:
+        means = {budget: mean for budget in self.budgets if (mean := self.mean(budget, quality.measure)) is not None}
+        if not means:
+            known = sorted({measure for budget in self.budgets for measure, _, _ in self.checked(budget)})
+            raise ValueError(
+                f"of {self.name} {' and '.join(known) or 'nothing'} was checked, got quality {str(quality)!r}; name "
+                "one that was, or a budget."
+            )
+        kept = [budget for budget, mean in means.items() if quality.is_kept_by(mean)]
+        if not kept:
+            best = (min if quality.measure in LOWER else max)(means.items(), key=lambda one: one[1])
+            raise ValueError(
+                f"of {self.name} {quality.measure} is {best[1]:g} at best, with {best[0]} full steps, got quality "
+                f"{str(quality)!r}; ask for less, or calibrate more full steps: lesa.calibrate(pipe, prompts, "
+                f"target={str(quality)!r})."
+            )
+        return min(kept)
+
+    def checked(self, budget: int) -> Iterator[tuple[str, float, float | None]]:
+        """Yield the measures that are known of a budget, each with its mean and its worst."""
+        known = self.table.get("checked", {})
+        row = known.get(str(budget), known.get(budget, {}))
+        for measure in UNITS:
+            if measure in row:
+                yield measure, float(row[measure]["mean"]), row[measure].get("worst")
+
+    def mean(self, budget: int, measure: str) -> float | None:
+        """Return the mean of a measure over the prompts that were checked, if it is known."""
+        return next((mean for name, mean, _ in self.checked(budget) if name == measure), None)
+
+    def promise(self, budget: int) -> str:
+        """Say what was measured of a budget, on prompts that nothing was solved on."""
+        said = [
+            f"{measure} {mean:.4g}{UNITS[measure]}" + ("" if worst is None else f" (worst {worst:.4g})")
+            for measure, mean, worst in self.checked(budget)
+        ]
+        steps = f"{budget} full of {self.facts.steps - self.facts.start} steps"
+        return f"{steps}: {', '.join(said) or 'nothing was checked'}"
+
+    def write(self, folder: Path) -> None:
+        """Write all but the predictors into a folder."""
+        entries = dict(
+            format=FORMAT,
+            fingerprint=self.fingerprint,
+            facts=self.facts.to_dict(),
+            budgets=self.budgets,
+            table=self.table,
+            promise={str(budget): self.promise(budget) for budget in self.budgets},
+            versions=self.versions,
+            when=self.when,
+        )
+        write_atomically(folder / CALIBRATION_FILE, (json.dumps(entries, indent=1) + "\n").encode())
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Calibration:
+        """Read the calibration in a folder; its predictors are loaded when they are asked for.
+
+        Raises: ValueError or OSError if there is no whole one.
+        """
+        folder = Path(folder)
+        try:
+            entries = json.loads((folder / CALIBRATION_FILE).read_text(encoding="utf-8"))
+            if entries["format"] != FORMAT:
+                raise ValueError(f"its format is {entries['format']!r}, not {FORMAT!r}")
+            taken = {name: entries[name] for name in ("fingerprint", "table", "versions", "when")}
+            budgets = tuple(map(int, entries["budgets"]))
+            found = cls(folder, facts=Facts.from_dict(entries["facts"]), budgets=budgets, **taken)
+            for budget in budgets:
+                found.promise(budget)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / CALIBRATION_FILE} is damaged: {type(error).__name__}: {error}") from error
+        if missing := [name for budget in budgets if not (name := folder_of(folder, budget)).is_dir()]:
+            raise ValueError(f"{missing[0]} is missing")
+        return found
+
+
+def folder_of(calibration: Path, budget: int) -> Path:
+    """Return the folder of the predictor of a budget."""
+    return calibration / f"{budget}-full"
