@@ -203,7 +203,9 @@ def test_a_curve_begins_each_search_near_the_schedule_before(tiny_flux):
     for one in found:
         assert solver.measure(one.predictor).drift == pytest.approx(one.report.drift, abs=0.01)
     known = solver._starts(3, [found[0].predictor])
-    assert {frozenset(full) for full in known} == {frozenset(found[0].predictor.full) - {k} for k in found[0].predictor.full[1:]}
+    assert {frozenset(full) for full in known} == {
+        frozenset(found[0].predictor.full) - {k} for k in found[0].predictor.full[1:]
+    }
 
 
 def test_other_forecasters_are_measured_on_the_same_calls_and_pictures_are_kept_if_asked_for(tiny_flux):
@@ -225,8 +227,15 @@ def test_any_sampler_is_measured_one_that_adds_noise_too():
         assert known.measure(Reuse(), Schedule.every(2)).drift < 0
 
 
-ANY = """flux_guided wan21_guided sdxl_heun_guided stable_diffusion_kdpm2_guided wan22_guided flux_img2img_guided
-wan_v2v_guided""".split()
+ANY = [
+    "flux_guided",
+    "wan21_guided",
+    "sdxl_heun_guided",
+    "stable_diffusion_kdpm2_guided",
+    "wan22_guided",
+    "flux_img2img_guided",
+    "wan_v2v_guided",
+]
 
 
 @pytest.mark.parametrize("name", ANY)
@@ -246,6 +255,20 @@ def test_any_pipeline_is_solved(name):
     ours, reuse = found.values()
     assert ours <= reuse + 0.01 and reuse == pytest.approx(report.reuse, abs=0.01)
     assert report.rounds and mark_of(subject.pipe.scheduler) is None
+
+
+@pytest.mark.parametrize("name", ["flux_img2img_guided", "wan_v2v_guided"])
+def test_rows_of_runs_from_mid_grid_are_for_no_other_runs(name):
+    """Whether the sampler knows where it begins, or only its first step tells."""
+    subject = ZOO[name]()
+    with subject.around():
+        solver = Solver(subject.pipe, [subject.arguments], [0])
+        predictor, _ = solver.solve(2, refine=0, most=1)
+        with (
+            accelerate(subject.pipe, predictor),
+            pytest.raises(ValueError, match=rf"add 0|begins at step {solver.start}"),
+        ):
+            subject.pipe(**{**subject.arguments, "strength": 1.0}, generator=torch.Generator().manual_seed(0))
 
 
 # --- what is refused

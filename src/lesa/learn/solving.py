@@ -16,11 +16,10 @@ from lesa.host.tap import OUTPUT, tap_of
 from lesa.learn.calls import Call
 from lesa.learn.counted import Recording
 from lesa.learn.gaps import Equations, Gaps
-from lesa.learn.references import BATCH, TINY, OnRun, References
+from lesa.learn.references import BATCH, OnRun, References
 from lesa.predictors import Origin, configuration
 from lesa.predictors.solved import STREAMS, Solved
 from lesa.rows.plan import PlannedRow
-from lesa.rows.sampler import Sampler
 from lesa.rows.schedule import Schedule
 
 SETTLED = 0.01
