@@ -5,7 +5,8 @@ from dataclasses import asdict
 
 import pytest
 
-from lesa.predictors.curve import SOLVED, Curve, Point, Target, Tried
+from lesa.predictors.calibration import Quality
+from lesa.predictors.curve import SOLVED, Curve, Point, Tried
 
 
 def point(budget: int, drift: float, psnr: float = 40.0, rival: float = 0.0) -> Point:
@@ -27,27 +28,20 @@ def test_what_ends_nearest_on_the_mean_is_kept():
     ("target", "budget"), [("psnr:44", 5), ("psnr:44.01", 8), ("ssim:0.98", 3), ("drift:-28", 3), ("drift:-39.5", 8)]
 )
 def test_the_fewest_full_steps_that_keep_a_target_on_the_mean(target, budget):
-    assert CURVE.least(Target.parse(target)).full_steps == budget
-
-
-@pytest.mark.parametrize("text", ["psnr", "psnr:", "psnr:nan", "ssim=0.9", "lpips:0.1", "40", ""])
-def test_no_target(text):
-    with pytest.raises(ValueError, match="psnr:40, ssim:0.97 or drift:-45"):
-        Target.parse(text)
+    assert CURVE.least(Quality.parse(target)).full_steps == budget
 
 
 def test_a_target_that_nothing_keeps_or_that_was_not_measured():
-    with pytest.raises(LookupError, match=r"no budget .* keeps psnr:58 .*ask for less"):
-        CURVE.least(Target.parse("psnr:58"))
+    with pytest.raises(LookupError, match=r"no budget calibrated keeps psnr:58 .*ask for less"):
+        CURVE.least(Quality.parse("psnr:58"))
     blind = Point(3, -30, (Tried(SOLVED, "at:0,3", (-30.0,)),), {}, 1.0)
     with pytest.raises(ValueError, match="measured by drift, got the target psnr:40"):
-        Curve(50, (blind,)).least(Target.parse("psnr:40"))
+        Curve(50, (blind,)).least(Quality.parse("psnr:40"))
 
 
 def test_a_promise_says_mean_and_worst():
-    assert CURVE.at(8).promise == (
-        "PSNR 49.00 dB (worst 48.00 dB), SSIM 0.9800 (worst 0.9700), drift -49.00 dB (worst -48.00 dB) on 2 checked calls"
-    )
+    pictures = "PSNR 49.00 dB (worst 48.00 dB), SSIM 0.9800 (worst 0.9700)"
+    assert CURVE.at(8).promise == f"{pictures}, drift -49.00 dB (worst -48.00 dB) on 2 checked calls"
     with pytest.raises(LookupError, match="of 8, 5, 3 full steps, got 4"):
         CURVE.at(4)
 

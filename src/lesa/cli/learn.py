@@ -132,7 +132,9 @@ def _calibrated(given: Namespace, curve: Curve, budget: int, seconds: float) -> 
             options.say_aside(f"lesa: at {one.full_steps} full steps, left out: {one.left_out}")
     if point.is_solved:
         return 0
-    options.say_aside(f"lesa: solving gained nothing at {budget} full steps: {point.kept.rows} is kept, without training")
+    options.say_aside(
+        f"lesa: solving gained nothing at {budget} full steps: {point.kept.rows} is kept, without training"
+    )
     return GAINED_NOTHING
 
 

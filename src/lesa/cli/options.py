@@ -16,7 +16,7 @@ from lesa.learn.call_files import read_calls, read_prompts
 from lesa.learn.calls import Call
 from lesa.learn.options import LEARNED
 from lesa.predictors import Predictor
-from lesa.predictors.curve import Target
+from lesa.predictors.calibration import Quality
 from lesa.rows.forecasters import Forecaster, Lagrange, Reuse, Taylor
 from lesa.rows.schedule import Schedule
 
@@ -172,7 +172,7 @@ def read_stages(text: str) -> Any:
 
 @_told
 def read_target(text: str) -> str:
-    return str(Target.parse(text))
+    return str(Quality.parse(text))
 
 
 @_told

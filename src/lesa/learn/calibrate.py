@@ -26,7 +26,8 @@ from lesa.learn.progress import Progress
 from lesa.learn.references import BATCH
 from lesa.learn.rivals import Rivals, baked
 from lesa.learn.solve import Solver
-from lesa.predictors.curve import SOLVED, Curve, Point, Target
+from lesa.predictors.calibration import Quality
+from lesa.predictors.curve import SOLVED, Curve, Point
 from lesa.predictors.fingerprint import fingerprint
 from lesa.predictors.shelf import Shelf
 from lesa.predictors.solved import Solved
@@ -39,7 +40,7 @@ Pairs = tuple[list[Call], list[int]]
 """Calls, and the seed of each."""
 APART = 1000
 """How far the seeds of a calibration lie from those of the next `seed`."""
-UNDER_WAY = "under-way"
+UNDER_WAY = ".under-way"
 """Where a shelf keeps what a calibration has done so far."""
 FIRST_SHARE = 6
 """A target is looked for from a full step in so many on."""
@@ -126,7 +127,7 @@ class _Wanted:
     """Which numbers of full steps are calibrated, and which is taken."""
 
     budgets: tuple[int, ...]
-    target: Target | None
+    target: Quality | None
 
     @classmethod
     def of(cls, budget: int | None, budgets: Sequence[int] | None, target: str | None) -> _Wanted:
@@ -135,7 +136,7 @@ class _Wanted:
         named = (budget,) if budget is not None else tuple(sorted(set(budgets or ()), reverse=True))
         if any(one < 1 for one in named):
             raise ValueError(f"a run has a full step or more, got the budgets {named}; raise them.")
-        return cls(named, Target.parse(target) if target is not None else None)
+        return cls(named, Quality.parse(target) if target is not None else None)
 
     def find(self, bench: _Bench, on_point: OnPoint) -> tuple[Curve, Point]:
         """Calibrate one budget after the other; returns all points, and the one taken.
@@ -165,16 +166,16 @@ def usual_budget(steps: int) -> int:
     return max(round(steps / FIRST_SHARE), min(2, steps))
 
 
-def _walk(found: Callable[[int], Point], target: Target, steps: int) -> None:
+def _walk(found: Callable[[int], Point], target: Quality, steps: int) -> None:
     """Look for the fewest full steps that keep a target: down while it is kept, or up until it is."""
     budget = usual_budget(steps)
-    if target.is_kept(found(budget).kept):
-        while budget > 1 and target.is_kept(found(budget - 1).kept):
+    if found(budget).kept.keeps(target):
+        while budget > 1 and found(budget - 1).kept.keeps(target):
             budget -= 1
         return
     while budget < steps - 1:
         budget = min(budget + max(budget // 4, 1), steps - 1)
-        if target.is_kept(found(budget).kept):
+        if found(budget).kept.keeps(target):
             return
 
 
@@ -188,7 +189,9 @@ class _Bench:
         self.progress = Progress(options.progress)
         solved_on, checked_on = split([plain(one) for one in calls], options)
         self._fingerprint = fingerprint({name: getattr(pipe, name) for name in denoisers_of(pipe)})
-        what = dict(solved_on=solved_on, checked_on=checked_on, options=options, call=call, arguments=arguments_of(pipe))
+        what = dict(
+            solved_on=solved_on, checked_on=checked_on, options=options, call=call, arguments=arguments_of(pipe)
+        )
         self._journal = Journal(shelf.folder / UNDER_WAY / self._fingerprint[:16], **what)
         self.predictors: dict[int, Solved] = {}
         size = options.batch_size or _batch_size(pipe)
@@ -216,7 +219,7 @@ class _Bench:
         return point
 
     def worst(self, budget: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return what was drawn of the worst checked call at a budget, and its reference; None of what is no picture."""
+        """Return what was drawn of a budget's worst checked call, and its reference; None of what is no picture."""
         return self._journal.worst(budget)
 
     def _found(self, budget: int, known: Mapping[int, Point]) -> tuple[Point, Solved]:
@@ -244,13 +247,11 @@ class _Bench:
         )
         return point, tried[point.kept]
 
-    def keep(self, curve: Curve, chosen: int, target: Target | None) -> None:
+    def keep(self, curve: Curve, chosen: int, target: Quality | None) -> None:
         """Put all predictors on the shelf, each with what is promised for it."""
         for point in curve.points:
-            predictor = self.predictors[point.full_steps]
-            predictor.curve = curve
-            predictor.origin.training["promise"] = point.promise
-        table = dict(curve.to_dict(), chosen=chosen, target=None if target is None else str(target))
+            self.predictors[point.full_steps].curve = curve
+        table = dict(curve.to_table(), chosen=chosen, target=None if target is None else str(target))
         self._shelf.put(self._fingerprint, self._facts, self.predictors, table)
         self._journal.clear()
 

@@ -27,7 +27,14 @@ class Checks:
     """
 
     def __init__(
-        self, pipe: Any, calls: Sequence[Call], seeds: Sequence[int], call: Mapping[str, Any], *, pictures: bool, **how: Any
+        self,
+        pipe: Any,
+        calls: Sequence[Call],
+        seeds: Sequence[int],
+        call: Mapping[str, Any],
+        *,
+        pictures: bool,
+        **how: Any,
     ):
         self._known = References(pipe, calls, seeds, call, pictures=pictures, **how)
         self._wanted = arrays(self._known.pictures) if pictures else None

@@ -1,12 +1,13 @@
-"""What a calibration keeps for each number of full steps: what was tried, what it gave on checked calls, the promise."""
+"""What a calibration keeps for each number of full steps: what was tried, and what that gave on checked calls."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
+
+from lesa.predictors.calibration import Quality
 
 MEASURES: dict[str, Callable] = {"psnr": min, "ssim": min, "drift": max}
 """What a call's run is measured by against its reference run, and which of several is the worst."""
@@ -21,49 +22,6 @@ class Score(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Target:
-    """What a calibration is to keep: `psnr` in dB or `ssim` at least, or the `drift` of the last latents in dB at most.
-
-    Raises: ValueError if it is of another measure, or no number.
-    """
-
-    measure: str
-    value: float
-
-    def __post_init__(self) -> None:
-        if self.measure not in MEASURES or not math.isfinite(self.value):
-            raise ValueError(f"a target is e.g. psnr:40, ssim:0.97 or drift:-45, got {self}; name one of these.")
-
-    @classmethod
-    def parse(cls, text: str) -> Target:
-        """Read e.g. 'psnr:40'.
-
-        Raises: ValueError if it is nothing of the kind.
-        """
-        measure, _, value = str(text).partition(":")
-        try:
-            return cls(measure.strip().lower(), float(value))
-        except ValueError:
-            raise ValueError(
-                f"a target is e.g. psnr:40, ssim:0.97 or drift:-45, got {text!r}; name one of these."
-            ) from None
-
-    def is_kept(self, tried: Tried) -> bool:
-        """Tell whether the mean over the checked calls keeps it.
-
-        Raises: ValueError if they were not measured so.
-        """
-        found = tried.score(self.measure)
-        if found is None:
-            known = ", ".join(name for name in MEASURES if tried.score(name))
-            raise ValueError(f"these runs were measured by {known}, got the target {self}; take one of these.")
-        return found.mean <= self.value if self.measure == "drift" else found.mean >= self.value
-
-    def __str__(self) -> str:
-        return f"{self.measure}:{self.value:g}"
-
-
-@dataclass(frozen=True)
 class Tried:
     """What some rows on a schedule gave on the checked calls, a number for each call; none of what was not measured."""
 
@@ -74,8 +32,19 @@ class Tried:
     ssim: tuple[float, ...] = ()
 
     def score(self, measure: str) -> Score | None:
-        values = getattr(self, measure)
+        values = getattr(self, measure, ())
         return Score(fmean(values), MEASURES[measure](values)) if values else None
+
+    def keeps(self, quality: Quality) -> bool:
+        """Tell whether the mean over the checked calls keeps a quality.
+
+        Raises: ValueError if they were not measured so.
+        """
+        found = self.score(quality.measure)
+        if found is None:
+            known = " and ".join(name for name in MEASURES if self.score(name))
+            raise ValueError(f"checked calls were measured by {known}, got the target {quality}; take one of these.")
+        return quality.is_kept_by(found.mean)
 
 
 @dataclass(frozen=True)
@@ -107,7 +76,9 @@ class Point:
         """Say in words what was seen on the checked calls."""
         calls = len(self.kept.drift)
         found = [(name, self.kept.score(name)) for name in MEASURES]
-        parts = [f"{_NAMES[name]} {_shown(name, one.mean)} (worst {_shown(name, one.worst)})" for name, one in found if one]
+        parts = [
+            f"{_NAMES[name]} {_shown(name, one.mean)} (worst {_shown(name, one.worst)})" for name, one in found if one
+        ]
         return f"{', '.join(parts)} on {calls} checked call{'s' * (calls > 1)}"
 
 
@@ -136,23 +107,30 @@ class Curve:
         known = ", ".join(str(point.full_steps) for point in self.points)
         raise LookupError(f"this calibration is of {known} full steps, got {budget}; take one of these or calibrate.")
 
-    def least(self, target: Target) -> Point:
+    def least(self, target: Quality) -> Point:
         """Return the point of the fewest full steps that keeps a target.
 
         Raises: LookupError if none does.
         """
-        kept = [point for point in self.points if target.is_kept(point.kept)]
+        kept = [point for point in self.points if point.kept.keeps(target)]
         if not kept:
             best = ", ".join(f"{point.full_steps}: {point.promise}" for point in self.points)
-            raise LookupError(f"no budget that was calibrated keeps {target} ({best}); ask for less, or calibrate more.")
+            raise LookupError(
+                f"no budget that was calibrated keeps {target} ({best}); ask for less, or calibrate more."
+            )
         return min(kept, key=lambda point: point.full_steps)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def to_table(self) -> dict[str, Any]:
+        """Return the curve as the table of a `Calibration`: what was checked of each budget, and all that was found."""
+        checked = {
+            str(point.full_steps): {name: score._asdict() for name in MEASURES if (score := point.kept.score(name))}
+            for point in self.points
+        }
+        return {"checked": checked, "curve": asdict(self)}
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> Curve:
-        """Read what `to_dict` gave after a round trip through JSON."""
+        """Read what `dataclasses.asdict` gave after a round trip through JSON."""
         return cls(entries["steps"], tuple(map(point_from, entries["points"])))
 
     def table(self) -> str:

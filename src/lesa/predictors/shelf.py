@@ -88,7 +88,8 @@ class Shelf:
     def all(self) -> list[Calibration]:
         """Return what is kept for any weights, the newest first of each; warns of what cannot be read."""
         places = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
-        return [one for place in places if place.is_dir() for one in self._read(place)]
+        shown = [place for place in places if place.is_dir() and not place.name.startswith(".")]
+        return [one for place in shown for one in self._read(place)]
 
     def _read(self, place: Path) -> list[Calibration]:
         folders = [one for one in place.iterdir() if not one.name.startswith(".")] if place.is_dir() else []

@@ -1,0 +1,212 @@
+"""Calibrate: what is solved on, what is checked, what is kept, and where."""
+
+import json
+from itertools import count
+
+import pytest
+import torch
+from tiny import TRAINED
+
+import lesa
+from lesa.cli import main
+from lesa.host.pipelines import with_call
+from lesa.learn.calibrate import CalibrateOptions, calibrate, split, usual_budget
+from lesa.learn.rivals import UNTRAINED
+from lesa.learn.solve import Solver
+from lesa.predictors.curve import SOLVED
+from lesa.predictors.shelf import Shelf
+
+CALL = dict(height=32, width=32, num_inference_steps=6, max_sequence_length=16)
+PROMPTS = ["small red apple on white, left", "large blue fish on grey, right", "small green pear on grey, left"]
+FAST = CalibrateOptions(refine=1, most=4, progress=False)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_flux):
+    pipe = with_call(type(tiny_flux)(**tiny_flux.components), CALL)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def shelf(tmp_path) -> Shelf:
+    return Shelf(tmp_path / "shelf")
+
+
+def draw(pipe, prompt: str = "large red fish on white, right") -> torch.Tensor:
+    return pipe(prompt, generator=torch.Generator().manual_seed(5), output_type="latent").images
+
+
+def rows_of(predictor) -> tuple:
+    return predictor.schedule, predictor.coefficients.tolist()
+
+
+def test_calls_that_are_checked_are_not_solved_on():
+    for calls, held in ((1, 0), (3, 0), (4, 1), (8, 2), (12, 4)):
+        names = [str(k) for k in range(calls)]
+        solved_on, checked_on = split(names, CalibrateOptions())
+        assert len(solved_on[0]) == calls - held and len(checked_on[0]) == (held or calls)
+        assert not set(solved_on[1]) & set(checked_on[1])
+        assert held == 0 or not set(solved_on[0]) & set(checked_on[0])
+    with pytest.raises(ValueError, match=r"of 2 calls, 2 cannot be held out"):
+        split(["a", "b"], CalibrateOptions(checked=2))
+    again = split(["a", "b"], CalibrateOptions(seed=1))
+    assert not set(again[0][1]) & set(split(["a", "b"], CalibrateOptions())[0][1])
+
+
+@pytest.mark.parametrize(("steps", "budget"), [(50, 8), (28, 5), (20, 3), (8, 2), (4, 2), (1, 1)])
+def test_a_budget_that_nobody_names(steps, budget):
+    assert usual_budget(steps) == budget
+
+
+def test_a_calibration_is_kept_and_found_and_says_what_it_promises(pipe, shelf):
+    points = []
+    predictor = calibrate(
+        pipe, PROMPTS, None, FAST, budgets=(2, 3), shelf=shelf, on_point=lambda point, pictures: points.append(pictures)
+    )
+    curve = predictor.curve
+    assert [point.full_steps for point in curve.points] == [3, 2] and len(predictor.full) == 3
+    assert all(x.shape == (32, 32, 3) for pictures in points for x in pictures) and len(points) == 2
+    for point in curve.points:
+        assert point.tried[0].rows == SOLVED and len(point.tried) > 5 and not point.left_out
+        assert all(len(one.drift) == len(one.psnr) == 3 for one in point.tried)
+        assert point.kept.score("drift").mean == min(one.score("drift").mean for one in point.tried)
+        assert point.transformer_runs["reference"] == 18 and point.transformer_runs["checks"] > 0
+    (kept,) = shelf.all()
+    assert kept.budgets == (2, 3) and kept.chosen == 3
+    assert kept.mean(2, "drift") == pytest.approx(curve.at(2).kept.score("drift").mean)
+    assert rows_of(kept.predictor(3)) == rows_of(predictor)
+    with lesa.accelerate(pipe, kept.predictor(2)) as run:
+        draw(pipe)
+    assert run.summary()["cond"].full_steps == 2
+
+
+def test_what_is_kept_draws_what_was_measured(pipe, shelf):
+    predictor = calibrate(pipe, PROMPTS, None, FAST, budget=3, shelf=shelf)
+    checked = split(PROMPTS, FAST)[1]
+    reference = [lesa_run(pipe, *pair) for pair in zip(*checked, strict=True)]
+    with lesa.accelerate(pipe, predictor):
+        drawn = [lesa_run(pipe, *pair) for pair in zip(*checked, strict=True)]
+    for x, wanted, drift in zip(drawn, reference, predictor.curve.points[0].kept.drift, strict=True):
+        off = 10 * torch.log10((x - wanted).double().square().sum() / wanted.double().square().sum())
+        assert float(off) == pytest.approx(drift, abs=1e-2)
+
+
+def lesa_run(pipe, prompt: str, seed: int) -> torch.Tensor:
+    return pipe(prompt, generator=torch.Generator().manual_seed(seed), output_type="latent").images
+
+
+def test_a_stopped_calibration_goes_on(pipe, shelf, monkeypatch):
+    whole = calibrate(pipe, PROMPTS, None, FAST, budgets=(3, 2), shelf=Shelf(shelf.folder.parent / "other"))
+    solve, calls = Solver.solve, count()
+
+    def stopped(self, *args, **kwargs):
+        if next(calls):
+            raise KeyboardInterrupt
+        return solve(self, *args, **kwargs)
+
+    monkeypatch.setattr(Solver, "solve", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(pipe, PROMPTS, None, FAST, budgets=(3, 2), shelf=shelf)
+    assert not shelf.all()
+    done = []
+    monkeypatch.setattr(
+        Solver, "solve", lambda self, budget, **kwargs: done.append(budget) or solve(self, budget, **kwargs)
+    )
+    again = calibrate(pipe, PROMPTS, None, FAST, budgets=(3, 2), shelf=shelf)
+    assert done == [2]
+    assert [point.tried for point in again.curve.points] == [point.tried for point in whole.curve.points]
+    assert rows_of(again) == rows_of(whole) and len(shelf.all()) == 1
+    assert not list(shelf.folder.glob(".under-way/*/*"))
+
+
+def test_rows_without_training_are_kept_where_they_are_better(pipe, shelf, monkeypatch):
+    """A solver that is as bad as can be: its rows are zero."""
+    solve = Solver.solve
+
+    def zeros(self, budget, **kwargs):
+        solution = solve(self, budget, **kwargs)
+        with torch.no_grad():
+            solution.predictor.coefficients.zero_()
+        return solution
+
+    monkeypatch.setattr(Solver, "solve", zeros)
+    predictor = calibrate(pipe, PROMPTS, None, FAST, budget=3, shelf=shelf)
+    (point,) = predictor.curve.points
+    assert not point.is_solved and point.kept.schedule == str(predictor.schedule)
+    assert f"| {point.kept.rows} |" in predictor.curve.table()
+    forecaster = {repr(one): one for one in UNTRAINED}[point.kept.rows]
+    with lesa.accelerate(pipe, forecaster, schedule=predictor.schedule):
+        wanted = draw(pipe)
+    with lesa.accelerate(pipe, predictor):
+        assert torch.allclose(draw(pipe), wanted, atol=1e-5)
+
+
+def test_a_target_is_kept_by_the_fewest_full_steps_of_those_named(pipe, shelf):
+    curve = calibrate(pipe, PROMPTS, None, FAST, budgets=(2, 3, 4), shelf=shelf).curve
+    middle = curve.at(3).kept.score("drift").mean
+    predictor = calibrate(pipe, PROMPTS, None, FAST, budgets=(2, 3, 4), target=f"drift:{middle + 1e-3}", shelf=shelf)
+    least = min(point.full_steps for point in curve.points if point.kept.score("drift").mean <= middle + 1e-3)
+    assert len(predictor.full) == least == shelf.all()[0].chosen
+    with pytest.raises(LookupError, match="keeps drift:-119"):
+        calibrate(pipe, PROMPTS, None, FAST, budgets=(2,), target="drift:-119", shelf=shelf)
+
+
+def test_a_target_without_budgets_is_looked_for(pipe, shelf):
+    loose = calibrate(pipe, PROMPTS, None, FAST, target="drift:20", shelf=shelf)
+    assert len(loose.full) == 1
+    strict = calibrate(
+        pipe, PROMPTS, None, FAST, target=f"drift:{loose.curve.points[0].kept.score('drift').mean - 1}", shelf=shelf
+    )
+    assert len(strict.full) > 2
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        (dict(budget=2, budgets=(3,)), "not both"),
+        (dict(budget=0), "a full step or more"),
+        (dict(target="psnr"), "psnr:40"),
+        (dict(budget=99), "from 1 to 6"),
+    ],
+)
+def test_what_cannot_be_calibrated(pipe, shelf, named, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(pipe, PROMPTS, None, FAST, shelf=shelf, **named)
+    with pytest.raises(ValueError, match="needs prompts, or calls, got none"):
+        calibrate(pipe, [], None, FAST, shelf=shelf)
+    with pytest.raises(ValueError, match="most= is at least 1"):
+        CalibrateOptions(most=0)
+
+
+def test_a_call_and_a_command_calibrate_alike(pipe, tiny_flux, tmp_path, capsys):
+    model = tmp_path / "model"
+    tiny_flux.save_pretrained(model)
+    (model / "call.json").write_text(json.dumps(CALL))
+    (model / "prompts.txt").write_text("\n".join(PROMPTS))
+    (model / "calls.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in PROMPTS))
+    found = []
+    for named in (["--prompts", "prompts.txt"], ["--calls", "calls.jsonl"]):
+        out = tmp_path / named[1].split(".")[0]
+        options = [
+            named[0],
+            str(model / named[1]),
+            "--budgets",
+            "3,2",
+            "--out",
+            str(out),
+            "--plot",
+            str(tmp_path / "x.png"),
+        ]
+        assert main(["calibrate", str(model), *options]) in TRAINED
+        found.append((out / "model.safetensors").read_bytes())
+    said = capsys.readouterr()
+    assert "| full steps | step ratio |" in said.out and "next: lesa generate" in said.err
+    assert (tmp_path / "x.png").exists()
+    ours = calibrate(lesa.load(model), PROMPTS, tmp_path / "ours", budgets=(3, 2), shelf=Shelf(tmp_path / "shelf"))
+    assert found[0] == found[1] == (tmp_path / "ours" / "model.safetensors").read_bytes()
+    assert (
+        main(["generate", str(model), "x", "--predictor", str(tmp_path / "ours"), "--out", str(tmp_path / "y.png")])
+        == 0
+    )
+    assert len(ours.full) == 3
