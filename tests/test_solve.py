@@ -12,9 +12,10 @@ from zoo.pipelines import ZOO
 
 from lesa.host.intercept import mark_of
 from lesa.host.runtime import accelerate
-from lesa.learn import solve as module
+from lesa.learn.gaps import Equations, Gaps, moves, spreads
 from lesa.learn.metrics import drift
-from lesa.learn.solve import solve, solve_row, ways
+from lesa.learn.references import References
+from lesa.learn.solve import Solver, solve
 from lesa.predictors import Origin, Predictor
 from lesa.predictors.solved import Solved
 from lesa.rows.forecasters import Reuse
@@ -113,24 +114,35 @@ def test_ways_are_the_plan_unrolled_through_the_sampler():
     predictor.set_gaps(some_rows())
     unrolled = compile(predictor, GRID, SCHEDULE).unroll()[:, list(FULL)]
     expected = (response @ unrolled)[[3, 5, 8]]
-    torch.testing.assert_close(ways(response, FULL, predictor.gaps), expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(Gaps(response, FULL).ways(predictor.gaps[None]), expected, atol=1e-12, rtol=0)
 
 
-def test_rows_are_recovered_from_the_latents_that_they_gave():
-    response, rows = multistep(), some_rows(1)
-    outputs = torch.randn(3, 50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    target = (ways(response, FULL, rows) @ outputs) @ outputs.T
-    equations = module.Equations(outputs @ outputs.T, target)
-    torch.testing.assert_close(module.solve_rows(response, FULL, equations, 1e-12), rows, atol=1e-8, rtol=0)
+@pytest.mark.parametrize("begins", [(0,), (0, 3)])
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_rows_are_recovered_from_the_latents_that_they_gave(begins, kinds):
+    gaps = Gaps(multistep(), FULL, begins, [1e-12] * kinds)
+    rows = torch.stack([some_rows(seed) for seed in range(1, kinds + 1)])
+    if len(begins) > 1:
+        rows[:, 1:, 0] = 0
+    columns = torch.randn(3 * kinds, 50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    equations = Equations(columns @ columns.T, (gaps.ways(rows) @ columns) @ columns.T)
+    torch.testing.assert_close(gaps.solve_rows(equations), rows, atol=1e-8, rtol=0)
 
 
 def test_a_large_ridge_leaves_reuse_and_so_does_an_empty_gap():
-    response = multistep()
     gram, target = torch.eye(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-    reuse = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
-    held = solve_row(response, FULL, torch.zeros(3, 3, dtype=torch.float64), 2, gram, target, 1e12)
-    torch.testing.assert_close(held, reuse, atol=1e-9, rtol=0)
-    assert torch.equal(solve_row(response, (0, 3, 7), torch.zeros(3, 3).double(), 2, gram, target), reuse)
+    reuse = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)
+    held = Gaps(multistep(), FULL, ridges=[1e12])
+    torch.testing.assert_close(held.solve_row(held.reuse(), 2, gram, target), reuse, atol=1e-9, rtol=0)
+    empty = Gaps(multistep(), (0, 3, 7))
+    assert torch.equal(empty.solve_row(empty.reuse(), 2, gram, target), reuse)
+
+
+def test_what_has_to_be_full_is_full_in_every_schedule_of_a_search():
+    begins = (0, 4)
+    for full in spreads(9, 3, begins):
+        assert {0, 4} <= set(full) and len(full) == 3
+        assert all({0, 4} <= set(moved) for moved in moves(full, 9, begins))
 
 
 # --- in closed loop
@@ -143,7 +155,7 @@ def test_rounds_one_call_at_a_time_end_where_lockstep_ends(tiny_flux, unipc):
         config = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
         pipe.scheduler = UniPCMultistepScheduler(**config)
     together, first = solve(pipe, PROMPTS, [3, 4], schedule=SCHEDULE, refine=0, **CALL)
-    apart, second = solve(pipe, [{"prompt": p} for p in PROMPTS], [3, 4], schedule=SCHEDULE, refine=0, **CALL)
+    apart, second = solve(pipe, PROMPTS, [3, 4], schedule=SCHEDULE, refine=0, batch_size=1, **CALL)
     assert len(first.rounds) == 1, "what lockstep finds is what a round would find"
     assert 2 <= len(second.rounds) <= len(FULL) + 1
     assert apart.origin.training["drift"] == pytest.approx(together.origin.training["drift"], abs=0.05)
@@ -159,10 +171,15 @@ def test_the_drift_reported_is_that_of_real_runs_and_below_that_of_reuse(tiny_fl
 
 
 def test_transformer_runs_are_counted(tiny_flux):
-    calls = [{"prompt": p} for p in PROMPTS]
-    _, report = solve(tiny_flux, calls, [3, 4], schedule=SCHEDULE, refine=0, **CALL)
+    done: list[int] = []
+    solver = Solver(tiny_flux, PROMPTS, [3, 4], CALL, batch_size=1, on_run=done.append)
+    assert done == [1, 2] and solver.counts.total == solver.counts.reference == 2 * 8
+    _, report = solver.solve(schedule=SCHEDULE, refine=0)
     assert report.reference_runs == 2 * 8
-    assert report.transformer_runs == 2 * 8 + (len(report.rounds) + 1) * 2 * len(FULL), "one of them reuse"
+    assert report.counts.rounds == (len(report.rounds) + 1) * 2 * len(FULL), "one of them reuse"
+    assert report.transformer_runs == report.counts.rounds + 2 * 8 == solver.counts.total
+    assert done == list(range(1, 2 * (len(report.rounds) + 2) + 1))
+    assert solver.measure(Reuse(), SCHEDULE).transformer_runs == solver.counts.measures == 2 * len(FULL)
 
 
 def test_refining_takes_only_what_real_runs_confirm(tiny_flux):
@@ -179,14 +196,58 @@ def test_a_schedule_searched_by_real_runs_is_no_worse_than_the_one_that_algebra_
     assert predictor.origin.training["drift"] == pytest.approx(found, abs=0.1)
 
 
-@pytest.mark.parametrize("name", ["flux_guided", "wan21_guided", "sdxl_heun_guided", "stable_diffusion_kdpm2_guided"])
+def test_a_curve_begins_each_search_near_the_schedule_before(tiny_flux):
+    solver = Solver(tiny_flux, PROMPTS, [3, 4], CALL)
+    found = list(solver.curve([2, 4, 3], refine=0, most=10))
+    assert [len(one.predictor.full) for one in found] == [4, 3, 2]
+    for one in found:
+        assert solver.measure(one.predictor).drift == pytest.approx(one.report.drift, abs=0.01)
+    known = solver._starts(3, [found[0].predictor])
+    assert {frozenset(full) for full in known} == {
+        frozenset(found[0].predictor.full) - {k} for k in found[0].predictor.full[1:]
+    }
+
+
+def test_other_forecasters_are_measured_on_the_same_calls_and_pictures_are_kept_if_asked_for(tiny_flux):
+    known = References(tiny_flux, PROMPTS, [3, 4], CALL, pictures=True)
+    found = known.measure(Reuse(), SCHEDULE)
+    assert len(known.pictures) == len(found.pictures) == len(found.drifts) == 2
+    assert known.pictures[0].size == (32, 32) and known.pictures[0] != found.pictures[0]
+    with accelerate(tiny_flux, Reuse(), schedule=SCHEDULE):
+        ended = last_latents(tiny_flux, 3)
+    assert found.drifts[0] == pytest.approx(drift(ended, last_latents(tiny_flux, 3)), abs=0.01)
+    assert known.drift_of(Reuse(), Schedule.every(1)) == pytest.approx([-120.0] * 2), "every step is full"
+    assert not any(run.velocities for run in known.reference), "to measure, the last latents are enough"
+
+
+def test_any_sampler_is_measured_one_that_adds_noise_too():
+    subject = ZOO["stable_diffusion_euler_ancestral_guided"]()
+    with subject.around():
+        known = References(subject.pipe, [subject.arguments], [0])
+        assert known.measure(Reuse(), Schedule.every(2)).drift < 0
+
+
+ANY = [
+    "flux_guided",
+    "wan21_guided",
+    "sdxl_heun_guided",
+    "stable_diffusion_kdpm2_guided",
+    "wan22_guided",
+    "flux_img2img_guided",
+    "wan_v2v_guided",
+]
+
+
+@pytest.mark.parametrize("name", ANY)
 def test_any_pipeline_is_solved(name):
+    """Batched, named and unnamed guidance, evaluations twice a step, a second denoiser, runs that begin in mid-grid."""
     subject = ZOO[name]()
     with subject.around():
         reference = torch.as_tensor(subject.call(0)[0])
-        steps = subject_steps(subject)
-        schedule = Schedule.at(sorted({0, steps // 3, steps // 2, steps - 2}))
-        predictor, report = solve(subject.pipe, [subject.arguments], [0], schedule=schedule, refine=0, rounds=3)
+        solver = Solver(subject.pipe, [subject.arguments], [0])
+        budget = len(solver.begins) + 2
+        predictor, report = solver.solve(budget, refine=0, rounds=3, most=6)
+        assert len(predictor.full) == budget and predictor.full[0] == solver.start
         found = {}
         for one in (predictor, Solved(predictor.origin)):
             with accelerate(subject.pipe, one):
@@ -196,13 +257,18 @@ def test_any_pipeline_is_solved(name):
     assert report.rounds and mark_of(subject.pipe.scheduler) is None
 
 
-def subject_steps(subject) -> int:
-    """How many ticks a run has."""
-    recorder = module.Recorder(subject.pipe, 1)
-    undo = recorder.attach()
-    subject.call(0)
-    undo()
-    return recorder.runs[-1].velocities.shape[1]
+@pytest.mark.parametrize("name", ["flux_img2img_guided", "wan_v2v_guided"])
+def test_rows_of_runs_from_mid_grid_are_for_no_other_runs(name):
+    """Whether the sampler knows where it begins, or only its first step tells."""
+    subject = ZOO[name]()
+    with subject.around():
+        solver = Solver(subject.pipe, [subject.arguments], [0])
+        predictor, _ = solver.solve(2, refine=0, most=1)
+        with (
+            accelerate(subject.pipe, predictor),
+            pytest.raises(ValueError, match=rf"add 0|begins at step {solver.start}"),
+        ):
+            subject.pipe(**{**subject.arguments, "strength": 1.0}, generator=torch.Generator().manual_seed(0))
 
 
 # --- what is refused
@@ -224,16 +290,22 @@ def test_a_budget_beyond_the_run_is_refused(tiny_flux):
         solve(tiny_flux, PROMPTS[:1], [3], budget=9, **CALL)
 
 
-def test_a_run_that_begins_in_mid_grid_is_refused():
-    subject = ZOO["flux_img2img_guided"]()
-    with pytest.raises(ValueError, match="walk one whole grid"):
-        solve(subject.pipe, [subject.arguments], [0], schedule=Schedule.at([0, 2]))
-
-
-def test_a_second_denoiser_that_joins_in_mid_run_is_refused():
+def test_a_schedule_without_a_step_at_which_streams_change_is_refused():
     subject = ZOO["wan22_guided"]()
-    with subject.around(), pytest.raises(ValueError, match="run it on that schedule and from the first step on"):
-        solve(subject.pipe, [subject.arguments], [0], schedule=Schedule.at([0, 2, 3, 4]))
+    with subject.around():
+        solver = Solver(subject.pipe, [subject.arguments], [0])
+    with pytest.raises(ValueError, match="add 2 to them"):
+        solver.solve(schedule=Schedule.at([0, 3, 4]))
+    with pytest.raises(ValueError, match="from 2 to 6"):
+        solver.solve(budget=1)
+
+
+def test_a_sampler_that_adds_noise_is_refused_before_a_run_is_paid_for():
+    subject = ZOO["stable_diffusion_euler_ancestral_guided"]()
+    done = []
+    with subject.around(), pytest.raises(ValueError, match="adds? no noise"):
+        Solver(subject.pipe, [subject.arguments], [0], on_run=done.append)
+    assert not done
 
 
 def test_nothing_is_left_attached_where_a_run_fails(tiny_flux):

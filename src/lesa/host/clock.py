@@ -29,8 +29,9 @@ from lesa.rows import grid as grids
 class Moment:
     """The present run of a clock: where it began on its grid, how many ticks it made, and in whose thread it is."""
 
-    def __init__(self, times: Tensor, start: int):
+    def __init__(self, times: Tensor, start: int, told: bool = True):
         self.times, self.start, self.ticks = times, start, 0
+        self.told = told  # where it begins; or its first step will tell
         self.thread = threading.get_ident()
         self.called = False  # a denoiser was, since the last tick
         self.time: Any = None  # of the last tick, as the scheduler counts; on its device
@@ -129,7 +130,8 @@ class PipelineClock:
         if self._opens:
             self.end()
             self._opens = False
-            self.moment = Moment(times_of(self._scheduler), _begin_of(self._scheduler))
+            begin = getattr(self._scheduler, "begin_index", None)
+            self.moment = Moment(times_of(self._scheduler), begin or 0, told=begin is not None)
         moment, me = self.moment, threading.get_ident()
         if moment is None or moment.over or (self._caller not in (None, me)):
             return None
@@ -229,11 +231,6 @@ def _is_set(scheduler: Any) -> bool:
     """Tell whether a scheduler's times are set and none of its steps is done."""
     set_to = bool(getattr(scheduler, "num_inference_steps", None))
     return set_to and hasattr(scheduler, "step_index") and scheduler.step_index is None
-
-
-def _begin_of(scheduler: Any) -> int:
-    """Return where on its grid a scheduler will begin, as far as it knows."""
-    return getattr(scheduler, "begin_index", None) or 0
 
 
 def argument(scheduler: Any, name: str, args: tuple, kwargs: dict) -> Any:

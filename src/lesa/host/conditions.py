@@ -153,7 +153,7 @@ class Judge:
     def judge(self, plans: Sequence[Plan], scheduler: Any, args: tuple, kwargs: dict) -> None:
         """Raise ValueError if outputs are not right on these plans, given a scheduler's first `step`."""
         outputs, self._outputs = self._outputs, {}
-        if not all(map(_reuses, plans)) and self._noise.is_added(scheduler, args, kwargs):
+        if (self._origin is not None or not all(map(_reuses, plans))) and self._noise.is_added(scheduler, args, kwargs):
             raise noise_error(scheduler, f"{self._forecaster!r} is for")
         if self._origin is not None:
             check_embedded(self._origin, self._embedded)

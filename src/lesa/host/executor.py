@@ -271,7 +271,9 @@ class Executor:
         """Return a stream's plan in a run, and those that it may go on with."""
         where = voice.name, moment.start, voice.began, tuple(moment.times.tolist())
         others = [] if detour else [self._compiled(*where, other.schedule) for other in self.detours.values()]
-        if self._data_run is not None and self._data_run.schedule is not None:
+        if self._begins_later(moment):
+            plan = self._compiled(*where, Schedule.at([voice.began]), reuse=True)
+        elif self._data_run is not None and self._data_run.schedule is not None:
             plan = self._compiled(*where, self._data_run.schedule, reuse=voice is not self._data_run.voice)
         else:
             plan = self._compiled(*where, detour.schedule if detour else None)
@@ -279,13 +281,22 @@ class Executor:
         self.plans[voice.name] = plan
         return plan, others
 
+    def _begins_later(self, moment: Moment) -> bool:
+        """Tell whether a forecaster is for runs from a later step than this one's, before its first step says its own.
+
+        Many schedulers do not know where on their grid they begin until they step.
+        """
+        begins = self.forecaster.begins
+        return moment.ticks == 0 and not moment.told and bool(begins) and begins[0] > moment.start
+
     def _tick(self) -> None:
         """Where the first step of a run turns out to be another place of the grid, plan anew from there."""
         moment = self._moment
         if moment is None or moment.ticks != 1:
             return
+        begins = self.forecaster.begins
         for voice in self._voices.values():
-            if voice.began != moment.start:
+            if voice.began != moment.start or (begins and begins[0] > moment.start and not moment.told):
                 voice.began = moment.start
                 voice.move(moment.start, *self._plans_of(voice, moment))
 

@@ -2,42 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lesa.host.clock import Moment, PipelineClock
+from lesa.host.clock import Moment, PipelineClock, argument
+from lesa.host.conditions import noise_error
 from lesa.host.intercept import intercept, unmarked
 from lesa.host.runtime import denoisers_of
+from lesa.host.streams import Call, Stream, Streams, hear
 from lesa.rows import sampler
 from lesa.rows.sampler import Sampler
 
-ELEMENTS = 1 << 16
+ELEMENTS = 1 << 15
 """How many elements of each call's latents the equations are made of, drawn once; all of them where there are fewer."""
 
 
 class Recording:
-    """One run of a batch of calls, at some elements: velocities, latents before each step and at the end, float32."""
+    """One run of a batch of calls: of the ticks to keep, velocities and latents before them at some elements, and the
+    last latents whole; all float32 on the CPU.
 
-    def __init__(self, moment: Moment, calls: int):
-        self.moment, self.calls = moment, calls
-        self._velocities: list[Tensor] = []
-        self._latents: list[Tensor] = []
+    Ticks count from the run's first step. `begins` are those at which other streams ran than before.
+    """
+
+    def __init__(self, moment: Moment, calls: int, keep: Collection[int] | None):
+        self.moment, self.calls, self._keep = moment, calls, keep
+        self.velocities: dict[int, Tensor] = {}
+        self._latents: dict[int, Tensor] = {}
         self.final = torch.empty(0)
+        self.ticks, self.batch, self.number = 0, 0, 0  # which of the batches, and which run of its call
+        self.begins: list[int] = []
+        self.streams, self._mine, self._before = Streams(), set[Stream](), set[Stream]()
+        self._places: dict[str, int] = {}
+
+    def call(self, name: str, stream: str | None, args: tuple, kwargs: dict) -> None:
+        """Take note of a denoiser's call."""
+        place = self._places[name] = self._places.get(name, -1) + 1
+        self._mine.add(self.streams.find(Call(name, stream, args, kwargs, place), self.moment.ticks))
 
     def add(self, velocity: Tensor, latents: Tensor) -> None:
-        self._velocities.append(self._sample(velocity))
-        self._latents.append(self._sample(latents))
+        """Keep what a tick begins with."""
+        if self._mine != self._before:
+            self.begins.append(self.ticks)
+        self._before, self._mine, self._places = self._mine, set(), {}
+        if self._keep is None or self.ticks in self._keep:
+            self.velocities[self.ticks] = self._sample(velocity)
+            self._latents[self.ticks] = self._sample(latents)
+        self.ticks += 1
 
     def end(self, latents: Tensor) -> None:
         self.final = self._split(latents)
 
+    def forget(self) -> None:
+        """Let go of what the calls brought."""
+        self.streams, self._mine, self._before = Streams(), set(), set()
+
     def _split(self, x: Tensor) -> Tensor:
-        """Return a row for each call, or one for all where the pipeline does not stack them."""
-        return x.detach().reshape(self.calls if x.shape[0] % self.calls == 0 else 1, -1).float().cpu()
+        if x.shape[0] % self.calls:
+            raise ValueError(
+                f"calls go in one batch where latents have a row for each of them, got {tuple(x.shape)} for "
+                f"{self.calls} calls; run them one by one (batch_size=1)."
+            )
+        return x.detach().reshape(self.calls, -1).float().cpu()
 
     def _sample(self, x: Tensor) -> Tensor:
         rows = self._split(x)
@@ -46,28 +76,27 @@ class Recording:
         drawn = torch.randint(rows.shape[1], (ELEMENTS,), generator=torch.Generator().manual_seed(0))
         return rows[:, drawn]
 
-    @property
-    def velocities(self) -> Tensor:
-        """(calls, ticks, elements)"""
-        return torch.stack(self._velocities, 1)
+    def outputs(self, ticks: Collection[int]) -> Tensor:
+        """Return the velocities at some ticks, (calls, ticks, elements), float64."""
+        return torch.stack([self.velocities[tick] for tick in ticks], 1).double()
 
-    @property
-    def latents(self) -> Tensor:
-        """(calls, ticks + 1, elements)"""
-        end = self._sample(self.final)
-        return torch.stack([*self._latents, end], 1)
+    def latents(self, ticks: Collection[int]) -> Tensor:
+        """Return the latents before some ticks, or at the end, (calls, ticks, elements), float64."""
+        end = {self.ticks: self._sample(self.final)}
+        return torch.stack([(self._latents | end)[tick] for tick in ticks], 1).double()
 
 
 class Recorder(PipelineClock):
     """Records the runs of one call of a pipeline at its sampler, accelerated or not, and counts transformer runs.
 
-    `on_record` is called with the recording before each tick.
+    Of each run the ticks to `keep` are recorded, or all of them (None). `on_record` is called with the recording before
+    each tick. Where its numbers are wanted, a sampler that has none, or adds noise, is refused at its first step.
     """
 
-    def __init__(self, pipe: Any, calls: int):
+    def __init__(self, pipe: Any, calls: int, keep: Collection[int] | None = None):
         super().__init__(pipe)
-        self._parts = [getattr(pipe, name) for name in denoisers_of(pipe)]
-        self._batch = calls
+        self._parts = {name: getattr(pipe, name) for name in denoisers_of(pipe)}
+        self._batch, self._keep, self._stream = calls, keep, None
         self.numbers: Sampler | None = None
         self.wants_numbers = False
         self.runs: list[Recording] = []
@@ -76,14 +105,42 @@ class Recorder(PipelineClock):
 
     def attach(self) -> Callable[[], None]:
         with ExitStack() as undo:
-            for part in self._parts:
+            for name, part in self._parts.items():
                 undo.callback(intercept(part, "__call__", self._count, inner=True))
-                undo.callback(intercept(part, "__call__", self._hear))
+                undo.callback(intercept(part, "__call__", partial(self._hear, name)))
+                undo.callback(hear(part, self._within))
             undo.callback(super().attach())
             return undo.pop_all().close
 
-    def _hear(self, go_on: Callable, _denoiser: Any, *args: Any, **kwargs: Any) -> Any:
-        self.now()
+    def whole_runs(self) -> list[Recording]:
+        """Return the runs that were stepped.
+
+        Raises: ValueError if there is none.
+        """
+        if not self.runs:
+            raise ValueError(
+                f"runs are measured where their scheduler steps, got a {type(self._pipe).__name__} that did not step "
+                "one; use a pipeline whose loop calls its scheduler's step."
+            )
+        for number, run in enumerate(self.runs):
+            run.number = number
+            run.forget()
+        return self.runs
+
+    @contextmanager
+    def _within(self, stream: str) -> Iterator[None]:
+        outer, self._stream = self._stream, stream
+        try:
+            yield
+        finally:
+            self._stream = outer
+
+    def _hear(self, name: str, go_on: Callable, _denoiser: Any, *args: Any, **kwargs: Any) -> Any:
+        moment = self.now()
+        if moment is not None:
+            if not self.runs or self.runs[-1].moment is not moment:
+                self.runs = [*(run for run in self.runs if run.ticks), Recording(moment, self._batch, self._keep)]
+            self.runs[-1].call(name, self._stream, args, kwargs)
         return go_on(*args, **kwargs)
 
     def _count(self, go_on: Callable, _denoiser: Any, *args: Any, **kwargs: Any) -> Any:
@@ -94,13 +151,18 @@ class Recorder(PipelineClock):
         moment = self.moment
         if moment is None or not moment.called:
             return super()._step(go_on, scheduler, *args, **kwargs)
-        if not self.runs or self.runs[-1].moment is not moment:
-            self.runs.append(Recording(moment, self._batch))
-            if self.wants_numbers and self.numbers is None:
-                self.numbers = sampler.of(unmarked(scheduler), *args, **kwargs)
-        named, run = sampler.bind(scheduler, *args, **kwargs), self.runs[-1]
-        run.add(named["model_output"], named["sample"])
+        if self.wants_numbers and self.numbers is None:
+            self.numbers = _numbers_of(scheduler, args, kwargs)
+        run = self.runs[-1]
+        run.add(argument(scheduler, "model_output", args, kwargs), argument(scheduler, "sample", args, kwargs))
         self.on_record(run)
         result = super()._step(go_on, scheduler, *args, **kwargs)
         run.end(result[0] if isinstance(result, tuple) else result.prev_sample)
         return result
+
+
+def _numbers_of(scheduler: Any, args: tuple, kwargs: dict) -> Sampler:
+    found = sampler.of(unmarked(scheduler), *args, **kwargs)
+    if found.injects_noise:
+        raise noise_error(scheduler, "rows are solved for")
+    return found

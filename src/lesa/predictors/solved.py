@@ -23,7 +23,8 @@ class Solved(Predictor):
     """Free rows over the outputs of all full steps so far, the same in every stream.
 
     `coefficients` is (S, J) for J full steps, float64: the row of each skipped step, oldest full step first, 0 for what
-    is not held yet. A new predictor is reuse. Its grid is whatever a sampler walks, times that repeat included.
+    is not held. A new predictor is reuse. Its grid is whatever a sampler walks, times that repeat included; runs begin
+    at the first of the steps `begins`, and histories anew at the others.
 
     The steps of one gap may share their row: all that a gap does to the latents at its end is one number for each held
     output, so J (J + 1) / 2 numbers are a run (`gaps`).
@@ -37,8 +38,8 @@ class Solved(Predictor):
         self.origin = origin
         self.grid = times_in_order(origin.grid)
         self.schedule = Schedule.parse(origin.schedule)
-        self.full = self.schedule.full_steps(len(self.grid) - 1)
-        self.begins = (0,)
+        self.begins = tuple(origin.training.get("begins", (0,)))
+        self.full = self.full_of(self.schedule, len(self.grid) - 1)
         self.memory = len(self.full)
         self.coefficients = nn.Parameter(torch.zeros(len(self.grid) - 1, self.memory, dtype=torch.float64))
         self.set_gaps(torch.eye(self.memory, dtype=torch.float64))
@@ -47,7 +48,7 @@ class Solved(Predictor):
     def gaps(self) -> Tensor:
         """Return the row of the first step that is skipped after each full step, (J, J); reuse where none is."""
         rows = torch.eye(self.memory, dtype=torch.float64)
-        for step in reversed(range(len(self.grid) - 1)):
+        for step in reversed(range(self.full[0], len(self.grid) - 1)):
             if step not in self.full:
                 rows[self._newest(step)] = self.coefficients.detach()[step]
         return rows
@@ -58,7 +59,7 @@ class Solved(Predictor):
 
         They are rounded to what files of predictors keep, float32, so that a predictor saved is the one measured.
         """
-        for step in range(len(self.grid) - 1):
+        for step in range(self.full[0], len(self.grid) - 1):
             if step not in self.full:
                 self.coefficients[step] = rows[self._newest(step)].float().double()
 
@@ -86,8 +87,8 @@ class Solved(Predictor):
         return self.stream_rows(STREAMS[0], grid, pasts)
 
     def stream_rows(self, stream: str, grid: Tensor, pasts: Mapping[int, Sequence[int]]) -> dict[int, Row]:
-        table = self.coefficients
-        return {step: Row(table[step, : len(past)], table.new_zeros(())) for step, past in pasts.items()}
+        table, places = self.coefficients, {step: k for k, step in enumerate(self.full)}
+        return {step: Row(table[step, [places[k] for k in past]], table.new_zeros(())) for step, past in pasts.items()}
 
     def wants(self, grid: Tensor, step: int) -> int:
         """Return how many past features the schedule leaves in the history."""

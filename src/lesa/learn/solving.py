@@ -1,0 +1,241 @@
+"""What rows are solved from: equations of real runs, and the rows that these give, by rounds or in one run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lesa.host.runtime import Run, denoisers_of
+from lesa.host.tap import OUTPUT, tap_of
+from lesa.learn.calls import Call
+from lesa.learn.counted import Recording
+from lesa.learn.gaps import Equations, Gaps
+from lesa.learn.references import BATCH, OnRun, References
+from lesa.predictors import Origin, configuration
+from lesa.predictors.solved import STREAMS, Solved
+from lesa.rows.plan import PlannedRow
+from lesa.rows.schedule import Schedule
+
+SETTLED = 0.01
+"""Rounds end when new rows would move the latents by less than this share of what they are off."""
+
+Full = tuple[int, ...]
+"""Full steps, counted from the run's first."""
+
+
+class Found(NamedTuple):
+    """Rows, the recordings of a real run with them, and how far its calls ended from their references, in dB."""
+
+    full: Full
+    rows: Tensor
+    recordings: list[Recording]
+    drift: float
+
+
+class Problem(References):
+    """Calls of a pipeline that rows are solved on: their reference runs, and real runs with rows.
+
+    Raises: ValueError as `References` does, or if the sampler is not affine or adds noise, or if the runs are not on
+        one grid, or do not walk it to its end.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        calls: Sequence[Call],
+        seeds: Sequence[int],
+        call: Mapping[str, Any] | None = None,
+        *,
+        batch_size: int = BATCH,
+        pictures: bool = False,
+        on_run: OnRun | None = None,
+    ):
+        super().__init__(pipe, calls, seeds, call, batch_size=batch_size, pictures=pictures, on_run=on_run)
+        self._check()
+        ticks = range(self.ticks)
+        self.begins = tuple(self.reference[0].begins)
+        grams = [self._weighed(run, run.outputs(ticks)) for run in self.reference]
+        self.gram = sum(grams[1:], grams[0])
+
+    def _run_in_full(self) -> list[Recording]:
+        runs, self.pictures = self.run(of="reference", keep=None)
+        return runs
+
+    @property
+    def ticks(self) -> int:
+        """How many steps a run walks."""
+        return self.steps - self.start
+
+    @property
+    def response(self) -> Tensor:
+        assert self.numbers is not None
+        return self.numbers.response
+
+    def _check(self) -> None:
+        assert self.numbers is not None
+        first, walked = self.reference[0], {run.ticks for run in self.reference}
+        alike = all(
+            run.moment.start == self.start and torch.equal(run.moment.times, self.times) and run.begins == first.begins
+            for run in self.reference
+        )
+        if walked != {self.ticks} or not alike or len(self.numbers) != self.ticks:
+            raise ValueError(
+                f"rows are solved for runs that walk one grid to its end, got runs of {sorted(walked)} steps from step "
+                f"{self.start} on, on grids of {self.steps}; use calls with as many steps each, from the same on."
+            )
+
+    def check_full(self, full: Sequence[int]) -> None:
+        """Raise ValueError unless all is full at which streams begin or end."""
+        if missing := sorted(set(self.begins) - set(full)):
+            steps, names = [self.start + k for k in missing], [self.start + k for k in full]
+            raise ValueError(
+                f"steps at which other streams run than before are full (there is nothing to forecast from), got the "
+                f"full steps {names}; add {', '.join(map(str, steps))} to them."
+            )
+
+    def gaps(self, full: Full) -> Gaps:
+        return Gaps(self.response, full, self.begins)
+
+    def run_rows(
+        self, full: Full, rows: Tensor, *, of: str, on_record: Callable[[Run, Recording], None] | None = None
+    ) -> Found:
+        """Run all calls with these rows, (T, J, J)."""
+        runs, _ = self.run(self.predictor(full, rows), of=of, keep=full, on_record=on_record)
+        return Found(full, rows, runs, fmean(self.drifts(runs)))
+
+    def predictor(self, full: Full, rows: Tensor, **training: Any) -> Solved:
+        """Make a predictor of these rows, (T, J, J), which remembers more facts about its `training`."""
+        names = denoisers_of(self.pipe)
+        first, *others = (getattr(self.pipe, name) for name in names)
+        others = [[type(other).__name__, configuration(other)] for other in others]
+        training |= dict(calls=self.calls, transformer_runs=self.counts.total)
+        training |= {"denoisers": others} if others else {}
+        training |= {"begins": [self.start + k for k in self.begins]} if (self.start, *self.begins) != (0, 0) else {}
+        name = str(getattr(getattr(self.pipe, "config", None), "_name_or_path", "") or type(self.pipe).__name__)
+        schedule = str(Schedule.at([self.start + k for k in full]))
+        versions = {package: version(package) for package in ("torch", "diffusers")}
+        grid, kind, tap = tuple(self.times.tolist()), type(first).__name__, tap_of(first, OUTPUT)
+        made = Solved(
+            Origin(name, kind, configuration(first), tap, grid, schedule, STREAMS, training=training, versions=versions)
+        )
+        made.set_gaps(rows[0])
+        return made
+
+    # --- least squares
+
+    def _weighed(self, run: Recording, columns: Tensor, others: Tensor | None = None) -> Tensor:
+        """Return the sum over a recording's calls of inner products of columns with (other) columns."""
+        products = (columns if others is None else others) @ columns.mT
+        return (self._weights_of(run)[:, None, None] * products).sum(0)
+
+    def _weights_of(self, run: Recording) -> Tensor:
+        place = 0
+        for one in self.reference:
+            if (one.batch, one.number) == (run.batch, run.number):
+                return self.weights[place : place + one.calls]
+            place += one.calls
+        raise AssertionError("each run has its reference run")
+
+    def columns(self, run: Recording, full: Sequence[int]) -> Tensor:
+        """Return what rows combine, (calls, T J, elements)."""
+        return run.outputs(full)
+
+    def equations(self, gaps: Gaps, found: Found | None = None) -> Equations:
+        """Return what the outputs of these full steps say: of the reference runs, or of runs with rows.
+
+        The latents at the end of each gap are taken from the run itself, and the rows' own algebra says how other rows
+        would move them: where that is not exact (norms rescaled by guidance, latents rewritten), rounds still end where
+        the real latents are nearest to the reference's.
+        """
+        gram: list[Tensor] = []
+        target: list[Tensor] = []
+        for number, wanted in enumerate(self.reference):
+            run = found.recordings[number] if found else wanted
+            columns = self.columns(run, gaps.full)
+            missing = self._missing(gaps, wanted) if found is None else None
+            if missing is None:
+                moved = torch.einsum("ek,pkn->pen", gaps.ways(found.rows), columns)
+                missing = wanted.latents(gaps.ends) - run.latents(gaps.ends) + moved
+            gram.append(self._weighed(wanted, columns))
+            target.append(self._weighed(wanted, columns, missing))
+        return Equations(sum(gram[1:], gram[0]), sum(target[1:], target[0]))
+
+    def _missing(self, gaps: Gaps, wanted: Recording) -> Tensor:
+        """Return what the reference's outputs move the latents by until the end of each gap."""
+        return torch.einsum("es,psn->pen", self.response[gaps.ends], wanted.outputs(range(self.ticks)))
+
+    # --- rounds
+
+    @property
+    def goes_together(self) -> bool:
+        """Tell whether all calls go in one run of the pipeline."""
+        return len(self._batches) == 1 and len(self.reference) == 1
+
+    def lockstep(self, full: Full, of: str) -> Found:
+        """Solve every gap as the one run of all calls comes to it."""
+        gaps, (wanted,) = self.gaps(full), self.reference
+        missing, rows = self._missing(gaps, wanted), gaps.reuse()
+        held = torch.ones_like(rows).tril()  # histories hold what counts in the rows that a run begins with
+
+        def solve_gap(live: Run, run: Recording) -> None:
+            tick = run.ticks - 1
+            if tick not in full:
+                return
+            j = full.index(tick)
+            columns = self._columns_so_far(run, full, j)
+            gram = self._weighed(wanted, columns)
+            target = self._weighed(wanted, columns, missing[:, j : j + 1])[0]
+            rows[:, j] = gaps.solve_row(rows, j, gram, target)
+            set_row(live, [self.start + k for k in full[gaps.lows[j] : j + 1]], rows[:, j, gaps.lows[j] : j + 1])
+
+        return self.run_rows(full, held, of=of, on_record=solve_gap)._replace(rows=rows)
+
+    def _columns_so_far(self, run: Recording, full: Full, j: int) -> Tensor:
+        known = self.columns(run, full[: j + 1])
+        calls, elements, kinds = known.shape[0], known.shape[2], known.shape[1] // (j + 1)
+        columns = known.new_zeros(calls, kinds, len(full), elements)
+        columns[:, :, : j + 1] = known.unflatten(1, (kinds, j + 1))
+        return columns.flatten(1, 2)
+
+    def rounds(self, full: Full, most: int, of: str = "rounds") -> tuple[Found, list[float]]:
+        """Solve all gaps on what the last run gave and run again, until the rows settle.
+
+        Returns the best run, and the drift of each round.
+        """
+        gaps = self.gaps(full)
+        best = last = self.lockstep(full, of) if self.goes_together else None
+        drifts = [] if best is None else [best.drift]
+        equations = self.equations(gaps, last)
+        while len(drifts) < max(most, 1):
+            rows = gaps.solve_rows(equations)
+            if last is not None and self._settled(gaps, equations, rows, last):
+                break
+            last = self.run_rows(full, rows, of=of)
+            drifts.append(last.drift)
+            best = last if best is None or last.drift < best.drift else best
+            if not math.isfinite(last.drift):
+                break
+            equations = self.equations(gaps, last)
+        assert best is not None
+        return best, drifts
+
+    def _settled(self, gaps: Gaps, equations: Equations, rows: Tensor, last: Found) -> bool:
+        """Tell whether new rows move the latents at any gap's end by little, over all calls."""
+        moves = gaps.ways(rows) - gaps.ways(last.rows)
+        moved = float(((moves @ equations.gram) * moves).sum(1).clamp_min(0).max().sqrt())
+        return moved < SETTLED * float(self.errors(last.recordings).sum().sqrt())
+
+
+def set_row(live: Run, past: Sequence[int], row: Tensor) -> None:
+    """Change the plan of a run that is going on: the row of the gap after these full steps, in every stream."""
+    coefficients = tuple(row[0].float().double().tolist())
+    for stream in live.streams:
+        rows = live.plan(stream).rows
+        changed = {step: PlannedRow(tuple(past), coefficients, 0.0) for step in rows if rows[step].past == tuple(past)}
+        rows.update(changed)
