@@ -104,13 +104,26 @@ class Lagrange(Forecaster):
 
     def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
         """Return the Lagrange weights; with fewer past steps than degree + 1 the degree drops."""
+        return self.rows_of(grid, {step: past})[step]
+
+    def rows_of(self, grid: Tensor, pasts: Mapping[int, Sequence[int]]) -> dict[int, Row]:
+        """Return the rows of several steps, those after one past together: planning asks for thousands."""
+        together: dict[tuple[int, ...], list[int]] = {}
+        for step, past in pasts.items():
+            together.setdefault(tuple(past), []).append(step)
+        offset, rows = _zero(), {}
+        for past, steps in together.items():
+            rows.update(zip(steps, self._weights(grid, steps, past), strict=True))
+        return {step: Row(rows[step], offset) for step in pasts}
+
+    def _weights(self, grid: Tensor, steps: Sequence[int], past: tuple[int, ...]) -> Tensor:
         newest = _distinct(grid, past)[-self.memory :]
         times = grid[newest]
         itself = torch.eye(len(times), dtype=torch.bool)
-        ratios = (grid[step] - times) / (times[:, None] - times).masked_fill(itself, 1.0)
-        coefficients = torch.zeros(len(past), dtype=torch.float64)
-        coefficients[[list(past).index(step) for step in newest]] = ratios.masked_fill(itself, 1.0).prod(1)
-        return Row(coefficients, _zero())
+        ratios = (grid[list(steps), None, None] - times) / (times[:, None] - times).masked_fill(itself, 1.0)
+        coefficients = torch.zeros(len(steps), len(past), dtype=torch.float64)
+        coefficients[:, [past.index(step) for step in newest]] = ratios.masked_fill(itself, 1.0).prod(-1)
+        return coefficients
 
     def __repr__(self) -> str:
         return f"Lagrange(degree={self.degree})"
