@@ -56,7 +56,6 @@ class Ways:
             self._ways[begin, end] = found
         return found
 
-    @torch.no_grad()
     def rows(self, forecaster: Forecaster, past: tuple[int, ...], end: int, ahead: bool) -> np.ndarray:
         """Return the rows of the steps from the newest of `past` to `end`, (end - newest, past); the first is its own.
 
@@ -68,8 +67,9 @@ class Ways:
             known = np.eye(len(past), dtype=np.float32)[-1:]
         if newest + len(known) < end:
             missing = range(newest + len(known), self.steps if ahead else end)
-            made = forecaster.rows_of(self._grid, dict.fromkeys(missing, past))
-            more = torch.stack([made[step].coefficients for step in missing]).float()
+            with torch.no_grad():
+                made = forecaster.rows_of(self._grid, dict.fromkeys(missing, past))
+                more = torch.stack([made[step].coefficients for step in missing]).float()
             known = self._rows[key] = np.concatenate([known, more.numpy()])
         return known[: end - newest]
 

@@ -11,10 +11,13 @@ over the full steps k that the row of j combines, a full step being its own. Eul
 the denoiser answers a drift: full steps take most of an early drift back, which is why full steps are worth more late
 in a run.
 
-Where there are two streams, an output is the velocity that guidance makes of theirs, and no one number says how it
-answers: guidance multiplies the difference of the streams, and uncond answers a drift by another picture. `search` can
-count that rest as a drift in some direction, with more or less caution; how much is right depends on the forecaster, so
-`plan` tries several by real runs.
+No one number says it all. Late in a run half of the answer goes across the drift, and a search that does not look at it
+finds schedules whose errors seem to cancel, 10 dB and more below what they come to. So what was measured there counts
+as a drift in some direction: a `caution` of 1, with which the drift of real runs is predicted within 1 dB.
+
+Where there are two streams, an output is the velocity that guidance makes of theirs: guidance multiplies the difference
+of the streams, and uncond answers a drift by another picture. How much of that is right to count depends on the
+forecaster, so `search` counts none unless it is told, and `plan` tries several by real runs.
 """
 
 from __future__ import annotations
@@ -52,6 +55,8 @@ PLANNED_ON, DISTURBED = 16, 8
 """How many recorded runs a pipeline's planner looks at, and how many it runs once more to see drifts answered."""
 CAUTIONS = (1.0, 2.0, 4.0, 8.0)
 """The caution of the schedules that `Planner.plan` runs, besides the one without."""
+MEASURED = 1.0
+"""The caution that counts what was measured, no more and no less."""
 Run = Callable[[Forecaster, Schedule], float]
 """(forecaster, schedule) -> the drift in dB of real runs"""
 
@@ -89,8 +94,14 @@ def responses(disturbed: Sequence[Trajectory], reference: Sequence[Trajectory]) 
 
 
 def spread(steps: int, begins: Sequence[int] = (0,)) -> Schedule:
-    """Return the schedule whose runs, with reused features, show how full steps answer what came since the last one."""
-    return Schedule.at(sorted({*begins, *range(begins[0], steps, max(2, (steps - begins[0]) // 8))}))
+    """Return the schedule whose runs, with reused features, show how full steps answer what came since the last one.
+
+    Every other step of the second half is full, to the last one: there plans have most of their full steps, and answers
+    change most.
+    """
+    start, length = begins[0], steps - begins[0]
+    middle, gap = start + length // 2, max(2, length // 6)
+    return Schedule.at(sorted({*begins, *range(start + gap, middle, gap), *range(steps - 1, middle, -2)}))
 
 
 def freshly(answers: Answers, disturbed: Sequence[Trajectory], reference: Sequence[Trajectory]) -> Answers:
@@ -185,6 +196,7 @@ class Planner:
         self.grid, self.steps, self.tap = reference[0].grid, reference[0].steps, tap
         self.begins = reference[0].begins
         self.guided = len(streams) > 1
+        self.caution = 0.0 if self.guided else MEASURED
         self.sampler = sampler_of(reference)
         self._responses = responses or Answers(torch.zeros(self.steps), torch.zeros(self.steps))
         self._errors = sketched(runs, outputs_of, Guidance.of(reference, streams, self.sampler), size)
@@ -235,10 +247,11 @@ class Planner:
         outputs_of = _outputs if sampled else head(pipe.transformer, tap)
         return cls(reference[:PLANNED_ON], outputs_of, answers, tap=tap, size=size, run=run)
 
-    def drift(self, forecaster: Forecaster, full: Sequence[int], caution: float = 0.0) -> float:
+    def drift(self, forecaster: Forecaster, full: Sequence[int], caution: float | None = None) -> float:
         """Return how far a run would end from its reference run: mean over runs of 10 log10(|d|^2 / |x|^2), in dB.
 
-        With `caution`, so much of what full steps answer `across` a drift is counted too.
+        With `caution`, so much of what full steps answer `across` a drift is counted too; by default what was measured,
+        or of guided streams nothing.
 
         Raises: ValueError if forecasts enter the forecaster's history, which this algebra does not follow.
         """
@@ -248,10 +261,10 @@ class Planner:
         """Return the steps that a forecast after these full steps combines, oldest first."""
         return self._ways.past(forecaster, full)
 
-    def _drifts(self, forecaster: Forecaster, caution: float, ahead: bool = False) -> Drifts:
+    def _drifts(self, forecaster: Forecaster, caution: float | None, ahead: bool = False) -> Drifts:
         if forecaster.remembers_forecasts:
             raise ValueError(f"planning follows histories of full steps only, got {forecaster!r}; take e.g. Lagrange.")
-        return Drifts(self._ways, self._responses, forecaster, caution, ahead)
+        return Drifts(self._ways, self._responses, forecaster, self.caution if caution is None else caution, ahead)
 
     def plan(self, forecaster: Forecaster, budget: int) -> Schedule:
         """Return the schedule whose real runs end nearest to their reference runs.
@@ -260,7 +273,7 @@ class Planner:
 
         Raises: ValueError as `real` and `search` do.
         """
-        bold = self.search(forecaster, budget)
+        bold = self.search(forecaster, budget, caution=0.0)
         known = {bold: self.real(forecaster, bold)}
         near, least = None, math.inf
         for caution in CAUTIONS:
@@ -291,7 +304,7 @@ class Planner:
         budget: int,
         begin: Sequence[int] | None = None,
         *,
-        caution: float = 0.0,
+        caution: float | None = None,
         near: Schedule | None = None,
     ) -> Schedule:
         """Return the best schedule found with `budget` full steps, by moving full steps until none is better elsewhere.
