@@ -1,5 +1,7 @@
 """On the embedded FLUX the drift of real runs is predicted within 1 dB, under Euler, UniPC and DPM++."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,9 @@ def pipeline() -> Any:
     return pipe
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_the_drift_of_real_runs_is_predicted(name):
+@contextmanager
+def under(name: str) -> Iterator[Any]:
+    """The embedded FLUX under another sampler, with its own shift."""
     pipe, kind = pipeline(), SAMPLERS[name]
     before = pipe.scheduler
     if kind is not None:
@@ -41,10 +44,31 @@ def test_the_drift_of_real_runs_is_predicted(name):
         pipe.scheduler = kind(**flow, time_shift_type="exponential")
         pipe.scheduler.register_to_config(**{setting: before.config[setting] for setting in SHIFT})
     try:
-        prompts = read_prompts(MODEL / "prompts" / "validation.txt")[:RUNS]
-        planner = Planner.of(pipe, record(pipe, prompts, range(RUNS), seam=True), size=512)
+        yield pipe
+    finally:
+        pipe.scheduler = before
+
+
+def planner_of(pipe: Any, runs: int, **call: Any) -> Planner:
+    prompts = read_prompts(MODEL / "prompts" / "validation.txt")[:runs]
+    return Planner.of(pipe, record(pipe, prompts, range(runs), seam=True, **call), **call)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_drift_of_real_runs_is_predicted(name):
+    with under(name) as pipe:
+        planner = planner_of(pipe, RUNS)
         for forecaster, full in PLANNED:
             real = planner.real(forecaster, Schedule.at(full))
             assert planner.drift(forecaster, full) == pytest.approx(real, abs=1.0), forecaster
-    finally:
-        pipe.scheduler = before
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_search_finds_no_drift_that_real_runs_do_not_keep(name):
+    """Among thousands of schedules there are those on which every fault of a prediction looks like a good plan."""
+    with under(name) as pipe:
+        planner = planner_of(pipe, RUNS // 2, num_inference_steps=24)
+        for forecaster, budget in [(Reuse(), 10), (Lagrange(1), 8), (Lagrange(2), 8)]:
+            found = planner.search(forecaster, budget)
+            real = planner.real(forecaster, found)
+            assert planner.drift(forecaster, found.full_steps(24)) == pytest.approx(real, abs=1.0), forecaster

@@ -9,7 +9,7 @@ from test_training import BOTH, CHANNELS, OUT, STEPS, TOKENS, WEIGHTS, World, be
 from lesa.host.runtime import accelerate
 from lesa.host.tap import tap_of
 from lesa.learn.collect import record
-from lesa.learn.planning import CAUTIONS, Planner, detours, disturbance, responses
+from lesa.learn.planning import CAUTIONS, Planner, detours, disturbance, freshly, responses, spread
 from lesa.learn.training import Problem, Runs, drift, response
 from lesa.learn.trajectory import draw_tokens
 from lesa.predictors import L2P
@@ -87,6 +87,22 @@ def test_caution_counts_what_full_steps_answer_across_a_drift():
     assert missed[1.0] < missed[0.0]
 
 
+def test_what_a_search_promises_real_runs_keep():
+    """It took schedules whose errors seem to cancel, where part of the answers that cancel them goes elsewhere."""
+
+    def partly(seed, step, latents):
+        return answering(seed, step, latents) + 0.5 * latents @ TURN @ BACK
+
+    world = plain_world(partly)
+    reference = world.runs(range(6))
+    again = [world.runs(range(6), Forecast(Reuse(), shape(STEPS))) for shape in (disturbance, spread)]
+    planner = Planner(reference, head, freshly(responses(again[0], reference), again[1], reference))
+    for forecaster, budget in [(Reuse(), 6), (Lagrange(1), 5), (Lagrange(2), 5), (Lagrange(2), 6)]:
+        found = planner.search(forecaster, budget)
+        real = drift(world.runs(range(6), Forecast(forecaster, found)), reference)
+        assert planner.drift(forecaster, found.full_steps(STEPS)) == pytest.approx(real, abs=1.0)
+
+
 def test_real_runs_choose_among_plans_of_more_and_more_caution(planner, reference):
     """What a real run loses to caution, or without it, is made up here; the planner believes it."""
     across = planner._responses._replace(across=torch.full((STEPS,), 2.0))
@@ -108,7 +124,7 @@ def test_real_runs_choose_among_plans_of_more_and_more_caution(planner, referenc
 def test_the_plan_without_caution_is_among_those_that_are_run(planner, reference):
     """It was not tried, so that a worse one was returned where caution does harm."""
     across = planner._responses._replace(across=torch.full((STEPS,), 20.0))
-    bold = planner_of(reference, across).search(Lagrange(2), 5)
+    bold = planner_of(reference, across).search(Lagrange(2), 5, caution=0.0)
     ours = planner_of(reference, across, lambda _, schedule: -49.4 if schedule == bold else -44.8)
     assert ours.search(Lagrange(2), 5, caution=1.0) != bold
     assert ours.plan(Lagrange(2), 5) == bold

@@ -11,10 +11,13 @@ over the full steps k that the row of j combines, a full step being its own. Eul
 the denoiser answers a drift: full steps take most of an early drift back, which is why full steps are worth more late
 in a run.
 
-Where there are two streams, an output is the velocity that guidance makes of theirs, and no one number says how it
-answers: guidance multiplies the difference of the streams, and uncond answers a drift by another picture. `search` can
-count that rest as a drift in some direction, with more or less caution; how much is right depends on the forecaster, so
-`plan` tries several by real runs.
+No one number says it all. Late in a run half of the answer goes across the drift, and a search that does not look at it
+finds schedules whose errors seem to cancel, 10 dB and more below what they come to. So what was measured there counts
+as a drift in some direction: a `caution` of 1, with which the drift of real runs is predicted within 1 dB.
+
+Where there are two streams, an output is the velocity that guidance makes of theirs: guidance multiplies the difference
+of the streams, and uncond answers a drift by another picture. How much of that is right to count depends on the
+forecaster, so `search` counts none unless it is told, and `plan` tries several by real runs.
 """
 
 from __future__ import annotations
@@ -28,14 +31,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lesa.host.head import head
 from lesa.host.runtime import accelerate
 from lesa.host.tap import tap_of
 from lesa.learn.calls import Call
 from lesa.learn.collect import rerun
+from lesa.learn.drifts import Drifts, Recorded, Ways
 from lesa.learn.sampling import sampler_of
+from lesa.learn.sketch import sketched
 from lesa.learn.training import TINY, Answers, Head, Runs, drift, response
 from lesa.learn.trajectory import Trajectory
 from lesa.rows.carry import Carry
@@ -51,6 +55,8 @@ PLANNED_ON, DISTURBED = 16, 8
 """How many recorded runs a pipeline's planner looks at, and how many it runs once more to see drifts answered."""
 CAUTIONS = (1.0, 2.0, 4.0, 8.0)
 """The caution of the schedules that `Planner.plan` runs, besides the one without."""
+MEASURED = 1.0
+"""The caution that counts what was measured, no more and no less."""
 Run = Callable[[Forecaster, Schedule], float]
 """(forecaster, schedule) -> the drift in dB of real runs"""
 
@@ -88,8 +94,14 @@ def responses(disturbed: Sequence[Trajectory], reference: Sequence[Trajectory]) 
 
 
 def spread(steps: int, begins: Sequence[int] = (0,)) -> Schedule:
-    """Return the schedule whose runs, with reused features, show how full steps answer what came since the last one."""
-    return Schedule.at(sorted({*begins, *range(begins[0], steps, max(2, (steps - begins[0]) // 8))}))
+    """Return the schedule whose runs, with reused features, show how full steps answer what came since the last one.
+
+    Every other step of the second half is full, to the last one: there plans have most of their full steps, and answers
+    change most.
+    """
+    start, length = begins[0], steps - begins[0]
+    middle, gap = start + length // 2, max(2, length // 6)
+    return Schedule.at(sorted({*begins, *range(start + gap, middle, gap), *range(steps - 1, middle, -2)}))
 
 
 def freshly(answers: Answers, disturbed: Sequence[Trajectory], reference: Sequence[Trajectory]) -> Answers:
@@ -162,7 +174,7 @@ def detours(
 class Planner:
     """What recorded reference runs say of schedules: the drift in dB that a forecaster leaves, and the best full steps.
 
-    `size` is to how many random numbers the error at one step of one run is projected; drifts are theirs. `run` gives
+    `size` is to how many random numbers what a sketch does not hold exactly is projected (see `sketched`). `run` gives
     the drift of real runs. The sampler's numbers are those that the runs hold. Steps at which histories begin anew,
     `begins`, are full in every schedule: of two denoisers, the second one's first.
 
@@ -184,16 +196,15 @@ class Planner:
         self.grid, self.steps, self.tap = reference[0].grid, reference[0].steps, tap
         self.begins = reference[0].begins
         self.guided = len(streams) > 1
+        self.caution = 0.0 if self.guided else MEASURED
         self.sampler = sampler_of(reference)
-        self._carry = Carry(self.sampler.response)
         self._responses = responses or Answers(torch.zeros(self.steps), torch.zeros(self.steps))
-        self._errors, self._scale = _errors(runs, outputs_of, Guidance.of(reference, streams, self.sampler), size)
-        directions = torch.randn(self._errors.shape[1:], generator=torch.Generator().manual_seed(1))
-        self._directions = functional.normalize(directions, dim=-1)
+        self._errors = sketched(runs, outputs_of, Guidance.of(reference, streams, self.sampler), size)
+        self._scale = runs.latents[:, -1].float().square().sum(dim=(1, 2))
+        recorded = Recorded(self.grid, self.begins, Carry(self.sampler.response), self._errors, self._scale)
+        self._ways = Ways(recorded)
         self._run = run
         self._known: dict[tuple[Forecaster, Schedule], float] = {}
-        self._gaps: dict[tuple, tuple[Tensor, Tensor]] = {}
-        self._states: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     @cached_property
     def errors(self) -> Tensor:
@@ -236,46 +247,24 @@ class Planner:
         outputs_of = _outputs if sampled else head(pipe.transformer, tap)
         return cls(reference[:PLANNED_ON], outputs_of, answers, tap=tap, size=size, run=run)
 
-    def drift(self, forecaster: Forecaster, full: Sequence[int], caution: float = 0.0) -> float:
+    def drift(self, forecaster: Forecaster, full: Sequence[int], caution: float | None = None) -> float:
         """Return how far a run would end from its reference run: mean over runs of 10 log10(|d|^2 / |x|^2), in dB.
 
-        With `caution`, so much of what full steps answer `across` a drift is counted too.
+        With `caution`, so much of what full steps answer `across` a drift is counted too; by default what was measured,
+        or of guided streams nothing.
 
         Raises: ValueError if forecasts enter the forecaster's history, which this algebra does not follow.
         """
-        if forecaster.remembers_forecasts:
-            raise ValueError(f"planning follows histories of full steps only, got {forecaster!r}; take e.g. Lagrange.")
-        end, _ = self._state(forecaster, caution, tuple(full), self.steps)
-        end = self._drift_of(end, self.steps)
-        error = end.square().sum(-1) / self._scale
-        return float(10 * error.add(TINY).log10().mean())
+        return self._drifts(forecaster, caution).of(full)
 
     def past(self, forecaster: Forecaster, full: Sequence[int]) -> tuple[int, ...]:
         """Return the steps that a forecast after these full steps combines, oldest first."""
-        begin = max(step for step in self.begins if step <= full[-1])
-        return tuple(step for step in full[-forecaster.memory :] if step >= begin)
+        return self._ways.past(forecaster, full)
 
-    def _state(self, forecaster: Forecaster, caution: float, full: tuple[int, ...], end: int) -> tuple[Tensor, Tensor]:
-        """Return what the sampler carries into step `end` after these full steps, (r, P, size), and what the velocity
-        of `end` answers to its drift, (P, size)."""
-        key = (forecaster, caution, full, end)
-        if key not in self._states:
-            newest, past = full[-1], self.past(forecaster, full)
-            kept, moves = self._carry.between(newest, end)
-            errors, rows = self._gap(forecaster, past, end)
-            state = torch.einsum("rs,spd->rpd", moves, errors)
-            new = self._drift_of(state, end)
-            weights = moves @ rows  # (r, past): how much enters of what each full step's velocity answered
-            for k, number in zip(range(len(full) - 1, 0, -1), range(len(past) - 1, -1, -1), strict=False):
-                before, answer = self._state(forecaster, caution, full[:k], full[k])
-                state = state + weights[:, number, None, None] * answer
-                if full[k] == newest:
-                    state = state + torch.einsum("rq,qpd->rpd", kept, before)
-            self._states[key] = state, self._answer(self._drift_of(state, end), new, end, caution)
-        return self._states[key]
-
-    def _drift_of(self, state: Tensor, step: int) -> Tensor:
-        return torch.einsum("r,rpd->pd", self._carry.drift_of(step), state)
+    def _drifts(self, forecaster: Forecaster, caution: float | None, ahead: bool = False) -> Drifts:
+        if forecaster.remembers_forecasts:
+            raise ValueError(f"planning follows histories of full steps only, got {forecaster!r}; take e.g. Lagrange.")
+        return Drifts(self._ways, self._responses, forecaster, self.caution if caution is None else caution, ahead)
 
     def plan(self, forecaster: Forecaster, budget: int) -> Schedule:
         """Return the schedule whose real runs end nearest to their reference runs.
@@ -284,7 +273,7 @@ class Planner:
 
         Raises: ValueError as `real` and `search` do.
         """
-        bold = self.search(forecaster, budget)
+        bold = self.search(forecaster, budget, caution=0.0)
         known = {bold: self.real(forecaster, bold)}
         near, least = None, math.inf
         for caution in CAUTIONS:
@@ -315,7 +304,7 @@ class Planner:
         budget: int,
         begin: Sequence[int] | None = None,
         *,
-        caution: float = 0.0,
+        caution: float | None = None,
         near: Schedule | None = None,
     ) -> Schedule:
         """Return the best schedule found with `budget` full steps, by moving full steps until none is better elsewhere.
@@ -335,67 +324,19 @@ class Planner:
         def cost(full: Sequence[int]) -> float:
             if not set(full).isdisjoint(later):
                 return math.inf
-            return self.drift(forecaster, sorted({*full, *later}), caution)
+            return drifts.of(sorted({*full, *later}) if later else full)
 
-        self._states.clear()
+        drifts = self._drifts(forecaster, caution, ahead=True)
         starts = [_beside(start, later, self.steps) for start in _starts(self.steps, budget - len(later), begin)]
         if near:
             starts = [[step for step in near.full_steps(self.steps, self.begins[0]) if step not in later]]
         found = [_descend(start, cost, self.steps, len(begin)) for start in sorted(starts, key=cost)[:TRIED_STARTS]]
         return Schedule.at(sorted({*min(found, key=cost), *later}))
 
-    def _answer(self, drift: Tensor, new: Tensor, step: int, caution: float) -> Tensor:
-        """Return what the velocity of a full step answers to a drift, part of which is new since the last one."""
-        if step == self.steps:
-            return drift
-        along, across = (float(found[step]) for found in self._responses[:2])
-        answer = along * drift
-        if self._responses.fresh is not None:
-            answer = answer + (float(self._responses.fresh[step]) - along) * new
-        if caution:
-            answer = answer + caution * across * drift.norm(dim=-1, keepdim=True) * self._directions[step]
-        return answer
-
-    @torch.no_grad()
-    def _gap(self, forecaster: Forecaster, past: tuple[int, ...], end: int) -> tuple[Tensor, Tensor]:
-        """Return the errors of the velocities from the newest step of `past` to `end`, (end - newest, P, size), without
-        what full steps answered, and the rows that say how much of these answers is in them, (end - newest, past)."""
-        newest, key = past[-1], (forecaster, past)
-        if key not in self._gaps:
-            own = functional.one_hot(torch.tensor([len(past) - 1]), len(past)).float()
-            self._gaps[key] = torch.zeros(1, *self._errors.shape[2:]), own
-        errors, rows = self._gaps[key]  # for every step after the newest, as far as they were asked for
-        missing = range(newest + len(rows), end)
-        if missing:
-            found = forecaster.rows_of(self.grid, dict.fromkeys(missing, past))
-            more = torch.stack([found[step].coefficients.float() for step in missing])
-            known = self._errors[list(past), missing.start : end]
-            errors = torch.cat([errors, torch.einsum("sk,kspd->spd", more, known)])
-            rows = torch.cat([rows, more])
-            self._gaps[key] = errors, rows
-        return errors[: end - newest], rows[: end - newest]
-
 
 def _outputs(features: Tensor, _conditioning: Tensor) -> Tensor:
     """The head of what was recorded at the sampler."""
     return features
-
-
-@torch.no_grad()
-def _errors(runs: Runs, outputs_of: Head, guidance: Guidance, size: int) -> tuple[Tensor, Tensor]:
-    """Return E_ks projected, (S, S, P, size), 0 unless k < s, and |x|^2 of every run's end, (P,)."""
-    prompts, _, steps, tokens, channels = runs.outputs.shape
-    generator = torch.Generator().manual_seed(0)
-    projection = torch.randn(tokens * channels, size, generator=generator) / math.sqrt(size)
-    own = guidance.velocity(runs.outputs.float()).flatten(2) @ projection
-    errors = torch.zeros(steps, steps, prompts, size)
-    for k in range(steps - 1):
-        later = slice(k + 1, steps)
-        reused = runs.features[:, :, k : k + 1].expand(-1, -1, steps - k - 1, -1, -1)
-        outputs = outputs_of(reused, runs.conditioning[:, :, later]).float()
-        velocity = guidance.velocity(outputs).flatten(2) @ projection
-        errors[k, later] = (velocity - own[:, later]).movedim(1, 0)
-    return errors, runs.latents[:, -1].float().square().sum(dim=(1, 2))
 
 
 def _starts(steps: int, budget: int, begin: Sequence[int]) -> list[list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -74,15 +74,22 @@ class Taylor(Forecaster):
 
     def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
         """Run the recursion on the identity; with fewer past steps than order + 1 the order drops."""
+        return self.rows_of(grid, {step: past})[step]
+
+    def rows_of(self, grid: Tensor, pasts: Mapping[int, Sequence[int]]) -> dict[int, Row]:
+        """Return the rows of several steps, those after one past together: planning asks for thousands."""
+        return _together(self._weights, pasts)
+
+    def _weights(self, steps: Sequence[int], past: tuple[int, ...]) -> Tensor:
         differences: list[Tensor] = []
         for k, feature in enumerate(torch.eye(len(past), dtype=torch.float64)):
             newer = [feature]
             for previous in differences[: self.order]:
                 newer.append((newer[-1] - previous) / (past[k] - past[k - 1]))
             differences = newer
-        ahead = step - past[-1]
-        terms = [difference * ahead**j / math.factorial(j) for j, difference in enumerate(differences)]
-        return Row(torch.stack(terms).sum(0), _zero())
+        ahead = [step - past[-1] for step in steps]
+        terms = [[far**j / math.factorial(j) for j in range(len(differences))] for far in ahead]
+        return torch.tensor(terms, dtype=torch.float64) @ torch.stack(differences)
 
     def __repr__(self) -> str:
         return f"Taylor(order={self.order})"
@@ -104,16 +111,36 @@ class Lagrange(Forecaster):
 
     def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
         """Return the Lagrange weights; with fewer past steps than degree + 1 the degree drops."""
+        return self.rows_of(grid, {step: past})[step]
+
+    def rows_of(self, grid: Tensor, pasts: Mapping[int, Sequence[int]]) -> dict[int, Row]:
+        """Return the rows of several steps, those after one past together: planning asks for thousands."""
+        return _together(lambda steps, past: self._weights(grid, steps, past), pasts)
+
+    def _weights(self, grid: Tensor, steps: Sequence[int], past: tuple[int, ...]) -> Tensor:
         newest = _distinct(grid, past)[-self.memory :]
         times = grid[newest]
         itself = torch.eye(len(times), dtype=torch.bool)
-        ratios = (grid[step] - times) / (times[:, None] - times).masked_fill(itself, 1.0)
-        coefficients = torch.zeros(len(past), dtype=torch.float64)
-        coefficients[[list(past).index(step) for step in newest]] = ratios.masked_fill(itself, 1.0).prod(1)
-        return Row(coefficients, _zero())
+        ratios = (grid[list(steps), None, None] - times) / (times[:, None] - times).masked_fill(itself, 1.0)
+        coefficients = torch.zeros(len(steps), len(past), dtype=torch.float64)
+        coefficients[:, [past.index(step) for step in newest]] = ratios.masked_fill(itself, 1.0).prod(-1)
+        return coefficients
 
     def __repr__(self) -> str:
         return f"Lagrange(degree={self.degree})"
+
+
+def _together(
+    weights: Callable[[Sequence[int], tuple[int, ...]], Tensor], pasts: Mapping[int, Sequence[int]]
+) -> dict[int, Row]:
+    """Make rows without an offset, those after one past in one call, (steps, past) -> (steps, len(past))."""
+    together: dict[tuple[int, ...], list[int]] = {}
+    for step, past in pasts.items():
+        together.setdefault(tuple(past), []).append(step)
+    offset, rows = _zero(), {}
+    for past, steps in together.items():
+        rows.update(zip(steps, weights(steps, past), strict=True))
+    return {step: Row(rows[step], offset) for step in pasts}
 
 
 def _distinct(grid: Tensor, past: Sequence[int]) -> list[int]:

@@ -1,0 +1,139 @@
+"""Follow what a schedule leaves in the latents from full step to full step, by algebra on recorded errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lesa.learn.training import TINY, Answers
+from lesa.rows.carry import Carry
+from lesa.rows.forecasters import Forecaster
+
+_Way = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class Recorded(NamedTuple):
+    """What recorded runs say: their `grid`, the steps at which histories begin, what the sampler carries, the `errors`
+    E_ks (S, S, P, numbers) and |x|^2 of every run's end (P,)."""
+
+    grid: Tensor
+    begins: tuple[int, ...]
+    carry: Carry
+    errors: Tensor
+    scale: Tensor
+
+
+class Ways:
+    """What all schedules share: how errors are carried from one step to another, and rows after some full steps.
+
+    A search looks at thousands of schedules, a state of few numbers at each full step: so these are NumPy's arrays,
+    whose calls cost a tenth of a tensor's.
+    """
+
+    def __init__(self, recorded: Recorded):
+        self.steps, self.begins, self._grid = len(recorded.grid) - 1, recorded.begins, recorded.grid
+        self.prompts, self.width = recorded.errors.shape[2:]
+        self.errors = recorded.errors.flatten(2).numpy()
+        self.scale = recorded.scale.numpy()
+        self._carry = recorded.carry
+        self._ways: dict[tuple[int, int], _Way] = {}
+        self._rows: dict[tuple[Forecaster, tuple[int, ...]], np.ndarray] = {}
+        generator = torch.Generator().manual_seed(1)
+        directions = torch.randn(self.steps, self.prompts, self.width, generator=generator)
+        self.directions = functional.normalize(directions, dim=-1).numpy()
+
+    def between(self, begin: int, end: int) -> _Way:
+        """Return T and M of `Carry.between`, and D of `Carry.drift_of` the later step."""
+        found = self._ways.get((begin, end))
+        if found is None:
+            kept, moves = self._carry.between(begin, end)
+            found = kept.numpy(), moves.numpy(), self._carry.drift_of(end).numpy()
+            self._ways[begin, end] = found
+        return found
+
+    def rows(self, forecaster: Forecaster, past: tuple[int, ...], end: int, ahead: bool) -> np.ndarray:
+        """Return the rows of the steps from the newest of `past` to `end`, (end - newest, past); the first is its own.
+
+        Looking `ahead`, all to the run's end are made at once: a search will ask for them.
+        """
+        newest, key = past[-1], (forecaster, past)
+        known = self._rows.get(key)
+        if known is None:
+            known = np.eye(len(past), dtype=np.float32)[-1:]
+        if newest + len(known) < end:
+            missing = range(newest + len(known), self.steps if ahead else end)
+            with torch.no_grad():
+                made = forecaster.rows_of(self._grid, dict.fromkeys(missing, past))
+                more = torch.stack([made[step].coefficients for step in missing]).float()
+            known = self._rows[key] = np.concatenate([known, more.numpy()])
+        return known[: end - newest]
+
+    def past(self, forecaster: Forecaster, full: Sequence[int]) -> tuple[int, ...]:
+        """Return the steps that a forecast after these full steps combines, oldest first."""
+        newest = tuple(full[-forecaster.memory :])
+        if len(self.begins) == 1:
+            return newest
+        begin = max(step for step in self.begins if step <= full[-1])
+        return tuple(step for step in newest if step >= begin)
+
+
+class Drifts:
+    """The drift in dB that a forecaster leaves on one schedule after another; what their beginnings share is kept.
+
+    With `caution`, so much of what full steps answer across a drift is counted too. A search looks `ahead`.
+    """
+
+    def __init__(self, ways: Ways, answers: Answers, forecaster: Forecaster, caution: float, ahead: bool = False):
+        self._ways, self._forecaster, self._ahead = ways, forecaster, ahead
+        fresh = answers.along if answers.fresh is None else answers.fresh
+        self._along, self._fresh = answers.along.tolist(), fresh.tolist()
+        self._across = (caution * answers.across).tolist()
+        self._known: dict[tuple[tuple[int, ...], int], tuple[np.ndarray, np.ndarray]] = {}
+
+    def of(self, full: Sequence[int]) -> float:
+        """Return how far a run would end from its reference run: mean over runs of 10 log10(|d|^2 / |x|^2)."""
+        ways = self._ways
+        _, drift = self._state(tuple(full), ways.steps)
+        each = drift.reshape(ways.prompts, -1)
+        error = np.einsum("pd,pd->p", each, each) / ways.scale
+        return float(10 * np.log10(error + TINY).mean())
+
+    def _state(self, full: tuple[int, ...], end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return what the sampler carries into step `end` after these full steps, (r, P * numbers), and what the
+        velocity of `end` answers to its drift, (P * numbers,), or at the run's end the drift."""
+        found = self._known.get((full, end))
+        if found is None:
+            found = self._known[full, end] = self._follow(full, end)
+        return found
+
+    def _follow(self, full: tuple[int, ...], end: int) -> tuple[np.ndarray, np.ndarray]:
+        ways, newest = self._ways, full[-1]
+        past = ways.past(self._forecaster, full)
+        kept, moves, onto = ways.between(newest, end)
+        rows = ways.rows(self._forecaster, past, end, self._ahead)
+        state = np.zeros((len(onto), ways.errors.shape[2]), dtype=np.float32)
+        if end > newest + 1:
+            for number, step in enumerate(past):
+                state += (moves[:, 1:] * rows[1:, number]) @ ways.errors[step, newest + 1 : end]
+        new = onto @ state
+        weights = moves @ rows  # (r, past): how much enters of what each full step's velocity answered
+        for back in range(1, min(len(past), len(full) - 1) + 1):
+            before, answer = self._state(full[: len(full) - back], full[-back])
+            state += weights[:, -back, None] * answer
+            if back == 1:
+                state += kept @ before
+        drift = onto @ state
+        return state, drift if end == ways.steps else self._answer(drift, new, end)
+
+    def _answer(self, drift: np.ndarray, new: np.ndarray, step: int) -> np.ndarray:
+        """Return what the velocity of a full step answers to a drift, part of which is new since the last one."""
+        answer = self._along[step] * drift + (self._fresh[step] - self._along[step]) * new
+        if self._across[step]:
+            sizes = np.linalg.norm(drift.reshape(self._ways.prompts, -1), axis=1, keepdims=True)
+            answer += (self._across[step] * sizes * self._ways.directions[step]).ravel()
+        return answer
