@@ -50,7 +50,7 @@ class Reuse(Forecaster):
 
     def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
         """Return 1 for the newest past step and 0 for the others."""
-        return Row(torch.eye(len(past), dtype=torch.float64)[-1], _zero())
+        return Row(torch.eye(len(past), dtype=torch.float64)[-1], zero())
 
     def __repr__(self) -> str:
         return "Reuse()"
@@ -69,23 +69,32 @@ class Taylor(Forecaster):
     remembers_forecasts = False
 
     def __init__(self, order: int = 1) -> None:
-        self.order = _not_negative("order", order)
+        self.order = not_negative("order", order)
         self.memory = self.order + 1
 
     def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
         """Run the recursion on the identity; with fewer past steps than order + 1 the order drops."""
-        differences: list[Tensor] = []
-        for k, feature in enumerate(torch.eye(len(past), dtype=torch.float64)):
-            newer = [feature]
-            for previous in differences[: self.order]:
-                newer.append((newer[-1] - previous) / (past[k] - past[k - 1]))
-            differences = newer
         ahead = step - past[-1]
+        differences = backward_differences(past, self.order)
         terms = [difference * ahead**j / math.factorial(j) for j, difference in enumerate(differences)]
-        return Row(torch.stack(terms).sum(0), _zero())
+        return Row(torch.stack(terms).sum(0), zero())
 
     def __repr__(self) -> str:
         return f"Taylor(order={self.order})"
+
+
+def backward_differences(past: Sequence[int], order: int) -> list[Tensor]:
+    """Return d_0, d_1, ... of the newest of some full steps as combinations of their features, up to d_order.
+
+    d_0 = h and d_{j+1} = (d_j - previous d_j) / gap, the gap being that of the two newest full steps.
+    """
+    differences: list[Tensor] = []
+    for k, feature in enumerate(torch.eye(len(past), dtype=torch.float64)):
+        newer = [feature]
+        for previous in differences[:order]:
+            newer.append((newer[-1] - previous) / (past[k] - past[k - 1]))
+        differences = newer
+    return differences
 
 
 class Lagrange(Forecaster):
@@ -99,7 +108,7 @@ class Lagrange(Forecaster):
     remembers_forecasts = False
 
     def __init__(self, degree: int = 1) -> None:
-        self.degree = _not_negative("degree", degree)
+        self.degree = not_negative("degree", degree)
         self.memory = self.degree + 1
 
     def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
@@ -110,7 +119,7 @@ class Lagrange(Forecaster):
         ratios = (grid[step] - times) / (times[:, None] - times).masked_fill(itself, 1.0)
         coefficients = torch.zeros(len(past), dtype=torch.float64)
         coefficients[[list(past).index(step) for step in newest]] = ratios.masked_fill(itself, 1.0).prod(1)
-        return Row(coefficients, _zero())
+        return Row(coefficients, zero())
 
     def __repr__(self) -> str:
         return f"Lagrange(degree={self.degree})"
@@ -193,11 +202,16 @@ def _numbers(numbers: float | Sequence[float]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-def _zero() -> Tensor:
+def zero() -> Tensor:
+    """Return the offset of a row without one."""
     return _numbers(0.0)
 
 
-def _not_negative(name: str, number: int) -> int:
+def not_negative(name: str, number: int) -> int:
+    """Return a number that may be an order or a degree.
+
+    Raises: ValueError if it is none.
+    """
     if not isinstance(number, int) or number < 0:
         raise ValueError(f"{name} is a whole number, at least 0, got {number}; raise it.")
     return number
