@@ -16,7 +16,18 @@ from lesa.bench import benchmark, cost, records
 from lesa.bench.bound import add_bounds, bound_error, decode
 from lesa.bench.cost import Watch
 from lesa.bench.lines import Pair, Record, Time
-from lesa.bench.methods import BOUND, REFERENCE, Method, fewer_steps, forecast, label, line_up, line_up_planned, rebuild
+from lesa.bench.methods import (
+    BOUND,
+    REFERENCE,
+    RIVALS,
+    Method,
+    fewer_steps,
+    forecast,
+    label,
+    line_up,
+    line_up_planned,
+    rebuild,
+)
 from lesa.bench.records import Comparison, Log, Result
 from lesa.host.pipelines import with_call
 from lesa.learn import metrics
@@ -279,6 +290,8 @@ def test_the_line_up_has_every_method_on_every_schedule_and_fewer_steps_once():
     names = ["reuse", "Taylor-1 (our tap)", "Taylor-2 (our tap)"]
     ours = [*((name, "paper:4") for name in names), ("L2P", "paper:4"), *((name, "at:0,2,4,6,7") for name in names)]
     assert methods == [("fewer steps", "5 steps"), *ours]
+    with_rivals = [method.key for method in line_up(STEPS, schedules[:1], rivals=True)]
+    assert with_rivals[3:] == [(name, "paper:4") for name in RIVALS]
 
 
 def test_only_what_is_named_is_planned_for():
@@ -291,7 +304,9 @@ def test_only_what_is_named_is_planned_for():
 
     grid = torch.linspace(1, 0, STEPS + 1)
     everything = line_up_planned([2, 3], grid, plan)
-    assert len(everything) == len(planned) + 2 == 14
+    assert len(everything) == len(planned) + 2 == 14 + 2 * len(RIVALS)
+    assert {repr(one) for one in RIVALS.values()} < {name for name, _ in planned}
+    assert len(line_up_planned([2, 3], grid, plan, rivals=False)) == 14
     del planned[:]
     few = line_up_planned([2, 3], grid, plan, only=["Taylor-2 (our tap)"])
     assert planned == [("Taylor(order=2)", 2), ("Taylor(order=2)", 3)]
@@ -310,10 +325,13 @@ def test_what_needs_no_training_is_measured_wherever_a_predictor_taps():
     lined_up = line_up_planned([3, 2], grid, plan, [ours])
     names = [method.name for method in lined_up]
     assert names.count("Lagrange-3 (output tap)") == names.count("reuse (output tap)") == 1  # at 3 full steps alone
-    assert names.count("Lagrange-3") == 2 and places == ["feature"] * 6 + ["output"] * 6 + ["feature"] * 6
+    each = 6 + len(RIVALS)
+    assert names.count("Lagrange-3") == 2
+    assert places == ["feature"] * each + ["output"] * each + ["feature"] * each
     on_schedule = line_up(STEPS, [ours.schedule, EVERY_OTHER], [ours])
     assert [method.name for method in on_schedule].count("Taylor-2 (output tap)") == 1
-    for method in (one for one in [*lined_up, *on_schedule] if "Taylor" in one.name):
+    assert {"FoCa (output tap)", "Spectrum (output tap)"} < set(names)
+    for method in (one for one in [*lined_up, *on_schedule] if "forecaster" in one.recipe):
         assert rebuild(method.entry()).entry() == method.entry()
         assert method.recipe.get("tap") == ("output" if "output" in method.name else None)
 
