@@ -1,9 +1,10 @@
 """Choose which steps are full: from recorded runs, for a forecaster and a budget.
 
 Forecasts are linear, so what a schedule leaves in the latents is algebra on the recorded runs. With E_ks the error that
-reusing the feature of step k leaves in the output of step s, a row with coefficients c leaves sum_k c_k E_ks there
-(rows whose coefficients sum to 1; the head is nearly affine). The drift d of the latents is then what the sampler makes
-of the errors e of its velocities, by its response R (`lesa.rows.sampler`):
+reusing the feature of step k leaves in the output of step s, a row with coefficients c leaves sum_k c_k E_ks there (the
+head is nearly affine), and (sum_k c_k - 1) G_s if its coefficients do not sum to 1, with G_s what a longer feature of
+step s does to its output. The drift d of the latents is then what the sampler makes of the errors e of its velocities,
+by its response R (`lesa.rows.sampler`):
 
     d_s = sum_{j < s} R_sj e_j,    e_j = sum_k c_k E_kj + sum_k c_k r_k d_k
 
@@ -51,6 +52,8 @@ PLANNED_ON, DISTURBED = 16, 8
 """How many recorded runs a pipeline's planner looks at, and how many it runs once more to see drifts answered."""
 CAUTIONS = (1.0, 2.0, 4.0, 8.0)
 """The caution of the schedules that `Planner.plan` runs, besides the one without."""
+LONGER = 1 / 16
+"""By how much features are made longer to see what that does to outputs."""
 Run = Callable[[Forecaster, Schedule], float]
 """(forecaster, schedule) -> the drift in dB of real runs"""
 
@@ -187,7 +190,8 @@ class Planner:
         self.sampler = sampler_of(reference)
         self._carry = Carry(self.sampler.response)
         self._responses = responses or Answers(torch.zeros(self.steps), torch.zeros(self.steps))
-        self._errors, self._scale = _errors(runs, outputs_of, Guidance.of(reference, streams, self.sampler), size)
+        guidance = Guidance.of(reference, streams, self.sampler)
+        self._errors, self._growth, self._scale = _errors(runs, outputs_of, guidance, size)
         directions = torch.randn(self._errors.shape[1:], generator=torch.Generator().manual_seed(1))
         self._directions = functional.normalize(directions, dim=-1)
         self._run = run
@@ -368,9 +372,11 @@ class Planner:
         missing = range(newest + len(rows), end)
         if missing:
             found = forecaster.rows_of(self.grid, dict.fromkeys(missing, past))
-            more = torch.stack([found[step].coefficients.float() for step in missing])
+            exact = torch.stack([found[step].coefficients for step in missing]).double()
+            more, beyond = exact.float(), (exact.sum(1) - 1).float()  # in double: of most rows this is 0
             known = self._errors[list(past), missing.start : end]
-            errors = torch.cat([errors, torch.einsum("sk,kspd->spd", more, known)])
+            grown = beyond[:, None, None] * self._growth[missing.start : end]
+            errors = torch.cat([errors, torch.einsum("sk,kspd->spd", more, known) + grown])
             rows = torch.cat([rows, more])
             self._gaps[key] = errors, rows
         return errors[: end - newest], rows[: end - newest]
@@ -382,20 +388,22 @@ def _outputs(features: Tensor, _conditioning: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _errors(runs: Runs, outputs_of: Head, guidance: Guidance, size: int) -> tuple[Tensor, Tensor]:
-    """Return E_ks projected, (S, S, P, size), 0 unless k < s, and |x|^2 of every run's end, (P,)."""
+def _errors(runs: Runs, outputs_of: Head, guidance: Guidance, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return E_ks projected, (S, S, P, size), 0 unless k < s, G_s, (S, P, size), and |x|^2 of every run's end, (P,)."""
     prompts, _, steps, tokens, channels = runs.outputs.shape
     generator = torch.Generator().manual_seed(0)
     projection = torch.randn(tokens * channels, size, generator=generator) / math.sqrt(size)
     own = guidance.velocity(runs.outputs.float()).flatten(2) @ projection
     errors = torch.zeros(steps, steps, prompts, size)
+    longer = outputs_of(runs.features * (1 + LONGER), runs.conditioning).float()
+    growth = (guidance.velocity(longer).flatten(2) @ projection - own).movedim(1, 0) / LONGER
     for k in range(steps - 1):
         later = slice(k + 1, steps)
         reused = runs.features[:, :, k : k + 1].expand(-1, -1, steps - k - 1, -1, -1)
         outputs = outputs_of(reused, runs.conditioning[:, :, later]).float()
         velocity = guidance.velocity(outputs).flatten(2) @ projection
         errors[k, later] = (velocity - own[:, later]).movedim(1, 0)
-    return errors, runs.latents[:, -1].float().square().sum(dim=(1, 2))
+    return errors, growth, runs.latents[:, -1].float().square().sum(dim=(1, 2))
 
 
 def _starts(steps: int, budget: int, begin: Sequence[int]) -> list[list[int]]:
