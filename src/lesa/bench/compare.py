@@ -51,7 +51,7 @@ class CompareOptions:
 
     Pictures are drawn `batch_size` at a time; the first `timed` are timed at batch 1. `scores` are measured besides
     PSNR and SSIM, and `lacking` says of others why not (see `lesa.bench.scores.load`). `anew` removes the folder's
-    records first, of the same setting. A `demo` leaves out reuse, rivals and variants, and its records are no benchmark's.
+    records first, of the same setting. A `demo` leaves out reuse, rivals and variants; its records are no benchmark's.
 
     Raises: ValueError if a number is out of range.
     """
