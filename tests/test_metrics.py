@@ -8,11 +8,13 @@ import torch
 
 from lesa.learn.metrics import (
     MOST_DRIFT,
+    MOST_FLOAT_PSNR,
     MOST_PSNR,
     SCALES,
     Interval,
     differing,
     drift,
+    float_psnr,
     interval,
     motion_psnr,
     ms_ssim,
@@ -56,6 +58,36 @@ def test_60_db_is_the_most_and_the_share_of_values_that_differ_tells_what_is_the
     assert psnr(almost, PICTURE) == 60.0
     assert differing(PICTURE, PICTURE) == 0.0 < differing(almost, PICTURE) == 1 / PICTURE.size
     assert psnr(flat(101), flat(100)) == pytest.approx(48.1308, abs=1e-4)
+
+
+def test_float_psnr_goes_on_where_all_values_round_alike():
+    exact = RANDOM.uniform(0.1, 0.9, (16, 16, 3))
+    for decibels in (20.0, 60.0, 90.0):
+        near = exact + 10 ** (-decibels / 20) * RANDOM.choice([-1.0, 1.0], exact.shape)
+        assert float_psnr(near, exact) == float_psnr(exact, near) == pytest.approx(decibels, abs=1e-6)
+    assert float_psnr(exact, exact) == MOST_FLOAT_PSNR == 150.0
+    single = exact.astype(np.float32)
+    assert 140 < float_psnr(single, exact) < 155  # of rounding alone
+    one_off = single.copy()
+    one_off[0, 0, 0] = np.nextafter(one_off[0, 0, 0], 1)
+    assert float_psnr(one_off, single) == MOST_FLOAT_PSNR
+    whole = RANDOM.integers(0, 256, PICTURE.shape, dtype=np.uint8)
+    assert float_psnr(whole / 255, PICTURE / 255) == pytest.approx(psnr(whole, PICTURE))
+    clips = np.stack([exact, exact]), np.stack([exact + 0.1, exact + 0.01])
+    assert float_psnr(*clips) == pytest.approx(30.0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4, 3), np.float32)),
+        (np.zeros((4, 4, 3), np.float32), np.zeros((4, 5, 3), np.float32)),
+        (np.zeros((4, 4), np.float32), np.zeros((4, 4), np.float32)),
+    ],
+)
+def test_float_psnr_is_of_decoded_pictures_of_one_size(one, other):
+    with pytest.raises(ValueError, match="two pictures are floats of one shape"):
+        float_psnr(one, other)
 
 
 def test_psnr_as_published_is_psnr_only_where_no_square_wraps_around():

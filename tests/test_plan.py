@@ -10,6 +10,7 @@ from lesa.rows import plan as plans
 from lesa.rows.forecasters import Forecaster, Lagrange, PlannedRow, Reuse, Taylor
 from lesa.rows.grid import stage_of
 from lesa.rows.plan import Plan, compile
+from lesa.rows.rivals import ABCache, FoCa, Hermite, MeanCache, Spectrum
 from lesa.rows.row import Row
 from lesa.rows.schedule import Schedule
 
@@ -40,7 +41,8 @@ class Staged(Forecaster):
         return Row(coefficients, torch.tensor(0.1 * float(grid[step]), dtype=torch.float64))
 
 
-FORECASTERS = [Reuse(), *map(Taylor, range(4)), *map(Lagrange, range(3)), Staged(True), Staged(False)]
+RIVALS = [Hermite(), Spectrum(), Spectrum(1e-3), ABCache(), ABCache(3, full_only=True), FoCa(), MeanCache()]
+FORECASTERS = [Reuse(), *map(Taylor, range(4)), *map(Lagrange, range(3)), *RIVALS, Staged(True), Staged(False)]
 SCHEDULES = [
     Schedule.paper(7),
     Schedule.every(5),

@@ -16,6 +16,7 @@ from lesa.predictors import L2P
 from lesa.rows.forecasters import Lagrange, LinearRows, PlannedRow, Reuse, Taylor
 from lesa.rows.guidance import Guidance
 from lesa.rows.plan import compile, histories
+from lesa.rows.rivals import ABCache, FoCa, Hermite, MeanCache, Spectrum
 from lesa.rows.row import Row
 from lesa.rows.schedule import Schedule
 
@@ -58,8 +59,12 @@ def planner(reference):
 SCHEDULES = [(0, 4, 8, 12), (0, 2, 9, 13, 15), (0, 7, 8), (0, 1, 2, 3, 14)]
 
 
+PLAIN = [Reuse(), Taylor(1), Taylor(2), Lagrange(1), Lagrange(2), Lagrange(3)]
+RIVALS = [Hermite(), Spectrum(), Spectrum(1e-3), ABCache(), ABCache(full_only=True), FoCa(), MeanCache()]
+
+
 @pytest.mark.parametrize("full", SCHEDULES)
-@pytest.mark.parametrize("forecaster", [Reuse(), Taylor(1), Taylor(2), Lagrange(1), Lagrange(2), Lagrange(3)], ids=repr)
+@pytest.mark.parametrize("forecaster", [*PLAIN, *RIVALS], ids=repr)
 def test_the_drift_of_real_runs_is_known_before_them(forecaster, full, planner, reference):
     real = drift(plain_world(answering).runs(range(6), Forecast(forecaster, Schedule.at(full))), reference)
     assert planner.drift(forecaster, full) == pytest.approx(real, abs=0.3)

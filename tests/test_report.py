@@ -52,9 +52,37 @@ def cells(table: str) -> dict[str, list[str]]:
 
 def test_the_table_has_a_line_per_method(comparison):
     lines = cells(report.table(comparison.results()))
-    assert lines["all full"] == ["every:1", "50", "1.00", "1.00x", "1.00x", "identical", "0.900", "100.0%"]
-    assert lines["LESA"] == ["paper:7", "10", "5.00", "4.00x", "3.00x", "36.50 [31.50, 41.50]", "0.900", "100.0%"]
-    assert lines["fewer steps"] == ["8 steps", "8", "6.25", "-", "-", "22.00 [20.00, 24.00]", "0.900", "50.0%"]
+    assert lines["all full"] == ["every:1", "50", "1.00", "1.00x", "1.00x", "identical", "-", "0.900", "100.0%"]
+    assert lines["LESA"] == ["paper:7", "10", "5.00", "4.00x", "3.00x", "36.50 [31.50, 41.50]", "-", "0.900", "100.0%"]
+    assert lines["fewer steps"] == ["8 steps", "8", "6.25", "-", "-", "22.00 [20.00, 24.00]", "-", "0.900", "50.0%"]
+
+
+def with_floats(comparison: Comparison, more: dict) -> None:
+    """Give records float PSNR: their PSNR and so many dB."""
+    for key, above in more.items():
+        comparison.records[key] = [
+            replace(one, scores={**one.scores, "float PSNR": one.psnr + above}) for one in comparison.records[key]
+        ]
+
+
+def test_float_psnr_has_a_column_beside_psnr_and_old_records_leave_it_empty(comparison):
+    with_floats(comparison, {REFERENCE: 90.0, LESA: 20.0})
+    lines = cells(report.table(comparison.results()))
+    assert lines["method"][5:8] == ["PSNR, dB [95 %]", "float PSNR, dB [95 %]", "SSIM"]
+    assert [lines[name][6] for name in ("all full", "LESA", "fewer steps")] == [
+        "identical",
+        "56.50 [51.50, 61.50]",
+        "-",
+    ]
+    assert "float PSNR" not in lines["method"][8:]
+
+
+def test_plots_are_of_float_psnr_where_all_have_it(comparison):
+    without_reference = [one for one in comparison.results() if one.method != REFERENCE[0]]
+    assert plots.scores_of(without_reference)[0] == "PSNR"
+    with_floats(comparison, {TAYLOR: 1.0, LESA: 20.0, FEWER: 0.0})
+    name, scores = plots.scores_of([one for one in comparison.results() if one.method != REFERENCE[0]])
+    assert name == "float PSNR" and scores[LESA].mean == 56.5
 
 
 def test_the_cap_of_psnr_is_no_identity(comparison):
@@ -72,7 +100,7 @@ def test_the_cap_of_psnr_is_no_identity(comparison):
         "identical",
         *[">= 60"] * 2,
     ]
-    assert lines["method"][7] == DIFFERING and [lines[n][7] for n in ("close", "old")] == ["0.020", "-"]
+    assert lines["method"][8] == DIFFERING and [lines[n][8] for n in ("close", "old")] == ["0.020", "-"]
     note = (
         "- of 4 pictures at 60 dB, the most that PSNR goes to here, 3 are identical to the reference run's, the others"
     )
@@ -96,7 +124,7 @@ def test_differences_are_to_methods_of_as_many_full_steps(comparison):
     planned = [replace(record, method="Lagrange-1", schedule="at:0,3") for record in comparison.records[LESA]]
     comparison.records["Lagrange-1", "at:0,3"] = planned  # not to be set beside the paper's schedule
     lines = cells(report.differences(comparison, "LESA"))
-    assert lines["LESA - Taylor-1 (our tap)"] == ["paper:7 - paper:7", "10", "+1.50 [+1.50, +1.50]", "-"]
+    assert lines["LESA - Taylor-1 (our tap)"] == ["paper:7 - paper:7", "10", "+1.50 [+1.50, +1.50]", "-", "-"]
     assert len(lines) == 3  # the head, the rule, and that one
 
 
@@ -104,7 +132,10 @@ def test_differences_of_drift_stand_beside_those_of_psnr(comparison):
     for key, drift in {TAYLOR: -40.0, LESA: -43.0}.items():
         comparison.records[key] = [replace(one, scores={"drift": drift}) for one in comparison.records[key]]
     lines = cells(report.differences(comparison, "LESA"))
-    assert lines["LESA - Taylor-1 (our tap)"][2:] == ["+1.50 [+1.50, +1.50]", "+3.00 [+3.00, +3.00]"]
+    assert lines["LESA - Taylor-1 (our tap)"][2:] == ["+1.50 [+1.50, +1.50]", "-", "+3.00 [+3.00, +3.00]"]
+    with_floats(comparison, {TAYLOR: 0.0, LESA: 2.0})
+    lines = cells(report.differences(comparison, "LESA"))
+    assert lines["LESA - Taylor-1 (our tap)"][3] == "+3.50 [+3.50, +3.50]"
 
 
 def test_others_are_set_beside_the_best_of_ours_that_costs_no_more(comparison):
@@ -116,10 +147,13 @@ def test_others_are_set_beside_the_best_of_ours_that_costs_no_more(comparison):
     for key, share in {**shares, dearer: 0.26, worse: 0.2, better: 0.2}.items():
         comparison.records[key] = [replace(one, share=share) for one in comparison.records[key]]
     lines = cells(report.at_equal_cost(comparison, "LESA"))
-    assert lines["Taylor-1 (our tap)"][1:] == ["4.00", "35.00", *LESA, "5.00", "+1.50 [+1.50, +1.50]", "above"]
-    assert lines["DBCache"][1:] == ["5.00", "45.00", *LESA, "5.00", "-8.50 [-13.50, -3.50]", "below"]
-    assert lines["fewer steps"][1:] == ["6.25", "22.00", "-", "-", "-", "-", "-"]
+    assert lines["Taylor-1 (our tap)"][1:] == ["4.00", "35.00", *LESA, "5.00", "+1.50 [+1.50, +1.50]", "-", "above"]
+    assert lines["DBCache"][1:] == ["5.00", "45.00", *LESA, "5.00", "-8.50 [-13.50, -3.50]", "-", "below"]
+    assert lines["fewer steps"][1:] == ["6.25", "22.00", "-", "-", "-", "-", "-", "-"]
     assert "all full" not in lines and "LESA" not in lines and worse[0] not in lines
+    with_floats(comparison, {key: 0.0 for key in comparison.records} | {worse: 20.0})
+    lines = cells(report.at_equal_cost(comparison, "LESA"))  # at the cap of PSNR another may be the best
+    assert lines["DBCache"][3:] == [*worse, "5.00", "-15.00 [-15.00, -15.00]", "+5.00 [+5.00, +5.00]", "above"]
 
 
 def test_methods_that_failed_alike_are_listed_together(comparison):

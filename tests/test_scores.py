@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lesa.bench import scores
-from lesa.learn.metrics import ms_ssim
+from lesa.learn.metrics import ms_ssim, psnr_as_published
 
 PROMPTS = ["a red apple", "a blue fish"]
 PICTURES = [np.full((64, 64, 3), level, dtype=np.uint8) for level in (0, 255)]
@@ -29,8 +29,16 @@ def test_what_cannot_be_had_is_named_with_the_reason(monkeypatch):
     found, lacking = scores.load(["ImageReward", "LPIPS", "MS-SSIM"])
     assert list(found) == ["MS-SSIM"] and lacking["LPIPS"] == "OSError: no way to the weights"
     assert lacking["ImageReward"] == "ImportError: ImageReward needs image-reward (pip install image-reward)"
-    with pytest.raises(ValueError, match="the scores are MS-SSIM, LPIPS, CLIP, ImageReward, got beauty"):
+    with pytest.raises(ValueError, match=r"the scores are MS-SSIM, LPIPS, CLIP, ImageReward, no PSNR: .*, got beauty"):
         scores.load(["beauty"])
+
+
+def test_psnr_as_published_is_had_for_the_asking_under_a_name_that_nobody_mistakes():
+    found, lacking = scores.load([scores.AS_PUBLISHED])
+    assert found[scores.AS_PUBLISHED](PROMPTS, PICTURES, REFERENCES) == [
+        psnr_as_published(one, REFERENCES[0]) for one in PICTURES
+    ]
+    assert not lacking and scores.AS_PUBLISHED.startswith("no PSNR") and "," not in scores.AS_PUBLISHED
 
 
 def test_lpips_is_given_pictures_from_0_to_1(monkeypatch):

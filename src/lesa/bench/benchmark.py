@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lesa.bench.cost import Memory, Watch, flops, machine
-from lesa.bench.lines import DIFFERING, DRIFT, Cost, Failure, Key, Line, Pair, Record, Start, Time
+from lesa.bench.lines import DIFFERING, DRIFT, FLOAT_PSNR, Cost, Failure, Key, Line, Pair, Record, Start, Time
 from lesa.bench.methods import REFERENCE, Method
 from lesa.bench.recogniser import Recogniser
 from lesa.bench.records import Comparison, Log
@@ -166,17 +167,23 @@ def batches(pairs: Sequence[Pair], size: int) -> list[Sequence[Pair]]:
 
 
 class Drawn(NamedTuple):
-    """What a method gave of some pairs: uint8 RGB pictures (H, W, 3), and what was seen of its steps (see `Watch`).
+    """What a method gave of some pairs: RGB pictures (H, W, 3), and what was seen of its steps (see `Watch`).
 
-    FLOPs are those of a pair, and latents (pairs, ...) the last ones.
+    The decoded pictures are floats from 0 to 1, where the pipeline hands them out, or uint8. FLOPs are those of a pair,
+    and latents (pairs, ...) the last ones.
     """
 
-    pictures: list[np.ndarray]
+    decoded: list[np.ndarray]
     latents: Tensor
     full: list[tuple[int, ...]]
     features: list[Tensor | None]
     times: list[float]
     flops: list[float]
+
+    @property
+    def pictures(self) -> list[np.ndarray]:
+        """The pictures as uint8."""
+        return [rounded(one) for one in self.decoded]
 
 
 def draw(pipe: Any, method: Method, pairs: Sequence[Pair]) -> tuple[list[np.ndarray], int]:
@@ -191,7 +198,7 @@ def observe(pipe: Any, method: Method, pairs: Sequence[Pair]) -> Drawn:
         return _together([observe(pipe, method, [pair]) for pair in pairs])
     watch = Watch(pipe)
     with method.switch(pipe), watch.counting(), watch.counting_flops(), watch.recording():
-        drawn = pictures(pipe, pairs, **method.call, callback_on_step_end=watch.on_step_end)
+        drawn = decoded(pipe, pairs, **method.call, callback_on_step_end=watch.on_step_end)
         times = torch.as_tensor(pipe.scheduler.timesteps).tolist()
     full = () if method.partial else tuple(watch.full)
     flops = [watch.flops / len(pairs)] * len(pairs)
@@ -201,7 +208,7 @@ def observe(pipe: Any, method: Method, pairs: Sequence[Pair]) -> Drawn:
 
 def _together(drawn: Sequence[Drawn]) -> Drawn:
     """Put calls of one pair each together, as if they were one call."""
-    shown, full, flops = ([getattr(one, name)[0] for one in drawn] for name in ("pictures", "full", "flops"))
+    shown, full, flops = ([getattr(one, name)[0] for one in drawn] for name in ("decoded", "full", "flops"))
     features: list[Tensor | None] = []
     for of_step in zip(*(one.features for one in drawn), strict=True):
         passed = [feature for feature in of_step if feature is not None]
@@ -210,16 +217,24 @@ def _together(drawn: Sequence[Drawn]) -> Drawn:
     return Drawn(shown, latents, full, features, drawn[0].times, flops)
 
 
-def pictures(pipe: Any, pairs: Sequence[Pair], **call: Any) -> list[np.ndarray]:
-    """Draw pairs in one call of the pipeline with these arguments: uint8 RGB pictures or clips, as `draw` gives."""
+def decoded(pipe: Any, pairs: Sequence[Pair], **call: Any) -> list[np.ndarray]:
+    """Draw pairs in one call of the pipeline with these arguments: RGB pictures (H, W, 3) or clips (frames, H, W, 3).
+
+    They are floats from 0 to 1, as they were decoded, or uint8 if the pipeline hands out no other.
+    """
     generators = [torch.Generator().manual_seed(pair.seed) for pair in pairs]
     prompts = [pair.prompt for pair in pairs]
-    drawn = pictures_of(pipe(prompt=prompts, generator=generators, output_type="pil", **for_each(prompts, call)))
+    drawn = pictures_of(pipe(prompt=prompts, generator=generators, output_type="np", **for_each(prompts, call)))
     return [np.stack([_pixels(frame) for frame in one]) if isinstance(one, list) else _pixels(one) for one in drawn]
 
 
 def _pixels(image: Any) -> np.ndarray:
-    return np.asarray(image.convert("RGB"))
+    return image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
+
+
+def rounded(picture: np.ndarray) -> np.ndarray:
+    """Round a picture or clip of floats from 0 to 1 to uint8, as diffusers does for PIL."""
+    return picture if picture.dtype == np.uint8 else (picture * 255).round().astype(np.uint8)
 
 
 def score(
@@ -231,19 +246,22 @@ def score(
     scores: Mapping[str, Score] | None = None,
 ) -> list[Record]:
     """Measure what a method drew against what the reference run did."""
-    prompts = [pair.prompt for pair in pairs]
-    prompted = recognise(prompts, drawn.pictures) if recognise else [None] * len(pairs)
-    others = {name: of(prompts, drawn.pictures, reference.pictures) for name, of in (scores or {}).items()}
+    prompts, ours, theirs = [pair.prompt for pair in pairs], drawn.pictures, reference.pictures
+    prompted = recognise(prompts, ours) if recognise else [None] * len(pairs)
+    others = {name: of(prompts, ours, theirs) for name, of in (scores or {}).items()}
+    floats = [one.dtype != np.uint8 for one in [*drawn.decoded, *reference.decoded]]
+    if all(floats):
+        others[FLOAT_PSNR] = [metrics.float_psnr(*both) for both in zip(drawn.decoded, reference.decoded, strict=True)]
     others[DRIFT] = [metrics.drift(*latents) for latents in zip(drawn.latents, reference.latents, strict=True)]
-    others[DIFFERING] = [metrics.differing(*both) for both in zip(drawn.pictures, reference.pictures, strict=True)]
-    if drawn.pictures[0].ndim == 4:
-        others[MOTION] = [metrics.motion_psnr(*clips) for clips in zip(drawn.pictures, reference.pictures, strict=True)]
+    others[DIFFERING] = [metrics.differing(*both) for both in zip(ours, theirs, strict=True)]
+    if ours[0].ndim == 4:
+        others[MOTION] = [metrics.motion_psnr(*clips) for clips in zip(ours, theirs, strict=True)]
     return [
         Record(
             *key,
             *pair,
-            metrics.psnr(drawn.pictures[k], reference.pictures[k]),
-            metrics.ssim(drawn.pictures[k], reference.pictures[k]),
+            metrics.psnr(ours[k], theirs[k]),
+            metrics.ssim(ours[k], theirs[k]),
             prompted[k],
             drawn.full[k],
             {name: values[k] for name, values in others.items()},
@@ -310,7 +328,7 @@ def _cost(pipe: Any, method: Method, pair: Pair) -> Cost:
         return watch.on_step_end(*state)
 
     def call() -> None:
-        pictures(pipe, [pair], **method.call, callback_on_step_end=on_step_end)
+        decoded(pipe, [pair], **method.call, callback_on_step_end=on_step_end)
 
     with method.switch(pipe) as run, watch.counting():
         counted, ours = flops(pipe, call), run if isinstance(run, Run) else None
@@ -328,16 +346,29 @@ def _cost(pipe: Any, method: Method, pair: Pair) -> Cost:
 def time_methods(pipe: Any, methods: Sequence[Method], pairs: Sequence[Pair], log: Log) -> None:
     """Time every method on the same pairs at batch 1, unless the log holds its times.
 
-    Methods take turns of `PAIRS_A_TURN` pairs, so that a machine that drifts hits all alike. Each turn begins with a
+    Methods take turns of `PAIRS_A_TURN` pairs, so that a machine that drifts hits all alike, and on one thread of a
+    CPU: two that wait for each other on busy cores take many times as long as one. Each turn begins with a
     run that does not count: after it caches are warm and the plan is compiled, which happens once per grid. That run
     tells which steps are full, and so how long a skipped one takes in the next run, of the same pair.
     """
-    with tqdm(total=len(pairs) * len(methods), desc="timing", unit="run") as bar:
+    with one_thread(pipe), tqdm(total=len(pairs) * len(methods), desc="timing", unit="run") as bar:
         for turn in batches(pairs, PAIRS_A_TURN):
             for method in methods:
                 if not log.comparison.timed(method.key, turn):
                     _attempt(log, method, lambda method, turn=turn: _turn(pipe, method, turn))
                 bar.update(len(turn))
+
+
+@contextmanager
+def one_thread(pipe: Any) -> Iterator[None]:
+    """Let a pipeline on the CPU run on one thread meanwhile; one on a GPU runs as ever."""
+    threads = torch.get_num_threads()
+    if pipe.transformer.device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _turn(pipe: Any, method: Method, pairs: Sequence[Pair]) -> list[Time]:
@@ -358,5 +389,5 @@ def _turn(pipe: Any, method: Method, pairs: Sequence[Pair]) -> list[Time]:
 def _time(pipe: Any, method: Method, pair: Pair, watch: Watch) -> tuple[float, float]:
     with watch.timing():
         began = time.perf_counter()
-        pictures(pipe, [pair], **method.call, callback_on_step_end=watch.on_step_end)
+        decoded(pipe, [pair], **method.call, callback_on_step_end=watch.on_step_end)
         return watch.seconds, time.perf_counter() - began

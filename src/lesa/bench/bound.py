@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lesa.bench.benchmark import Drawn, Recogniser, batches, pair_up, pictures, score
+from lesa.bench.benchmark import Drawn, Recogniser, batches, decoded, pair_up, score
 from lesa.bench.lines import Pair
 from lesa.bench.methods import BOUND
 from lesa.bench.records import Log
@@ -83,4 +83,4 @@ def decode(pipe: Any, pairs: Sequence[Pair], latents: Tensor) -> list[np.ndarray
     def put(pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"latents": from_tokens(pipe.transformer, latents, tensors["latents"])}
 
-    return pictures(pipe, pairs, num_inference_steps=2, callback_on_step_end=put)
+    return decoded(pipe, pairs, num_inference_steps=2, callback_on_step_end=put)

@@ -51,7 +51,7 @@ class CompareOptions:
 
     Pictures are drawn `batch_size` at a time; the first `timed` are timed at batch 1. `scores` are measured besides
     PSNR and SSIM, and `lacking` says of others why not (see `lesa.bench.scores.load`). `anew` removes the folder's
-    records first, of the same setting. A `demo` leaves out reuse and variants, and its records are no benchmark's.
+    records first, of the same setting. A `demo` leaves out reuse, rivals and variants; its records are no benchmark's.
 
     Raises: ValueError if a number is out of range.
     """
@@ -147,7 +147,8 @@ def line_up(pipe: Any, options: CompareOptions, folder: str | Path | None = None
     if options.methods:
         return list(options.methods)
     predictors = shipped(pipe, not options.demo) if options.predictors is None else options.predictors
-    lined_up = methods.line_up(_steps(pipe), _schedules(pipe, options), predictors, reuse=not options.demo)
+    more = dict(reuse=not options.demo, rivals=not options.demo)
+    lined_up = methods.line_up(_steps(pipe), _schedules(pipe, options), predictors, **more)
     if _budgets(pipe, options):
         if not at.leads:
             at.wait()
@@ -189,8 +190,8 @@ def _planned(
     pipe: Any, options: CompareOptions, predictors: Sequence[Predictor], folder: str | Path | None
 ) -> list[Method]:
     grid, plan = _planning(pipe, options.data, folder)
-    budgets, reuse = _budgets(pipe, options), not options.demo
-    return methods.line_up_planned(budgets, grid, plan, predictors, reuse=reuse, only=options.only)
+    more = dict(reuse=not options.demo, rivals=not options.demo)
+    return methods.line_up_planned(_budgets(pipe, options), grid, plan, predictors, **more, only=options.only)
 
 
 def _planning(

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 DRIFT = "drift"
 """The score of last latents, `metrics.drift`, in dB: it goes on where PSNR ends, at its cap."""
+FLOAT_PSNR = "float PSNR"
+"""The score of decoded pictures before they are rounded to 8 bits, `metrics.float_psnr`, in dB."""
 DIFFERING = "values differ"
 """The score of pictures, `metrics.differing`: the share of 8-bit values unlike the reference run's, 0 if identical."""
 TRAINING = ("seconds", "bytes")

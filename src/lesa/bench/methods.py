@@ -16,10 +16,24 @@ from lesa.host.runtime import accelerate
 from lesa.host.tap import place_of
 from lesa.predictors import LESA, ContinuousLESA, Predictor
 from lesa.rows.forecasters import Forecaster, Lagrange, Reuse, Taylor
+from lesa.rows.rivals import ABCache, FoCa, Hermite, MeanCache, Spectrum
 from lesa.rows.schedule import Schedule
 
 FEATURE = "feature"
 """The usual tap of a class of transformers (see `lesa.accelerate`)."""
+OURS = " (our tap)"
+"""What is said of a published method that works in other places than ours."""
+RIVALS: Mapping[str, Forecaster] = {
+    f"HiCache-2{OURS}": Hermite(2),
+    "Spectrum": Spectrum(),
+    "Spectrum, ridge 1e-3": Spectrum(1e-3),
+    f"FoCa{OURS}": FoCa(),
+    f"MeanCache-2{OURS}": MeanCache(2),
+    f"MeanCache-5{OURS}": MeanCache(5),
+    f"AB-Cache-2{OURS}": ABCache(2),
+    f"AB-Cache-2, full steps{OURS}": ABCache(2, full_only=True),
+}
+"""Other projects' forecasters that are rows, by their names in tables: on the schedules of all, and planned for."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +105,7 @@ def rebuild(entry: Mapping[str, Any], predictors: Sequence[Predictor] = ()) -> M
         return REFERENCE
     if "steps" in recipe:
         return replace(fewer_steps(recipe["steps"]), name=entry["name"])
-    plain = {repr(one): one for one in untrained(reuse=True, lagrange=True).values()}
+    plain = {repr(one): one for one in untrained(reuse=True, lagrange=True, rivals=True).values()}
     forecaster: Any = plain.get(recipe.get("forecaster"))
     if "predictor" in recipe:
         forecaster = next((one for one in predictors if one.digest() == recipe["predictor"]), None)
@@ -114,14 +128,17 @@ def _place(predictor: Predictor) -> str:
     return place_of(predictor.origin.transformer, predictor.origin.tap)
 
 
-def untrained(reuse: bool, lagrange: bool = False, place: str = FEATURE) -> dict[str, Forecaster]:
+def untrained(
+    reuse: bool, lagrange: bool = False, place: str = FEATURE, *, rivals: bool = False
+) -> dict[str, Forecaster]:
     """Return the forecasters that need no training, by their names in tables, for a tap."""
     plain: dict[str, Forecaster] = {"reuse": Reuse()} if reuse else {}
-    plain |= {f"Taylor-{order} (our tap)": Taylor(order) for order in (1, 2)}
+    plain |= {f"Taylor-{order}{OURS}": Taylor(order) for order in (1, 2)}
     plain |= {f"Lagrange-{degree}": Lagrange(degree) for degree in (1, 2, 3)} if lagrange else {}
+    plain |= RIVALS if rivals else {}
     if place == FEATURE:
         return plain
-    return {f"{name.removesuffix(' (our tap)')} ({place} tap)": forecaster for name, forecaster in plain.items()}
+    return {f"{name.removesuffix(OURS)} ({place} tap)": forecaster for name, forecaster in plain.items()}
 
 
 def line_up_planned(
@@ -131,6 +148,7 @@ def line_up_planned(
     predictors: Sequence[Predictor] = (),
     *,
     reuse: bool = True,
+    rivals: bool = True,
     only: Collection[str] | None = None,
 ) -> list[Method]:
     """Line up every method on the schedule that is planned for it, budget by budget, or those of these names only.
@@ -150,7 +168,7 @@ def line_up_planned(
         methods.append(fewer_steps(budget))
         chosen = [one for one in predictors if fits(one, budget)]
         for place in _places(chosen):
-            plain = untrained(reuse, lagrange=True, place=place)
+            plain = untrained(reuse, lagrange=True, place=place, rivals=rivals)
             plain = {name: one for name, one in plain.items() if only is None or name in only}
             methods += [forecast(name, one, plan(one, budget, place), place) for name, one in plain.items()]
         methods += [forecast(label(one), one, one.schedule_for(grid, budget)) for one in chosen]
@@ -158,7 +176,12 @@ def line_up_planned(
 
 
 def line_up(
-    steps: int, schedules: Sequence[Schedule], predictors: Sequence[Predictor] = (), *, reuse: bool = False
+    steps: int,
+    schedules: Sequence[Schedule],
+    predictors: Sequence[Predictor] = (),
+    *,
+    reuse: bool = False,
+    rivals: bool = False,
 ) -> list[Method]:
     """Line up the methods for runs of `steps` steps, schedule by schedule: those without training, then predictors.
 
@@ -176,7 +199,7 @@ def line_up(
         methods += [] if fewer in methods else [fewer]
         chosen = [one for one in predictors if fits(one, schedule)]
         for place in _places(chosen):
-            plain = untrained(reuse, place=place)
+            plain = untrained(reuse, place=place, rivals=rivals)
             methods += [forecast(name, forecaster, schedule, place) for name, forecaster in plain.items()]
         methods += [forecast(label(one), one, schedule) for one in chosen]
     return methods

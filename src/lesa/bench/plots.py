@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from lesa.bench.lines import Key, Record
+from lesa.bench.lines import FLOAT_PSNR, Key, Record
 from lesa.bench.records import REFERENCE, Comparison, Result
 from lesa.host import needs
+from lesa.learn.metrics import Interval
 from lesa.learn.training import Curve
 from lesa.rows.plan import Plan
 
@@ -49,20 +50,30 @@ def _axes(path: str | Path, xlabel: str, ylabel: str, **more: Any) -> Iterator[A
 
 
 def psnr_over(results: Sequence[Result], path: str | Path, over: str = "full_steps") -> None:
-    """Plot PSNR, with its 95 % interval, over a number of each result, a curve for each method and kind of schedule.
+    """Plot float PSNR, with its 95 % interval, over a number of each result, a curve for a method and kind of schedule.
 
+    Where it was not measured for all of them, it is PSNR, which ends at its cap.
     `over` is 'full_steps', 'step_ratio' or 'speedup'; results without that number have no point. LESA's are bold.
     """
-    with _axes(path, over.replace("_", " "), "PSNR, dB") as axes:
-        shown = [result for result in results if result.method != REFERENCE[0] and getattr(result, over) is not None]
+    shown = [result for result in results if result.method != REFERENCE[0] and getattr(result, over) is not None]
+    by, score = scores_of(shown)
+    with _axes(path, over.replace("_", " "), f"{by}, dB") as axes:
         for number, (name, line) in enumerate(curves(shown).items()):
             line = sorted(line, key=lambda r: getattr(r, over))
             at, round_ = [getattr(r, over) for r in line], number // COLOURS
             style = dict(color=f"C{number % COLOURS}", linestyle=LINES[round_ % len(LINES)], marker=MARKERS[round_ % 4])
             width = 2.5 if name.startswith("LESA") else 1.0
-            axes.plot(at, [r.psnr for r in line], **style, linewidth=width, markersize=3 + width, label=name)
-            low, high = [r.psnr_low for r in line], [r.psnr_high for r in line]
+            mean, low, high = zip(*(score[r.method, r.schedule] for r in line), strict=True)
+            axes.plot(at, mean, **style, linewidth=width, markersize=3 + width, label=name)
             axes.fill_between(at, low, high, color=style["color"], alpha=0.15)
+
+
+def scores_of(results: Sequence[Result]) -> tuple[str, dict[Key, Interval]]:
+    """Return what results are plotted by, and of each that: float PSNR, or PSNR if one of them has no other."""
+    floats = {(one.method, one.schedule): one.float_psnr for one in results if one.float_psnr is not None}
+    if len(floats) == len(results):
+        return FLOAT_PSNR, floats
+    return "PSNR", {(one.method, one.schedule): Interval(one.psnr, one.psnr_low, one.psnr_high) for one in results}
 
 
 def curves(results: Sequence[Result]) -> dict[str, list[Result]]:

@@ -9,16 +9,14 @@ the records. Whatever a table or a plot says is worked out from these lines.
 from __future__ import annotations
 
 import json
-import os
 import re
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import product
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any, NamedTuple, cast
 from urllib.parse import quote
 
@@ -27,33 +25,41 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lesa.bench.lines import Cost, Failure, Key, Line, Pair, Record, Start, Time, from_text, to_text
+from lesa.bench import files
+from lesa.bench.lines import FLOAT_PSNR, Cost, Failure, Key, Line, Pair, Record, Start, Time, from_text, to_text
 from lesa.learn import metrics
 from lesa.learn.metrics import Interval
 from lesa.predictors import disk
 from lesa.predictors.disk import write_atomically
 
-FORMAT = "lesa-records-1"
-FILES, PICTURES, FRAMES, PLANNED = "records*.jsonl", "pictures", "frames", "planned.json"
+FORMAT = files.FORMAT
+FILES, PICTURES, FRAMES, PLANNED = files.FILES, "pictures", "frames", "planned.json"
 REPORT, SHEET, MOVING = "report.md", "pictures.png", "clips.gif"
 PLOTS = ("psnr-over-ratio.png", "psnr-over-speedup.png", "error-per-step.png", "rows.png")
 WRITTEN = (REPORT, SHEET, MOVING, *PLOTS, PLANNED, f"{PICTURES}/*/{'[0-9]' * 5}.png")
 """What a run writes beside its records, as patterns."""
 REFERENCE = ("all full", "every:1")
 """The run that all others are measured against."""
-BEGINNING = {"kind": "run", "format": FORMAT}
-"""What the first line of a file begins with."""
 
 
 # --- all of them
 
 
+AGREE = 1.1
+"""Repeats agree if the second fastest takes at most so much longer than the fastest."""
+
+
 class Timing(NamedTuple):
-    """Median seconds in the denoising loop, in the whole call, and in a skipped step."""
+    """Least seconds of some repeats in the denoising loop, in the whole call, and in a skipped step.
+
+    Whatever else a machine does makes a run longer, never shorter. Where repeats do not agree, as the fastest of them
+    was not reached again, they are not `steady`: nobody knows then how long it takes.
+    """
 
     loop: float
     call: float
     skipped: float | None = None
+    steady: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,9 @@ class Result:
     """One line of a table: a method over all pairs. Seconds and speedup are those of the denoising loop at batch 1.
 
     `full_steps` is the mean over the runs: a method that decides for itself may take more in one than in another, and
-    one that skips parts of steps counts as many as cost the same.
+    one that skips parts of steps counts as many as cost the same. `steady` tells whether times that were measured agree
+    with each other: where they do not, there are no seconds and no speedup. `float_psnr` is None where it was not
+    measured for every pair.
     """
 
     method: str
@@ -79,6 +87,8 @@ class Result:
     call_speedup: float | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
     pairs: int = 0
+    steady: bool = True
+    float_psnr: Interval | None = None
 
     @property
     def kind(self) -> str:
@@ -148,8 +158,8 @@ class Comparison:
 
     @property
     def timings(self) -> dict[Key, Timing]:
-        """The medians of each method's times."""
-        return {key: _median(times) for key, times in self.times.items()}
+        """The least of each method's times."""
+        return {key: _least(times) for key, times in self.times.items()}
 
     def entry(self, key: Key) -> Mapping[str, Any]:
         """Return what the newest start says of a method.
@@ -174,11 +184,8 @@ class Comparison:
     def _result(self, key: Key, full: Mapping[Key, float], timings: Mapping[Key, Timing]) -> Result:
         records = self.records[key]
         prompted = [record.prompted for record in records if record.prompted is not None]
-        seconds: dict[str, Any] = {}
-        if key in timings and REFERENCE in timings:
-            ours, reference = timings[key], timings[REFERENCE]
-            seconds = dict(seconds=ours.loop, speedup=reference.loop / ours.loop)
-            seconds |= dict(call_seconds=ours.call, call_speedup=reference.call / ours.call)
+        means = _means([record.scores for record in records])
+        floats = [record.scores[FLOAT_PSNR] for record in records] if means.pop(FLOAT_PSNR, None) is not None else None
         return Result(
             *key,
             full[key],
@@ -186,9 +193,10 @@ class Comparison:
             *metrics.interval([record.psnr for record in records]),
             fmean(record.ssim for record in records),
             fmean(prompted) if prompted else None,
-            **seconds,
-            scores=_means([record.scores for record in records]),
+            **(_speedups(timings[key], timings[REFERENCE]) if key in timings and REFERENCE in timings else {}),
+            scores=means,
             pairs=len(records),
+            float_psnr=metrics.interval(floats) if floats else None,
         )
 
 
@@ -213,10 +221,23 @@ def value_of(record: Record, score: str) -> float:
     return known[score]
 
 
-def _median(times: Sequence[Time]) -> Timing:
+def _least(times: Sequence[Time]) -> Timing:
     skipped = [time.skipped for time in times if time.skipped is not None]
-    loop, call = median(time.loop for time in times), median(time.call for time in times)
-    return Timing(loop, call, median(skipped) if skipped else None)
+    loops, calls = sorted(time.loop for time in times), sorted(time.call for time in times)
+    steady = all(some[1] <= AGREE * some[0] for some in (loops, calls) if len(some) > 1)
+    return Timing(loops[0], calls[0], min(skipped) if skipped else None, steady)
+
+
+def _speedups(ours: Timing, reference: Timing) -> dict[str, Any]:
+    """Return what a result says of times, nothing if those of either do not agree with each other."""
+    if not (ours.steady and reference.steady):
+        return dict(steady=False)
+    return dict(
+        seconds=ours.loop,
+        speedup=reference.loop / ours.loop,
+        call_seconds=ours.call,
+        call_speedup=reference.call / ours.call,
+    )
 
 
 def _means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -236,13 +257,13 @@ class Log:
 
     def __init__(self, folder: Path | None = None, shard: int = 0, setting: Mapping[str, Any] | None = None):
         self.folder = folder
-        self.path = folder / _file(shard) if folder else None
+        self.path = folder / files.name_of(shard) if folder else None
         self.comparison = Comparison(setting or {})
 
     def add(self, *lines: Line) -> None:
         """Append lines to the file, all with one write, and take them in."""
         if self.path is not None:
-            _append(self.path, "".join(to_text(line) + "\n" for line in lines))
+            files.append(self.path, "".join(to_text(line) + "\n" for line in lines))
         for line in lines:
             self.comparison.add(line)
 
@@ -277,12 +298,12 @@ def writing(folder: str | Path, setting: Mapping[str, Any], shard: int = 0) -> I
     log = Log(folder, shard)
     assert log.path is not None
     with _alone(folder, shard):
-        if not any([_check_same(path, setting) for path in sorted(folder.glob(FILES))]):
+        if not any([files.check_same(path, setting) for path in sorted(folder.glob(FILES))]):
             disk.check_free(folder, WRITTEN, "a run of its own")
         planned(folder)
-        _repair(log.path)
+        files.repair(log.path)
         if not log.path.exists():
-            _append(log.path, _header(setting))
+            files.append(log.path, files.header(setting))
         log.refresh()
         yield log
 
@@ -297,17 +318,18 @@ def clear(folder: str | Path, setting: Mapping[str, Any]) -> None:
     folder = Path(folder)
     paths = sorted(folder.glob(FILES))
     with ExitStack() as locks:
-        for shard in sorted(shard for path in paths if (shard := _shard(path)) is not None):
+        for shard in sorted(shard for path in paths if (shard := files.shard_of(path)) is not None):
             locks.enter_context(_alone(folder, shard))
-        begun = [path for path in paths if _check_same(path, setting)]
+        begun = [path for path in paths if files.check_same(path, setting)]
         if not begun:
             return
         planned(folder)
-        keys = {key for path in begun for key in _keys(path)}
+        keys = {key for path in begun for key in files.keys_of(path)}
         numbers = range(len(setting.get("pairs", ())))
         disk.remove([*(picture_path(folder, *of) for of in product(keys, numbers)), folder / PLANNED], folder)
-        write_atomically(folder / _file(0), _header(setting).encode())  # not before: the lines name what is removed
-        disk.remove([path for path in paths if path != folder / _file(0)], folder)
+        # Not before: the lines name what is removed.
+        write_atomically(folder / files.name_of(0), files.header(setting).encode())
+        disk.remove([path for path in paths if path != folder / files.name_of(0)], folder)
 
 
 @contextmanager
@@ -317,7 +339,8 @@ def _alone(folder: Path, shard: int) -> Iterator[None]:
         with FileLock(folder / f".lock-{shard}", timeout=0):
             yield
     except Timeout as error:
-        raise RuntimeError(f"another process measures into {folder / _file(shard)}; wait for it, or end it.") from error
+        path = folder / files.name_of(shard)
+        raise RuntimeError(f"another process measures into {path}; wait for it, or end it.") from error
 
 
 def planned(folder: str | Path) -> dict[str, Any]:
@@ -342,13 +365,13 @@ def load(folder: str | Path) -> Comparison:
 
     Raises: FileNotFoundError if it holds no records; ValueError if a file is damaged, or they are of different runs.
     """
-    paths = sorted(path for path in Path(folder).glob(FILES) if _lines(path))
+    paths = sorted(path for path in Path(folder).glob(FILES) if files.lines_of(path))
     if not paths:
         raise FileNotFoundError(f"{folder} holds no records ({FILES}); run lesa bench.")
-    comparison = Comparison(_setting(paths[0]))
+    comparison = Comparison(files.setting_of(paths[0]))
     for path in paths:
-        _check_same(path, comparison.setting)
-        for number, text in enumerate(_lines(path)[1:], start=2):
+        files.check_same(path, comparison.setting)
+        for number, text in enumerate(files.lines_of(path)[1:], start=2):
             try:
                 comparison.add(from_text(text))
             except ValueError as error:
@@ -368,7 +391,7 @@ def at_line(path: str | Path, number: int) -> tuple[Record, Mapping[str, Any], M
     Raises: FileNotFoundError as `load` does; ValueError if the line holds no picture's record; LookupError if no method
         that was run made it.
     """
-    comparison, lines = load(Path(path).parent), _lines(Path(path))
+    comparison, lines = load(Path(path).parent), files.lines_of(Path(path))
     line = from_text(lines[number - 1]) if 1 < number <= len(lines) else None
     if not isinstance(line, Record):
         raise ValueError(f"line {number} of {path} (it has {len(lines)}) holds no picture's record; take another.")
@@ -394,91 +417,3 @@ def _read_picture(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         picture, frames = np.asarray(image.convert("RGB")), image.info.get(FRAMES)
     return picture if frames is None else np.stack(np.split(picture, int(frames)))
-
-
-def _file(shard: int) -> str:
-    return f"records-{shard}.jsonl" if shard else "records.jsonl"
-
-
-def _shard(path: Path) -> int | None:
-    """Return the process whose file this is, None if it was brought from elsewhere."""
-    number = path.stem.removeprefix("records").removeprefix("-") or "0"
-    return int(number) if number.isdecimal() and path.name == _file(int(number)) else None
-
-
-def _append(path: Path, text: str) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _lines(path: Path) -> list[str]:
-    """Read the whole lines of a file: what follows the last line's end was torn by a kill, or is just being written."""
-    return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-
-
-def _repair(path: Path) -> None:
-    """Remove a torn last line."""
-    if path.exists():
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(path, whole)
-        if not whole:
-            path.unlink()
-
-
-def _setting(path: Path) -> dict[str, Any]:
-    try:
-        entries = json.loads(_lines(path)[0])
-        if entries.pop("kind") != "run" or entries["format"] != FORMAT:
-            raise ValueError(f"its format is not {FORMAT!r}")
-        return entries
-    except (ValueError, LookupError, AttributeError) as error:
-        raise ValueError(f"{path} does not begin as records do ({error!r}); measure into another folder.") from error
-
-
-def _header(setting: Mapping[str, Any]) -> str:
-    """Return the first line of a file of records."""
-    return json.dumps({**BEGINNING, **setting}, ensure_ascii=False) + "\n"
-
-
-def _check_same(path: Path, setting: Mapping[str, Any]) -> bool:
-    """Check that a file is one of records of this setting; returns whether it has its first line yet.
-
-    Raises: ValueError if it is another.
-    """
-    if not _lines(path):
-        if not _may_be_torn(path.read_text(encoding="utf-8", errors="replace")):
-            raise ValueError(f"{path} does not begin as records do; measure into another folder.")
-        return False
-    there, here = _setting(path), json.loads(_header(setting))
-    del here["kind"]
-    for name in {**there, **here}:
-        if there.get(name) != here.get(name):
-            shown = f"{reprlib.repr(there.get(name))} there, {reprlib.repr(here.get(name))} here"
-            raise ValueError(
-                f"{path} holds records of another {name}: {shown}; measure into another folder (--out), or with what "
-                "it was begun with. Records of another setting are never removed: move them away to use their folder."
-            )
-    return True
-
-
-def _may_be_torn(text: str) -> bool:
-    """Tell whether a kill may have left this of a first line."""
-    start = json.dumps(BEGINNING).removesuffix("}")
-    return text.startswith(start) or start.startswith(text)
-
-
-def _keys(path: Path) -> Iterator[Key]:
-    """Yield the methods that a file of records names; a damaged line names none."""
-    for text in _lines(path)[1:]:
-        try:
-            line = from_text(text)
-        except ValueError:
-            continue
-        if isinstance(line, Start):
-            yield from ((method["name"], method["schedule"]) for method in line.methods)
-        else:
-            yield line.method, line.schedule

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lesa.bench.lines import DIFFERING, DRIFT, TRAINING, Key, Record
+from lesa.bench.lines import DIFFERING, DRIFT, FLOAT_PSNR, TRAINING, Key, Record
 from lesa.bench.recogniser import PROMPTED
-from lesa.bench.records import REFERENCE, Comparison, Result, paired
-from lesa.learn.metrics import MOST_PSNR, Interval
+from lesa.bench.records import AGREE, REFERENCE, Comparison, Result, paired
+from lesa.learn.metrics import MOST_FLOAT_PSNR, MOST_PSNR, Interval
 
-NOT_HAD = "n/a"
+NOT_HAD, UNSTEADY = "n/a", "unsteady"
 
 
 def summary(comparison: Comparison, against: str | None = None) -> str:
@@ -29,7 +29,8 @@ def summary(comparison: Comparison, against: str | None = None) -> str:
     reasons = [f"{name} could not be had: {why}" for name, why in lacking(comparison).items()]
     failures = [f"{', '.join(names)} failed: {why}" for why, names in _failed(comparison).items()]
     machines = {_machine(start.machine): None for start in comparison.starts}
-    notes = "\n".join(f"- {note}" for note in [*unfinished, *_capped(comparison), *reasons, *failures, *machines])
+    said = [*unfinished, *_unsteady(comparison), *_capped(comparison)]
+    notes = "\n".join(f"- {note}" for note in [*said, *reasons, *failures, *machines])
     return "\n\n".join(part for part in [*parts, notes] if part) + "\n"
 
 
@@ -41,6 +42,14 @@ def _capped(comparison: Comparison) -> list[str]:
     most = f", the others differ in up to {max(shares):.1%} of their values" if same < len(shares) else ""
     cap = f"of {len(shares)} pictures at {MOST_PSNR:.0f} dB, the most that PSNR goes to here,"
     return [f"{cap} {same} are identical to the reference run's{most}"] if shares else []
+
+
+def _unsteady(comparison: Comparison) -> list[str]:
+    """Say what 'unsteady' means where a line says it."""
+    if all(one.steady for one in comparison.results()):
+        return []
+    apart = f"the two fastest runs of the method, or of the reference run, are more than {AGREE - 1:.0%} apart"
+    return [f"{UNSTEADY}: {apart}, as on a busy machine, and say nothing of its speed; time it again"]
 
 
 def lacking(comparison: Comparison) -> dict[str, str]:
@@ -66,7 +75,8 @@ def _machine(facts: Mapping[str, Any]) -> str:
 def table(results: Sequence[Result], lacking: Sequence[str] = ()) -> str:
     """Lay results out as a Markdown table that reads as well in a terminal.
 
-    Speedup is that of the denoising loop at batch 1, the whole call's is beside it; 'as prompted' is the share of
+    Speedup is that of the denoising loop at batch 1, the whole call's is beside it, and 'unsteady' where repeats do not
+    agree; float PSNR is that of the decoded pictures before rounding to 8 bits; 'as prompted' is the share of
     pictures that still show what their prompts name, 'motion' the PSNR of what changes between the frames of clips,
     'drift' how far the last latents are from the reference run's, in dB, the lower the better, and 'values differ' the
     share of the pictures' 8-bit values that are not the reference run's. PSNR ends at 60 dB, the most that a pair can
@@ -75,7 +85,8 @@ def table(results: Sequence[Result], lacking: Sequence[str] = ()) -> str:
     """
     scores = list(dict.fromkeys(name for result in results for name in result.scores))
     columns = [*scores, *(name for name in lacking if name not in (*scores, PROMPTED))]
-    head = ("method", "schedule", "full steps", "step ratio", "speedup", "whole call", "PSNR, dB [95 %]", "SSIM")
+    timed = ("full steps", "step ratio", "speedup", "whole call")
+    head = ("method", "schedule", *timed, "PSNR, dB [95 %]", f"{FLOAT_PSNR}, dB [95 %]", "SSIM")
     rows = [_cells(result, columns, lacking) for result in results]
     return markdown((*head, *columns, PROMPTED), rows, text=2)
 
@@ -86,9 +97,10 @@ def _cells(result: Result, columns: Sequence[str], lacking: Sequence[str]) -> li
         result.schedule,
         f"{result.full_steps:.3g}",
         f"{result.step_ratio:.2f}",
-        _or_dash(result.speedup, "{:.2f}x"),
-        _or_dash(result.call_speedup, "{:.2f}x"),
+        _or_dash(result.speedup, "{:.2f}x", "-" if result.steady else UNSTEADY),
+        _or_dash(result.call_speedup, "{:.2f}x", "-" if result.steady else UNSTEADY),
         _psnr_cell(result),
+        _float_psnr_cell(result),
         f"{result.ssim:.3f}",
         *(_or_dash(result.scores.get(name), "{:.3f}", NOT_HAD if name in lacking else "-") for name in columns),
         _or_dash(result.prompted, "{:.1%}", NOT_HAD if PROMPTED in lacking else "-"),
@@ -102,6 +114,13 @@ def _psnr_cell(result: Result) -> str:
     if result.psnr == MOST_PSNR:
         return f">= {MOST_PSNR:.0f}"
     return f"{Interval(result.psnr, result.psnr_low, result.psnr_high)}"
+
+
+def _float_psnr_cell(result: Result) -> str:
+    """Return the float PSNR with its interval; where all pictures are the same to the last bit, that."""
+    if result.float_psnr is None:
+        return "-"
+    return "identical" if result.float_psnr.mean == MOST_FLOAT_PSNR else f"{result.float_psnr}"
 
 
 def _or_dash(value: float | None, form: str, without: str = "-") -> str:
@@ -142,8 +161,9 @@ def _cost_cells(comparison: Comparison, key: Key) -> list[str]:
 def differences(comparison: Comparison, ours: str) -> str:
     """Lay out by how many dB the method named `ours` is above every other of as many full steps, pair by pair.
 
-    By how much less its latents drift stands beside it: that goes on where PSNR ends, at its cap. Full steps that
-    differ from run to run are rounded. Planned schedules and the paper's are not set beside each other.
+    By how much its float PSNR is above, and its latents drift less, stands beside it: these go on where PSNR ends, at
+    its cap. Full steps that differ from run to run are rounded. Planned schedules and the paper's are not set beside
+    each other.
 
     Raises: ValueError if there is no such method.
     """
@@ -156,42 +176,52 @@ def differences(comparison: Comparison, ours: str) -> str:
             f"{mine.schedule} - {other.schedule}",
             f"{mine.full_steps:.3g}",
             f"{comparison.difference((ours, mine.schedule), (other.method, other.schedule)):+.2f}",
-            _less_drift(comparison, (ours, mine.schedule), (other.method, other.schedule)),
+            _gain(comparison, (ours, mine.schedule), (other.method, other.schedule), FLOAT_PSNR),
+            _gain(comparison, (other.method, other.schedule), (ours, mine.schedule), DRIFT),
         ]
         for mine in results
         for other in results
         if mine.method == ours and other is not mine and round(other.full_steps) == round(mine.full_steps)
         if {mine.kind, other.kind} != {"at", "paper"}
     ]
-    head = ("difference", "schedules", "full steps", "PSNR, dB [95 %]", "less drift, dB [95 %]")
+    scores = ("PSNR, dB [95 %]", f"{FLOAT_PSNR}, dB [95 %]", "less drift, dB [95 %]")
+    head = ("difference", "schedules", "full steps", *scores)
     return markdown(head, rows, text=2)
 
 
-def _less_drift(comparison: Comparison, mine: Key, other: Key) -> str:
-    if any(DRIFT not in record.scores for key in (mine, other) for record in comparison.records[key]):
+def _gain(comparison: Comparison, one: Key, other: Key, score: str) -> str:
+    if not _have(comparison, score, one, other):
         return "-"  # measured before there was this score
-    return f"{comparison.difference(other, mine, DRIFT):+.2f}"
+    return f"{comparison.difference(one, other, score):+.2f}"
+
+
+def _have(comparison: Comparison, score: str, *keys: Key) -> bool:
+    return score == "PSNR" or all(score in record.scores for key in keys for record in comparison.records[key])
 
 
 def at_equal_cost(comparison: Comparison, ours: str) -> str:
     """Set every other method beside the best of ours that takes no more FLOPs, pair by pair.
 
     Ours are the methods whose names begin with `ours`. FLOPs are as a ratio, the reference run's to theirs; a dash
-    where none of ours is that cheap.
+    where none of ours is that cheap. The best, and what is above, are so in float PSNR, or in PSNR where that was not
+    measured for all.
     """
     shares, results = comparison.shares, comparison.results()
     psnr = {(result.method, result.schedule): result.psnr for result in results}
+    floats = {(one.method, one.schedule): one.float_psnr.mean for one in results if one.float_psnr is not None}
+    by, scored = (FLOAT_PSNR, floats) if set(shares) <= set(floats) else ("PSNR", psnr)
     mine = [key for key in shares if key[0].startswith(ours)]
     rows = []
     for other in [key for key in shares if key not in mine and key != REFERENCE]:
         cells = [*other, f"{1 / shares[other]:.2f}", f"{psnr[other]:.2f}"]
         cheaper = [key for key in mine if shares[key] <= shares[other] * (1 + 1e-9)]
         if cheaper:
-            best = max(cheaper, key=psnr.__getitem__)
-            gain = comparison.difference(best, other)
-            cells += [*best, f"{1 / shares[best]:.2f}", f"{gain:+.2f}", _verdict(gain)]
-        rows.append(cells + ["-"] * (9 - len(cells)))
-    best = (f"{ours} at no more FLOPs", "its schedule", "its ratio", f"{ours} above it, dB [95 %]", "")
+            best = max(cheaper, key=scored.__getitem__)
+            gains = [_gain(comparison, best, other, score) for score in ("PSNR", FLOAT_PSNR)]
+            cells += [*best, f"{1 / shares[best]:.2f}", *gains, _verdict(comparison.difference(best, other, by))]
+        rows.append(cells + ["-"] * (10 - len(cells)))
+    above = (f"{ours} above it, dB [95 %]", f"in {FLOAT_PSNR}", "")
+    best = (f"{ours} at no more FLOPs", "its schedule", "its ratio", *above)
     return markdown(("method", "schedule", "FLOP ratio", "PSNR, dB", *best), rows, text=2) if mine and rows else ""
 
 

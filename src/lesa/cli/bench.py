@@ -9,6 +9,7 @@ from typing import Any
 
 from lesa.bench import again, page, scores
 from lesa.bench.compare import BUDGETS, CompareOptions, compare, shipped
+from lesa.bench.lines import FLOAT_PSNR
 from lesa.cli import options
 from lesa.host import needs
 from lesa.host.loading import loaded
@@ -105,6 +106,9 @@ def reproduce(given: Namespace) -> int:
     then, now = found
     options.say(f"{then.method} on {then.schedule}, {then.prompt!r}, seed {then.seed}")
     psnr = f"PSNR {then.psnr:.4f} dB then, {now.psnr:.4f} dB now"
+    floats = [one.scores.get(FLOAT_PSNR) for one in found]
+    if None not in floats:
+        psnr += "; float PSNR {:.4f} dB then, {:.4f} dB now".format(*floats)
     options.say(f"{psnr}; SSIM {then.ssim:.6f} then, {now.ssim:.6f} now")
     return int(found.off > given.tolerance)
 
@@ -151,7 +155,9 @@ def _add_comparison(parser: ArgumentParser, pairs: int, timed: int, budgets: Seq
     words = "to plan on, of lesa collect; default: runs of its prompts"
     parser.add_argument("--data", metavar="FOLDER", help=words)
     parser.add_argument("--batch-size", type=count, default=16)
-    words = f"besides PSNR and SSIM, some of MS-SSIM,LPIPS,CLIP,ImageReward ({SCORES})"
+    words = (
+        f"besides PSNR, float PSNR and SSIM, some of MS-SSIM,LPIPS,CLIP,ImageReward,'{scores.AS_PUBLISHED}' ({SCORES})"
+    )
     parser.add_argument("--scores", type=options.read_names, default=SCORES, help=words)
     parser.add_argument(
         "--out", default=out, metavar="FOLDER", help=f"for the records, the report and its plots ({out})"

@@ -19,12 +19,14 @@ _Way = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 class Recorded(NamedTuple):
     """What recorded runs say: their `grid`, the steps at which histories begin, what the sampler carries, the `errors`
-    E_ks (S, S, P, numbers) and |x|^2 of every run's end (P,)."""
+    E_ks (S, S, P, numbers), what the velocity of each step would grow by if its feature were twice as long, G_s
+    (S, P, numbers), and |x|^2 of every run's end (P,)."""
 
     grid: Tensor
     begins: tuple[int, ...]
     carry: Carry
     errors: Tensor
+    growth: Tensor
     scale: Tensor
 
 
@@ -39,6 +41,7 @@ class Ways:
         self.steps, self.begins, self._grid = len(recorded.grid) - 1, recorded.begins, recorded.grid
         self.prompts, self.width = recorded.errors.shape[2:]
         self.errors = recorded.errors.flatten(2).numpy()
+        self.growth = recorded.growth.flatten(1).numpy()
         self.scale = recorded.scale.numpy()
         self._carry = recorded.carry
         self._ways: dict[tuple[int, int], _Way] = {}
@@ -57,19 +60,21 @@ class Ways:
         return found
 
     def rows(self, forecaster: Forecaster, past: tuple[int, ...], end: int, ahead: bool) -> np.ndarray:
-        """Return the rows of the steps from the newest of `past` to `end`, (end - newest, past); the first is its own.
+        """Return the rows of the steps from the newest of `past` to `end`, (end - newest, past + 1), with what each sums
+        to beyond 1 as its last number; the first is the newest step's.
 
         Looking `ahead`, all to the run's end are made at once: a search will ask for them.
         """
         newest, key = past[-1], (forecaster, past)
         known = self._rows.get(key)
         if known is None:
-            known = np.eye(len(past), dtype=np.float32)[-1:]
+            known = np.eye(len(past) + 1, dtype=np.float32)[-2:-1]
         if newest + len(known) < end:
             missing = range(newest + len(known), self.steps if ahead else end)
             with torch.no_grad():
                 made = forecaster.rows_of(self._grid, dict.fromkeys(missing, past))
-                more = torch.stack([made[step].coefficients for step in missing]).float()
+                exact = torch.stack([made[step].coefficients for step in missing]).double()
+            more = torch.cat([exact, exact.sum(1, keepdim=True) - 1], dim=1).float()  # in double: of most the last is 0
             known = self._rows[key] = np.concatenate([known, more.numpy()])
         return known[: end - newest]
 
@@ -115,11 +120,13 @@ class Drifts:
         ways, newest = self._ways, full[-1]
         past = ways.past(self._forecaster, full)
         kept, moves, onto = ways.between(newest, end)
-        rows = ways.rows(self._forecaster, past, end, self._ahead)
+        rows, beyond = np.split(ways.rows(self._forecaster, past, end, self._ahead), [-1], axis=1)
         state = np.zeros((len(onto), ways.errors.shape[2]), dtype=np.float32)
         if end > newest + 1:
             for number, step in enumerate(past):
                 state += (moves[:, 1:] * rows[1:, number]) @ ways.errors[step, newest + 1 : end]
+            if beyond.any():
+                state += (moves * beyond[:, 0])[:, 1:] @ ways.growth[newest + 1 : end]
         new = onto @ state
         weights = moves @ rows  # (r, past): how much enters of what each full step's velocity answered
         for back in range(1, min(len(past), len(full) - 1) + 1):

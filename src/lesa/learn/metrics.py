@@ -16,6 +16,8 @@ from lesa.host import needs
 
 MOST_PSNR = 60.0
 """The PSNR in dB of identical pictures, and the most that any pair can have: of those that have it many differ."""
+MOST_FLOAT_PSNR = 150.0
+"""The float PSNR in dB of identical pictures, and the most that any pair can have: what float32's rounding leaves."""
 MOST_DRIFT = 120.0
 """The drift in dB of latents that are not finite, and the most that any can have; `-MOST_DRIFT` is the least."""
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -48,6 +50,27 @@ def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
     if picture.ndim == 4:
         return fmean(psnr(*frames) for frames in zip(picture, reference, strict=True))
     return _decibels(picture.astype(np.float64) - reference)
+
+
+def float_psnr(picture: np.ndarray, reference: np.ndarray) -> float:
+    """Return 10 log10(1 / mean squared difference) of two pictures (H, W, 3) of floats from 0 to 1, in dB.
+
+    They are decoded pictures before rounding to 8 bits, whose PSNR ends where all values round alike. This one ends at
+    `MOST_FLOAT_PSNR`, where float32 rounds them. Of two clips (frames, H, W, 3) it is the mean over frames.
+
+    Raises: ValueError if the pictures are not of floats, and of one shape (H, W, 3) or (frames, H, W, 3).
+    """
+    shapes = f"{picture.dtype} {picture.shape} and {reference.dtype} {reference.shape}"
+    floats = all(np.issubdtype(array.dtype, np.floating) for array in (picture, reference))
+    if not floats or picture.shape != reference.shape or picture.ndim not in (3, 4) or picture.shape[-1] != 3:
+        raise ValueError(
+            f"two pictures are floats of one shape (H, W, 3), two clips (frames, H, W, 3), got {shapes}; decode both "
+            "to floats from 0 to 1, of one size."
+        )
+    if picture.ndim == 4:
+        return fmean(float_psnr(*frames) for frames in zip(picture, reference, strict=True))
+    error = float(np.mean((picture.astype(np.float64) - reference) ** 2))
+    return MOST_FLOAT_PSNR if error == 0 else min(MOST_FLOAT_PSNR, -10 * math.log10(error))
 
 
 def psnr_as_published(picture: np.ndarray, reference: np.ndarray) -> float:

@@ -1,9 +1,10 @@
 """Choose which steps are full: from recorded runs, for a forecaster and a budget.
 
 Forecasts are linear, so what a schedule leaves in the latents is algebra on the recorded runs. With E_ks the error that
-reusing the feature of step k leaves in the output of step s, a row with coefficients c leaves sum_k c_k E_ks there
-(rows whose coefficients sum to 1; the head is nearly affine). The drift d of the latents is then what the sampler makes
-of the errors e of its velocities, by its response R (`lesa.rows.sampler`):
+reusing the feature of step k leaves in the output of step s, a row with coefficients c leaves sum_k c_k E_ks there (the
+head is nearly affine), and (sum_k c_k - 1) G_s if its coefficients do not sum to 1, with G_s what a longer feature of
+step s does to its output. The drift d of the latents is then what the sampler makes of the errors e of its velocities,
+by its response R (`lesa.rows.sampler`):
 
     d_s = sum_{j < s} R_sj e_j,    e_j = sum_k c_k E_kj + sum_k c_k r_k d_k
 
@@ -199,9 +200,9 @@ class Planner:
         self.caution = 0.0 if self.guided else MEASURED
         self.sampler = sampler_of(reference)
         self._responses = responses or Answers(torch.zeros(self.steps), torch.zeros(self.steps))
-        self._errors = sketched(runs, outputs_of, Guidance.of(reference, streams, self.sampler), size)
+        self._errors, growth = sketched(runs, outputs_of, Guidance.of(reference, streams, self.sampler), size)
         self._scale = runs.latents[:, -1].float().square().sum(dim=(1, 2))
-        recorded = Recorded(self.grid, self.begins, Carry(self.sampler.response), self._errors, self._scale)
+        recorded = Recorded(self.grid, self.begins, Carry(self.sampler.response), self._errors, growth, self._scale)
         self._ways = Ways(recorded)
         self._run = run
         self._known: dict[tuple[Forecaster, Schedule], float] = {}

@@ -10,25 +10,31 @@ from torch import Tensor
 from lesa.learn.training import Head, Runs
 from lesa.rows.guidance import Guidance
 
+LONGER = 1 / 16
+"""By how much features are made longer to see what that does to outputs."""
 NOTHING = 1e-8
 """What is left of errors' squares beside the runs' own directions is rounding below this share of them."""
 
 
 @torch.no_grad()
-def sketched(runs: Runs, outputs_of: Head, guidance: Guidance, size: int) -> Tensor:
-    """Return the errors E_ks as numbers whose squares add up to theirs, (S, S, P, numbers), 0 unless k < s.
+def sketched(runs: Runs, outputs_of: Head, guidance: Guidance, size: int) -> tuple[Tensor, Tensor]:
+    """Return the errors E_ks as numbers whose squares add up to theirs, (S, S, P, numbers), 0 unless k < s; and in the
+    same numbers what velocities grow by as features do, G_s (S, P, numbers).
 
-    Along the directions in which a run's own velocities differ from step to step they are exact, and at the output tap
+    Along a run's own velocities they are exact, and at the output tap
     that is all there is, so that no search can take a good sketch for a good schedule. What is left behind a feature
     tap is projected to `size` random numbers.
     """
     prompts, _, steps, tokens, channels = runs.outputs.shape
     own = guidance.velocity(runs.outputs.float()).flatten(2)
-    known = torch.linalg.qr(own.diff(dim=1).mT).Q if steps > 1 else own.new_zeros(prompts, tokens * channels, 0)
+    known = torch.linalg.qr(torch.cat([own.diff(dim=1), own[:, -1:]], dim=1).mT).Q
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(tokens * channels, size, generator=generator) / math.sqrt(size)
     drawn = drawn - known @ (known.mT @ drawn)  # (P, tokens * channels, size): of what is beside the directions
     width = known.shape[2]
+    longer = guidance.velocity(outputs_of(runs.features * (1 + LONGER), runs.conditioning).float()).flatten(2)
+    grown = (longer - own) / LONGER
+    growth = torch.cat([grown @ known, grown @ drawn], dim=2).movedim(1, 0)
     errors = torch.zeros(steps, steps, prompts, width + size)
     for k in range(steps - 1):
         later = slice(k + 1, steps)
@@ -38,5 +44,5 @@ def sketched(runs: Runs, outputs_of: Head, guidance: Guidance, size: int) -> Ten
         errors[k, later] = torch.cat([missed @ known, missed @ drawn], dim=2).movedim(1, 0)
     beside = errors[..., width:]
     if float(beside.square().sum()) <= NOTHING * float(errors.square().sum()):
-        return errors[..., :width].contiguous()
-    return errors
+        return errors[..., :width].contiguous(), growth[..., :width].contiguous()
+    return errors, growth

@@ -50,7 +50,7 @@ class Reuse(Forecaster):
 
     def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
         """Return 1 for the newest past step and 0 for the others."""
-        return Row(torch.eye(len(past), dtype=torch.float64)[-1], _zero())
+        return Row(torch.eye(len(past), dtype=torch.float64)[-1], zero())
 
     def __repr__(self) -> str:
         return "Reuse()"
@@ -69,7 +69,7 @@ class Taylor(Forecaster):
     remembers_forecasts = False
 
     def __init__(self, order: int = 1) -> None:
-        self.order = _not_negative("order", order)
+        self.order = not_negative("order", order)
         self.memory = self.order + 1
 
     def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
@@ -95,6 +95,20 @@ class Taylor(Forecaster):
         return f"Taylor(order={self.order})"
 
 
+def backward_differences(past: Sequence[int], order: int) -> list[Tensor]:
+    """Return d_0, d_1, ... of the newest of some full steps as combinations of their features, up to d_order.
+
+    d_0 = h and d_{j+1} = (d_j - previous d_j) / gap, the gap being that of the two newest full steps.
+    """
+    differences: list[Tensor] = []
+    for k, feature in enumerate(torch.eye(len(past), dtype=torch.float64)):
+        newer = [feature]
+        for previous in differences[:order]:
+            newer.append((newer[-1] - previous) / (past[k] - past[k - 1]))
+        differences = newer
+    return differences
+
+
 class Lagrange(Forecaster):
     """Extrapolate the polynomial in t through the newest full steps' features, exact to its degree on any grid.
 
@@ -106,7 +120,7 @@ class Lagrange(Forecaster):
     remembers_forecasts = False
 
     def __init__(self, degree: int = 1) -> None:
-        self.degree = _not_negative("degree", degree)
+        self.degree = not_negative("degree", degree)
         self.memory = self.degree + 1
 
     def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
@@ -137,7 +151,7 @@ def _together(
     together: dict[tuple[int, ...], list[int]] = {}
     for step, past in pasts.items():
         together.setdefault(tuple(past), []).append(step)
-    offset, rows = _zero(), {}
+    offset, rows = zero(), {}
     for past, steps in together.items():
         rows.update(zip(steps, weights(steps, past), strict=True))
     return {step: Row(rows[step], offset) for step in pasts}
@@ -220,11 +234,16 @@ def _numbers(numbers: float | Sequence[float]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-def _zero() -> Tensor:
+def zero() -> Tensor:
+    """Return the offset of a row without one."""
     return _numbers(0.0)
 
 
-def _not_negative(name: str, number: int) -> int:
+def not_negative(name: str, number: int) -> int:
+    """Return a number that may be an order or a degree.
+
+    Raises: ValueError if it is none.
+    """
     if not isinstance(number, int) or number < 0:
         raise ValueError(f"{name} is a whole number, at least 0, got {number}; raise it.")
     return number
