@@ -10,6 +10,7 @@ import numpy as np
 from lesa.host import needs
 from lesa.learn import metrics
 from lesa.learn.calls import Call
+from lesa.learn.counted import Recording
 from lesa.learn.drawn import arrays
 from lesa.learn.references import References
 from lesa.predictors.curve import Tried
@@ -50,9 +51,16 @@ class Checks:
         """
         measured = self._known.measure(forecaster, schedule)
         drawn = arrays(measured.pictures) if self._wanted is not None else None
+        return self._tried(rows, str(schedule), measured.drifts, drawn)
+
+    def compare(self, rows: str, schedule: str, runs: Sequence[Recording], drawn: list[np.ndarray] | None) -> Tried:
+        """Say what other runs of the same calls gave: where they ended, and what they drew."""
+        return self._tried(rows, schedule, self._known.drifts(runs), drawn)
+
+    def _tried(self, rows: str, schedule: str, drifts: Sequence[float], drawn: list[np.ndarray] | None) -> Tried:
         pairs = list(zip(drawn, self._wanted, strict=True)) if drawn and self._wanted else []
         found = {name: tuple(metric(*pair) for pair in pairs) for name, metric in self._metrics.items()}
-        tried = Tried(rows, str(schedule), tuple(measured.drifts), **found)
+        tried = Tried(rows, schedule, tuple(drifts), **found)
         if pairs:
             self.worst[tried] = pairs[min(range(len(pairs)), key=lambda k: tried.psnr[k])]
         return tried

@@ -60,7 +60,7 @@ class Ways:
         return found
 
     def rows(self, forecaster: Forecaster, past: tuple[int, ...], end: int, ahead: bool) -> np.ndarray:
-        """Return the rows of the steps from the newest of `past` to `end`, (end - newest, past + 1), with what each sums
+        """Return the rows of the steps from the newest of `past` to `end`, (end - newest, past + 1), and what each sums
         to beyond 1 as its last number; the first is the newest step's.
 
         Looking `ahead`, all to the run's end are made at once: a search will ask for them.
