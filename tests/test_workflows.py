@@ -5,7 +5,6 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
-from tiny import TRAINED
 
 import lesa
 from lesa.bench import records
@@ -63,29 +62,6 @@ def test_prompts_are_planned_on_where_there_are_no_recorded_runs(pipe):
     assert planned.place == "output" and len(planned.schedule.full_steps(6)) == 2
     with pytest.raises(FileNotFoundError, match="comes without prompts"):
         lesa.plan(pipe, [2])
-
-
-def test_a_call_and_a_command_calibrate_alike(pipe, tiny_flux, tmp_path, capsys):
-    model = tmp_path / "model"
-    tiny_flux.save_pretrained(model)
-    (model / "call.json").write_text(json.dumps(CALL))
-    (model / "prompts.txt").write_text("\n".join(PROMPTS))
-    (model / "calls.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in PROMPTS))
-    options = ["--budget", "3", "--batch-size", "2"]
-    for number, named in enumerate((["--prompts", "prompts.txt"], ["--calls", "calls.jsonl"])):
-        runs = [named[0], str(model / named[1])]
-        assert main(["calibrate", str(model), *options, *runs, "--out", str(tmp_path / str(number))]) in TRAINED
-    capsys.readouterr()
-    ours = lesa.load(model)
-    trained = lesa.calibrate(ours, PROMPTS, tmp_path / "ours", lesa.CalibrateOptions(3, batch_size=2))
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("0", "1", "ours")]
-    assert weights[0] == weights[1] == weights[2]
-    origin = lesa.Predictor.from_pretrained(tmp_path / "0").origin
-    assert replace(trained.predictor.origin, training={}) == replace(origin, training={})
-    (model / "calls.jsonl").write_text('{"prompt": "x", "height": 64}\n')
-    runs = ["--calls", str(model / "calls.jsonl")]
-    assert main(["calibrate", str(model), *options, *runs, "--out", str(tmp_path / "other")]) in TRAINED
-    assert lesa.Predictor.from_pretrained(tmp_path / "other").origin.streams == ("all",)  # recorded at the sampler
 
 
 def test_methods_are_compared_on_a_pipeline_object(pipe, tmp_path):

@@ -18,6 +18,7 @@ from lesa.learn import train as training
 from lesa.learn.options import HISTORIES, LOSSES, METHODS, TrainOptions
 from lesa.learn.outcome import GAINED_NOTHING
 from lesa.predictors import Predictor
+from lesa.predictors.base import check_place
 from lesa.predictors.curve import Curve, Point
 
 
@@ -99,6 +100,8 @@ def calibrate(given: Namespace) -> int:
     """Find a schedule and rows from a few runs, check them, and keep them where `lesa.accelerate` finds them."""
     if given.plot:
         needs.check("lesa calibrate --plot", "plots")
+    if given.out:
+        check_place(given.out)
     began, load, worst = monotonic(), options.load_options(given), {}
     prompts = options.runs_of(given.prompts, given.calls, given.limit)
     chosen = calibration.CalibrateOptions(

@@ -26,6 +26,7 @@ from lesa.learn.progress import Progress
 from lesa.learn.references import BATCH
 from lesa.learn.rivals import Rivals, baked
 from lesa.learn.solve import Solver
+from lesa.predictors.base import check_place
 from lesa.predictors.calibration import Quality
 from lesa.predictors.curve import SOLVED, Curve, Point
 from lesa.predictors.fingerprint import fingerprint
@@ -112,6 +113,8 @@ def calibrate(
         LookupError if no budget keeps the target.
     """
     wanted = _Wanted.of(budget, budgets, target)
+    if folder is not None:
+        check_place(folder)
     bench = _Bench(pipe, calls, options, call, shelf or Shelf())
     with bench.progress:
         curve, chosen = wanted.find(bench, on_point or (lambda _point, _pictures: None))
