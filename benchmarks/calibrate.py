@@ -28,15 +28,18 @@ from typing import Any
 import samplers
 
 import lesa
+from lesa.bench.methods import untrained
 from lesa.bench.report import markdown
 from lesa.host.loading import LoadOptions, loaded
+from lesa.host.tap import OUTPUT
 from lesa.learn import metrics
 from lesa.learn.call_files import read_calls, read_prompts
 from lesa.learn.calls import Call
 from lesa.learn.checks import Checks
+from lesa.learn.collecting import TRAINING_SEED
 from lesa.learn.drawn import arrays
 from lesa.learn.references import References
-from lesa.learn.rivals import UNTRAINED
+from lesa.learn.rivals import UNTRAINED, Rivals
 from lesa.predictors.curve import SOLVED, Point, Tried
 from lesa.predictors.shelf import Shelf
 from lesa.predictors.shipped import shipped_for
@@ -65,6 +68,19 @@ def pipeline(options: argparse.Namespace) -> Any:
     return pipe
 
 
+def everyone(known: Checks, plans: Rivals, budget: int) -> list[Tried]:
+    """Run every row without training on the schedule that real runs choose for it; returns all, the best one first.
+
+    The best of them is found on the held-out prompts themselves, which favours them.
+    """
+    found = []
+    for name, forecaster in untrained(True, lagrange=True, place=OUTPUT, rivals=True).items():
+        schedule = plans.refined(forecaster, budget)
+        found.append(known.run(f"{name}, refined plan", forecaster, schedule))
+        print(f"{budget} full steps, {name} on {schedule}: drift {metrics.interval(found[-1].drift)}", flush=True)
+    return sorted(found, key=lambda one: fmean(one.drift))
+
+
 def fewer_steps(known: Checks, pipe: Any, calls: Sequence[Call], budget: int, batch: int) -> Tried:
     """Run the same sampler with fewer steps."""
     fewer = dict(num_inference_steps=budget)
@@ -89,12 +105,16 @@ def measured(options: argparse.Namespace, pipe: Any, predictor: Any) -> list[tup
     known = Checks(pipe, held, range(len(held)), {}, pictures=True, batch_size=options.batch)
     shelf, rows = Shelf(options.shelf), []
     by_name = {repr(one): one for one in UNTRAINED}
+    solved_on = calls_of(options.model, "train", options.prompts)
+    plans = Rivals(pipe, solved_on, range(TRAINING_SEED, TRAINING_SEED + len(solved_on)), {})
     for point in predictor.curve.points:
         kept = shelf.all()[0].predictor(point.full_steps)
         name = "calibrated" if point.is_solved else f"calibrated ({point.kept.rows})"
         found = [known.run(name, kept, kept.schedule)]
         rival = min((one for one in point.tried if one.rows != SOLVED), key=lambda one: fmean(one.drift))
         found.append(known.run(rival.rows, by_name[rival.rows], lesa.Schedule.parse(rival.schedule)))
+        if options.rivals:
+            found += everyone(known, plans, point.full_steps)
         try:
             trained = shipped_for(pipe, budget=point.full_steps)
             schedule = trained.schedule_for(kept.grid, point.full_steps)
@@ -119,6 +139,7 @@ def main() -> None:
     parser.add_argument("--checked", type=int)
     parser.add_argument("--pairs", type=int, default=200, help="held-out ones (200)")
     parser.add_argument("--batch", type=int, default=25)
+    parser.add_argument("--rivals", action="store_true", help="every row without training, on a plan that is refined")
     parser.add_argument("--refine", type=int, default=lesa.CalibrateOptions.refine)
     parser.add_argument("--seed", type=int, default=0, help="of the calibration's noise and choice of prompts")
     options = parser.parse_args()

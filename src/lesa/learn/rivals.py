@@ -44,6 +44,13 @@ class Rivals:
             why = f"no schedules were planned for rows without training: {error}"
         return list(dict.fromkeys(found)), why
 
+    def refined(self, forecaster: Forecaster, budget: int) -> Schedule:
+        """Return the schedule that real runs choose for a forecaster, among plans of more and more caution.
+
+        Raises: ValueError as `lesa.learn.collect.record` and `Planner` do.
+        """
+        return self._planned_by().plan(forecaster, budget)
+
     def _planned_by(self) -> Planner:
         if self._planner is None:
             runs = record(self._pipe, self._calls, self._seeds, None, None, seam=True, **self._call)
