@@ -169,6 +169,22 @@ def test_a_sampler_of_ones_own():
     assert numbers.response[-1].tolist() == [-1.75, -1.5, -1]
 
 
+class Brownian(Toy):
+    """Adds what a Brownian motion gained, whose ends it draws from their seeds whenever it needs them."""
+
+    def step(self, model_output, timestep, sample):
+        step = self.timesteps.tolist().index(float(timestep))
+        seeds = [torch.Generator().manual_seed(seed) for seed in (step, step + 1)]
+        before, after = (torch.randn(sample.shape, generator=seed, dtype=sample.dtype) for seed in seeds)
+        return (sample - model_output + after - before,)
+
+
+def test_a_draw_that_is_made_again_is_the_same_draw():
+    latents = torch.zeros(SHAPE)
+    numbers = sampler.of(Brownian(), latents.clone(), 3.0, latents)
+    assert numbers.noise.tolist() == [[-1, 1, 0, 0], [0, -1, 1, 0], [0, 0, -1, 1]]
+
+
 @pytest.mark.parametrize(
     "change",
     [

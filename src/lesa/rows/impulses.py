@@ -23,7 +23,8 @@ class Run:
 
     `inputs` holds a row for the latents of each step, one for the output of each, and one for each random draw; draws
     without a row are 0. The other dimensions are places: each is handed the same, times a power of 2 of its own.
-    `latents` lists what the steps gave, shape (places, inputs), these powers taken out; `draws` counts the draws.
+    `latents` lists what the steps gave, shape (places, inputs), these powers taken out; `draws` counts the draws. One
+    that is made again, from the seed that it came from (as a tree of Brownian motion does), is the same draw.
     """
 
     def __init__(self, scheduler: Any, calls: Sequence[Call], inputs: Tensor) -> None:
@@ -35,7 +36,8 @@ class Run:
         self._shape = (2,) * (sample.ndim - 1) + inputs.shape[1:]
         self._steps = len(calls)
         self.latents: list[Tensor] = []
-        self.draws = 0
+        self._rows: dict[bytes, int] = {}  # of the draws, by the numbers drawn
+        self._generators: dict[int, torch.Generator] = {}
         with _undisturbed(sample.device), _Draws(self._draw):
             self._run(copy.deepcopy(scheduler), calls)
 
@@ -67,7 +69,7 @@ class Run:
         if isinstance(value, list) and value and isinstance(value[0], torch.Generator):
             value = value[0]  # one for each picture of the batch
         if isinstance(value, torch.Generator):
-            return value.clone_state()
+            return self._generators.setdefault(id(value), value.clone_state())  # it goes on from step to step
         if name in OFFSETS and isinstance(value, Tensor):
             return value.new_zeros(self._shape)
         if not isinstance(value, Tensor) or value.numel() == 1:
@@ -82,6 +84,10 @@ class Run:
             f"a sampler as numbers treats all values of the latents alike, got {name} of shape {tuple(value.shape)}, "
             "with a value for each place; leave it out, or use another sampler."
         )
+
+    @property
+    def draws(self) -> int:
+        return len(self._rows)
 
     def _place(self, row: int) -> Tensor:
         return (self._powers * self._inputs[row]).reshape(self._shape)
@@ -98,8 +104,7 @@ class Run:
                 f"the noise of a sampler has the shape of its latents, {self._shape}, got {tuple(drawn.shape)}; use a "
                 "sampler that draws its noise value by value."
             )
-        row = 2 * self._steps + self.draws
-        self.draws += 1
+        row = 2 * self._steps + self._rows.setdefault(drawn.double().cpu().numpy().tobytes(), self.draws)
         return drawn.copy_(self._place(row)) if row < len(self._inputs) else drawn.zero_()
 
 
