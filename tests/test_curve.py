@@ -32,7 +32,7 @@ def test_the_fewest_full_steps_that_keep_a_target_on_the_mean(target, budget):
 
 
 def test_a_target_that_nothing_keeps_or_that_was_not_measured():
-    with pytest.raises(LookupError, match=r"no budget calibrated keeps psnr:58 .*ask for less"):
+    with pytest.raises(LookupError, match=r"no budget that was calibrated keeps psnr:58 .*ask for less"):
         CURVE.least(Quality.parse("psnr:58"))
     blind = Point(3, -30, (Tried(SOLVED, "at:0,3", (-30.0,)),), {}, 1.0)
     with pytest.raises(ValueError, match="measured by drift, got the target psnr:40"):
