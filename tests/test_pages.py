@@ -98,17 +98,26 @@ def test_nothing_is_installed_from_an_index_under_the_projects_name(page):
 
 
 def test_the_readme_begins_with_any_pipeline(tiny_flux, call):
-    """Its first block runs, as it stands, on a pipeline that nobody trained for."""
+    """Its first block runs, as it stands, on a pipeline that nobody trained for: what it calibrates, it finds."""
     block = blocks(ROOT / "README.md", "python")[0]
-    assert "lesa.load" not in block and "lesa.Taylor(1), schedule=lesa.Schedule.every(3)" in block
+    assert "lesa.load" not in block and "lesa.accelerate(pipe) as run" in block
     printed: list[object] = []
-    exec(block, {"pipe": with_call(copy.copy(tiny_flux), call), "print": printed.append})
-    assert printed[0]["cond"].skipped_steps == 5  # of 8
+    pipe = with_call(copy.copy(tiny_flux), {**call, "num_inference_steps": 10})
+    exec(block.replace(", ...]", "]"), {"pipe": pipe, "print": printed.append})
+    assert printed[0]["cond"].full_steps == 8 and printed[0].promise
 
 
-def test_the_second_block_of_the_readme_holds_for_the_model_that_it_loads():
-    """Of no other: a pipeline without a predictor is refused, and the page must not promise more."""
+def test_the_readme_goes_on_without_calibrating(tiny_flux, call):
     block = blocks(ROOT / "README.md", "python")[1]
+    assert "lesa.Taylor(1), schedule=lesa.Schedule.every(3)" in block
+    run: dict[str, Any] = {"pipe": with_call(copy.copy(tiny_flux), call), "lesa": lesa}
+    exec(block, run)
+    assert run["run"].summary()["cond"].skipped_steps == 5  # of 8
+
+
+def test_the_third_block_of_the_readme_holds_for_the_model_that_it_loads():
+    """Of no other: a pipeline without a predictor is refused, and the page must not promise more."""
+    block = blocks(ROOT / "README.md", "python")[2]
     folder = re.search(r'lesa\.load\("(.*?)"\)', block)
     assert folder and list((ROOT / folder[1] / SHIPPED_FOLDER).glob("*/config.json"))
     assert "lesa.accelerate(pipe) as" in block and "Pipeline" not in block
@@ -122,7 +131,7 @@ def test_rows_without_training_are_not_advised_on_the_papers_schedules(page):
 
 
 def test_the_headline_run_is_not_short():
-    """A call of the README's first block, strictly, on its model: no forecast has less past than it is made for."""
+    """A call of the README's third block, strictly, on its model: no forecast has less past than it is made for."""
     pipe = lesa.load(ROOT / "models" / "emoji-flux")
     pipe.set_progress_bar_config(disable=True)
     with lesa.accelerate(pipe, strict=True) as run:
