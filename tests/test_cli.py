@@ -353,7 +353,7 @@ def test_generate_draws_with_and_without_acceleration(model, predictor, tmp_path
     ("arguments", "words"),
     [
         (["bench"], "MODEL"),
-        (["generate", "MODEL", "a prompt"], "no predictor is shipped"),
+        (["generate", "MODEL", "a prompt", "--schedule", "every:2"], "no predictor is shipped"),
         (["generate", "MODEL", "a prompt", "--schedule", "sometimes"], "a schedule reads"),
         (["generate", "MODEL", "a prompt", "--predictor", "/nowhere"], "nowhere"),
         (["generate", "MODEL", "a prompt", "--forecaster", "oracle"], "got 'oracle'"),

@@ -15,7 +15,7 @@ import lesa
 from lesa.cli import main
 from lesa.host.pipelines import with_call
 from lesa.learn.metrics import psnr
-from lesa.predictors import LESA, Origin, Predictor
+from lesa.predictors import LESA, Origin, Predictor, shipped_for
 from lesa.rows.grid import from_scheduler
 from lesa.rows.plan import compile
 
@@ -121,7 +121,7 @@ def test_the_predictors_of_a_model_are_not_those_of_its_lora(tmp_path):
     bare = tmp_path / "lightning"
     shutil.copytree(LIGHTNING, bare, ignore=shutil.ignore_patterns("lesa"))
     with pytest.raises(LookupError, match=f"no predictor is shipped for {bare}"):
-        lesa.accelerate(lesa.load(QWEN, lora=bare))
+        shipped_for(lesa.load(QWEN, lora=bare))
 
 
 def test_an_expert_with_fewer_past_features_uses_its_newest_weights():

@@ -1263,7 +1263,7 @@ def test_a_plan_that_does_not_fit_stops_the_call_before_its_first_step(pipe, for
 
 def test_what_is_missing_is_asked_for(pipe):
     with pytest.raises(LookupError, match="no predictor is shipped for"):
-        accelerate(pipe)
+        accelerate(pipe, schedule=EVERY)
     with pytest.raises(ValueError, match=r"pass a schedule, e\.g\. schedule="):
         accelerate(pipe, Taylor(1))
     with pytest.raises(ValueError, match="grid="):

@@ -11,17 +11,19 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lesa.host.intercept import unmarked
-from lesa.host.structure import leaves
 from lesa.predictors import Origin, Predictor
 from lesa.rows.forecasters import Forecaster
 from lesa.rows.guidance import UNEXPLAINED, Guidance
 from lesa.rows.plan import Plan
+
+if TYPE_CHECKING:
+    from lesa.host.facts import Heard
 
 NOISE = 1e-4
 """What a step makes of zeros, if it is more than this, is noise that it adds."""
@@ -141,23 +143,15 @@ class Judge:
     def __init__(self, forecaster: Forecaster, noise: Noise):
         self._forecaster, self._noise = forecaster, noise
         self._origin = forecaster.origin if isinstance(forecaster, Predictor) else None
-        self._outputs: dict[str, Tensor] = {}
-        self._embedded: Tensor | None = None
 
-    def hear(self, stream: str, kwargs: Mapping[str, Any], output: Any) -> None:
-        """Keep what guidance is made of: the named arguments of a stream's call in the first step, and its output."""
-        if self._origin is not None and len(self._origin.streams) > 1:
-            self._outputs[stream] = next(x for _, x in leaves(output) if isinstance(x, Tensor)).detach()
-        self._embedded = kwargs.get("guidance")
-
-    def judge(self, plans: Sequence[Plan], scheduler: Any, args: tuple, kwargs: dict) -> None:
-        """Raise ValueError if outputs are not right on these plans, given a scheduler's first `step`."""
-        outputs, self._outputs = self._outputs, {}
+    def judge(self, plans: Sequence[Plan], heard: Heard, scheduler: Any, args: tuple, kwargs: dict) -> None:
+        """Raise ValueError if outputs are not right on these plans, given a scheduler's first `step` and what was heard
+        before it."""
         if (self._origin is not None or not all(map(_reuses, plans))) and self._noise.is_added(scheduler, args, kwargs):
             raise noise_error(scheduler, f"{self._forecaster!r} is for")
         if self._origin is not None:
-            check_embedded(self._origin, self._embedded)
-            check_guidance(self._origin, outputs, args[0] if args else kwargs["model_output"])
+            check_embedded(self._origin, heard.embedded)
+            check_guidance(self._origin, heard.outputs, args[0] if args else kwargs["model_output"])
 
 
 def _reuses(plan: Plan) -> bool:

@@ -6,30 +6,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lesa.host.choice import Chosen, FirstStep, Found, Named
 from lesa.host.clock import LoopClock, Moment, PipelineClock, argument, with_argument
-from lesa.host.conditions import Judge
-from lesa.host.data import DATA, DataPrediction, DataRun
+from lesa.host.data import DATA, DataRun
+from lesa.host.facts import Heard
 from lesa.host.streams import Call, Stream, Streams, name_of
 from lesa.host.structure import leaves, replace
 from lesa.host.summary import StreamSummary
-from lesa.rows import plan as plans
 from lesa.rows.detour import Detour, Detours
-from lesa.rows.forecasters import Forecaster, Reuse
 from lesa.rows.plan import Plan
 from lesa.rows.row import History, Row, Storage
 from lesa.rows.schedule import Schedule
+from lesa.rows.tap import Tap
 
-ScheduleFor = Callable[[Sequence[float], int], Schedule]
-"""(times of the grid, first step of the run) -> which steps are full"""
 StreamOf = Callable[[tuple, dict], "str | None"]
 """(arguments, named arguments of a denoiser's call) -> the name of its stream"""
-PLANS_KEPT = 64
 
 
 class _Slot(NamedTuple):
@@ -163,22 +159,20 @@ class Executor:
     def __init__(
         self,
         clock: PipelineClock | LoopClock,
-        forecaster: Forecaster,
-        schedule_for: ScheduleFor,
-        strict: bool,
+        choice: Named | Found,
         storage: Storage,
         detours: Detours,
         stream_of: StreamOf | None = None,
-        judge: Judge | None = None,
-        data: DataPrediction | None = None,
     ):
-        self.clock, self.forecaster, self.storage, self.detours = clock, forecaster, storage, detours
+        self.clock, self.choice, self.storage, self.detours = clock, choice, storage, detours
+        self._chosen: Chosen | None = None
+        self.found: dict[Chosen, int] = {}
         self.done: dict[str, StreamSummary] = {}
         self.plans: dict[str, Plan] = {}
-        self._stream_of, self.judge, self._data = stream_of, judge, data
+        self._stream_of, self._heard = stream_of, Heard()
         self.data: StreamSummary | None = None
+        self.data_reason = ""
         self._data_run: DataRun[Voice] | None = None
-        self._reuse = Reuse()
         self._name = threading.local()
         self._lock = threading.Lock()
         self._voices: dict[Stream, Voice] = {}
@@ -186,31 +180,19 @@ class Executor:
         self._runs: dict[str, Moment] = {}
         self._judged, self._taken = 0, None
 
-        @lru_cache(PLANS_KEPT)
-        def compiled(
-            name: str,
-            start: int,
-            began: int,
-            times: tuple[float, ...],
-            schedule: Schedule | None = None,
-            reuse: bool = False,
-        ) -> Plan:
-            schedule = schedule or schedule_for(times, start)
-            if began > start:  # a stream that joins the run later begins with a full step of its own
-                later = [step for step in schedule.full_steps(len(times) - 1, start) if step > began]
-                schedule = Schedule.at([began, *later])
-            of = self._reuse if reuse else forecaster.for_stream(name)
-            return plans.compile(of, times, schedule, began, strict)
-
-        self._compiled, self._schedule_for = compiled, schedule_for
         if isinstance(clock, PipelineClock):
-            clock.on_end, clock.on_tick, clock.on_first_step = self.forget, self._tick, self._judge_run
+            clock.on_end, clock.on_tick, clock.on_first_step = self.forget, self._tick, self._first_step
             clock.on_step = self._step
 
     @property
-    def data_reason(self) -> str:
-        """Why the data prediction is forecast."""
-        return self._data.reason if self._data is not None else ""
+    def chosen(self) -> Chosen:
+        """What the present run is forecast with."""
+        assert self._chosen is not None
+        return self._chosen
+
+    def is_at(self, tap: Tap | str) -> bool:
+        """Tell whether the present run's feature is at this tap."""
+        return self._chosen is not None and self._chosen.tap == tap
 
     def begin(self, denoiser: str, args: tuple, kwargs: dict) -> Any:
         """Say what becomes of a call of a denoiser: a `Passage`, or None if it is of no run."""
@@ -222,6 +204,7 @@ class Executor:
                 self.forget()
                 self._moment, self._streams, self._places, self._at = moment, Streams(), {}, moment.step
                 self._judged, self._taken = moment.start, None
+                self._chosen, self._heard = self.choice.begin(moment.times.tolist()), Heard()
             if moment.step != self._at:
                 self._places, self._at = {}, moment.step
             if self._data_run is not None and moment.ticks and self._data_run.voice is None:
@@ -269,15 +252,15 @@ class Executor:
 
     def _plans_of(self, voice: Voice, moment: Moment, detour: Detour | None = None) -> tuple[Plan, list[Plan]]:
         """Return a stream's plan in a run, and those that it may go on with."""
-        where = voice.name, moment.start, voice.began, tuple(moment.times.tolist())
-        others = [] if detour else [self._compiled(*where, other.schedule) for other in self.detours.values()]
+        chosen, where = self.chosen, (voice.name, moment.start, voice.began, tuple(moment.times.tolist()))
+        others = [] if detour else [chosen.plan(*where, other.schedule) for other in self.detours.values()]
         if self._begins_later(moment):
-            plan = self._compiled(*where, Schedule.at([voice.began]), reuse=True)
+            plan = chosen.plan(*where, Schedule.at([voice.began]), reuse=True)
         elif self._data_run is not None and self._data_run.schedule is not None:
-            plan = self._compiled(*where, self._data_run.schedule, reuse=voice is not self._data_run.voice)
+            plan = chosen.plan(*where, self._data_run.schedule, reuse=voice is not self._data_run.voice)
         else:
-            plan = self._compiled(*where, detour.schedule if detour else None)
-            others += [self._compiled(*where, reuse=True)] if self._data else []
+            plan = chosen.plan(*where, detour.schedule if detour else None)
+            others += [chosen.plan(*where, reuse=True)] if chosen.data else []
         self.plans[voice.name] = plan
         return plan, others
 
@@ -286,7 +269,7 @@ class Executor:
 
         Many schedulers do not know where on their grid they begin until they step.
         """
-        begins = self.forecaster.begins
+        begins = self.chosen.forecaster.begins
         return moment.ticks == 0 and not moment.told and bool(begins) and begins[0] > moment.start
 
     def _tick(self) -> None:
@@ -294,21 +277,38 @@ class Executor:
         moment = self._moment
         if moment is None or moment.ticks != 1:
             return
-        begins = self.forecaster.begins
+        begins = self.chosen.forecaster.begins
         for voice in self._voices.values():
             if voice.began != moment.start or (begins and begins[0] > moment.start and not moment.told):
                 voice.began = moment.start
                 voice.move(moment.start, *self._plans_of(voice, moment))
 
-    def _judge_run(self, scheduler: Any, args: tuple, kwargs: dict) -> None:
+    def _first_step(self, scheduler: Any, args: tuple, kwargs: dict) -> None:
+        """Decide what the run is forecast with, and judge whether that is right for it."""
+        moment, heard, self._heard = self._moment, self._heard, Heard()
+        if moment is None:
+            return
+        first = FirstStep(moment, heard, self.choice.noise, scheduler, args, kwargs)
+        chosen = self.choice.decide(first)
+        self.found[chosen] = self.found.get(chosen, 0) + 1
+        if chosen is not self.chosen:
+            self._turn_to(chosen, moment, first.start)
         followed = [voice.plan for voice in self._voices.values()]
         skips = any(plan.rows for plan in followed)
-        if self._data is not None and skips and self._data.wanted(scheduler, args, kwargs):
+        if chosen.data is not None and skips and chosen.data.wanted(scheduler, args, kwargs):
             self._data_run = DataRun()
-            self.data = self.data or StreamSummary()
+            self.data, self.data_reason = self.data or StreamSummary(), chosen.data.reason
             self.data.runs += 1
-        elif self.judge is not None:
-            self.judge.judge(followed, scheduler, args, kwargs)
+        elif chosen.judge is not None:
+            chosen.judge.judge(followed, heard, scheduler, args, kwargs)
+
+    def _turn_to(self, chosen: Chosen, moment: Moment, start: int) -> None:
+        """Go on with what was chosen after the run began; nothing was skipped yet."""
+        self._chosen = chosen
+        moment.start, moment.told = start, True
+        for voice in self._voices.values():
+            voice.began = start
+            voice.move(start, *self._plans_of(voice, moment))
 
     def _step(self, scheduler: Any, args: tuple, kwargs: dict, tick: int, part: int) -> tuple[tuple, dict]:
         """Where the data prediction is forecast, keep it at a full step, and exchange the output at a skipped one."""
@@ -316,8 +316,8 @@ class Executor:
         if moment is None or run is None:
             return args, kwargs
         if part == len(run):
-            assert self._data is not None
-            run.add(tick, self._data.levels(scheduler, args, kwargs))
+            assert self.chosen.data is not None
+            run.add(tick, self.chosen.data.levels(scheduler, args, kwargs))
         latents, output = (argument(scheduler, name, args, kwargs) for name in ("sample", "model_output"))
         known, step = run.known(part, tick), moment.start + tick
         if run.voice is None:  # the first tick: what is skipped is not known yet
@@ -350,7 +350,7 @@ class Executor:
         times, start = tuple(moment.times.tolist()), moment.start
         ticks = len(times) - 1 - start
         began = start + run.begin(ticks)
-        full = {*self._schedule_for(times, start).full_steps(len(times) - 1, start), *range(start, began + 1)}
+        full = {*self.chosen.schedule_for(times, start).full_steps(len(times) - 1, start), *range(start, began + 1)}
         run.schedule = Schedule.at(sorted(full.union(start + tick for tick in run.must_run(ticks))))
         run.voice = Voice(DATA, self.storage, self.data, began)
         for voice in (run.voice, *self._voices.values()):
@@ -361,9 +361,9 @@ class Executor:
         run.first.clear()
 
     def hear(self, voice: Voice, kwargs: dict, output: Any) -> None:
-        """Keep what the judge of a run looks at after its first step."""
-        if self.judge is not None and self._moment is not None and self._moment.ticks == 0:
-            self.judge.hear(voice.name, kwargs, output)
+        """Keep what a run is known by at its first step."""
+        if self._moment is not None and self._moment.ticks == 0:
+            self._heard.hear(voice.name, kwargs, output)
 
     def detour(self, voice: Voice, feature: Any) -> None:
         """At a full step, send an unusual run on its detour; the first stream decides for all."""
@@ -374,7 +374,7 @@ class Executor:
         if detour is not None and self._taken is None and step != self._judged:
             self._judged = step
             past = [k for k in plan.full if k < step][-plan.memory :]
-            row = self.forecaster.for_stream(voice.name).row(plan.grid, step, past)
+            row = self.chosen.forecaster.for_stream(voice.name).row(plan.grid, step, past)
             if voice.error(row, past, feature) > detour.limit:
                 self._taken = detour
         if self._taken is not None:
@@ -391,6 +391,7 @@ class Executor:
     def forget(self) -> None:
         """End the run: its histories are freed."""
         self._voices, self._moment, self._data_run = {}, None, None
+        self._heard = Heard()
 
     @contextmanager
     def within(self, name: str) -> Iterator[None]:

@@ -30,18 +30,22 @@ class Heard:
     """What the denoisers' calls of a run's first step gave, by their names, and which numbers they were given."""
 
     def __init__(self) -> None:
-        self._outputs: dict[str, Tensor] = {}
-        self._embedded: set[float] = set()
+        self.outputs: dict[str, Tensor] = {}
+        self.embedded: Tensor | None = None  # of the newest call
+        self._embedded: list[Tensor] = []
 
     def hear(self, name: str, kwargs: Mapping[str, Any], output: Any) -> None:
         """Take the name of a call, its named arguments and what it returned."""
-        self._outputs[name] = next(x for _, x in leaves(output) if isinstance(x, Tensor)).detach()
-        given = kwargs.get("guidance")
+        found = next((x for _, x in leaves(output) if isinstance(x, Tensor)), None)
+        if found is not None:
+            self.outputs[name] = found.detach()
+        self.embedded = given = kwargs.get("guidance")
         if isinstance(given, Tensor):
-            self._embedded |= {round(float(x), 4) for x in given.flatten().float()}
+            self._embedded.append(given)
 
     def facts(self, moment: Moment, noise: Noise, scheduler: Any, args: tuple, kwargs: dict) -> Facts:
         """Return the facts of a run, given its scheduler's first `step`."""
+        numbers = {round(float(x), 4) for given in self._embedded for x in given.flatten().float()}
         latents, velocity = (argument(scheduler, name, args, kwargs) for name in ("sample", "model_output"))
         return Facts(
             times=tuple(moment.times.tolist()),
@@ -49,9 +53,9 @@ class Heard:
             shape=tuple(latents.shape[1:]),
             sampler=type(scheduler).__name__,
             noise=noise.is_added(scheduler, args, kwargs),
-            streams=tuple(self._outputs),
-            guidance=mixture(list(self._outputs.values()), velocity, latents),
-            embedded=tuple(sorted(self._embedded)),
+            streams=tuple(self.outputs),
+            guidance=mixture(list(self.outputs.values()), velocity, latents),
+            embedded=tuple(sorted(numbers)),
         )
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lesa import predictors
 from lesa.host import data
+from lesa.host.choice import REFUSE, Found, Named, ScheduleFor, Terms, own_schedules
 from lesa.host.clock import LoopClock, PipelineClock
-from lesa.host.conditions import Judge, Noise
 from lesa.host.denoiser import attach, compiled_from, denoisers_of, refuse_compiled
-from lesa.host.executor import Executor, ScheduleFor, StreamOf
+from lesa.host.executor import Executor, StreamOf
 from lesa.host.intercept import mark_of
 from lesa.host.streams import FIRST, hear
 from lesa.host.summary import StreamSummary, Summary
@@ -37,11 +37,10 @@ _lock = threading.RLock()
 class Run:
     """An accelerated pipeline or denoiser; what `accelerate` returns. As a context manager it ends the acceleration."""
 
-    def __init__(
-        self, pipe: Any, names: Sequence[str], executor: Executor, tap: Tap | str, check: Callable, verify: bool
-    ):
+    def __init__(self, pipe: Any, names: Sequence[str], executor: Executor, check: Callable, verify: bool):
         self._pipe, self._names, self._executor = pipe, names, executor
-        self._tap, self._check, self._verify = tap, check, verify
+        self._check, self._verify = check, verify
+        self._passages: dict[str, Any] = {}
         self._attached: dict[str, tuple[nn.Module, Callable[[], None]]] = {}
         self._closed = False
         with ExitStack() as undo:
@@ -89,6 +88,11 @@ class Run:
             found.data = replace(self._executor.data, clamped=int(self._executor.data.clamped))
             found.reason = self._executor.data_reason
         found.passed_by = self._executor.clock.passed_by
+        for chosen, runs in self._executor.found.items():
+            if chosen.label:
+                found.chosen[chosen.label] = found.chosen.get(chosen.label, 0) + runs
+            found.fallbacks += runs * chosen.is_fallback
+        found.promise = "; ".join(dict.fromkeys(one.promise for one in self._executor.found if one.promise))
         return found
 
     def close(self) -> None:
@@ -111,20 +115,33 @@ class Run:
                 self._attached[name] = module, self._attach(name, module)
 
     def _attach(self, name: str, module: nn.Module) -> Callable[[], None]:
-        inner = compiled_from(module)
-        tap = self._tap if isinstance(self._tap, Tap) else tap_of(inner, self._tap)
-        if tap.modules:
-            refuse_compiled(module)
-        self._check(inner, tap)
-        first = name == self._names[0]
+        choice = self._executor.choice
         with ExitStack() as undo:
-            begin = partial(self._executor.begin, "" if first else name)
-            undo.callback(attach(module, tap, begin, verify=self._verify))
+            for tap in choice.taps:
+                begin = partial(self._begin, tap, tap == choice.taps[-1], "" if name == self._names[0] else name)
+                try:
+                    undo.callback(self._attach_at(tap, module, begin))
+                except ValueError as error:
+                    choice.without(tap, error)
             undo.callback(hear(module, self._executor.within))
             mark = mark_of(module)
             assert mark is not None
             mark.run = self
             return undo.pop_all().close
+
+    def _attach_at(self, tap: Tap | str, module: nn.Module, begin: Callable) -> Callable[[], None]:
+        inner = compiled_from(module)
+        found = tap if isinstance(tap, Tap) else tap_of(inner, tap)
+        if found.modules:
+            refuse_compiled(module)
+        self._check(inner, found)
+        return attach(module, found, begin, verify=self._verify)
+
+    def _begin(self, tap: Tap | str, outermost: bool, name: str, args: tuple, kwargs: dict) -> Any:
+        """Hand the passage of a call to the tap that its run is at: the outermost tap is asked first."""
+        if outermost:
+            self._passages[name] = self._executor.begin(name, args, kwargs)
+        return self._passages.pop(name, None) if self._executor.is_at(tap) else None
 
     def _detach(self) -> None:
         for _, undo in self._attached.values():
@@ -156,6 +173,9 @@ def accelerate(
     *,
     schedule: Schedule | None = None,
     budget: int | None = None,
+    quality: str | None = None,
+    hub: str | None = None,
+    fallback: str | Forecaster = REFUSE,
     grid: Sequence[float] | Tensor | None = None,
     tap: Tap | str | None = None,
     history: str = "model",
@@ -174,9 +194,14 @@ def accelerate(
         print(run.summary())
 
     It holds from the call on (`lesa.enable` is the same function) until the `with` block ends or `lesa.disable` is
-    called; then the model is as it was. Without a forecaster the predictor shipped for the pipeline is taken; without
-    a schedule, the forecaster's own. `budget` is a number of full steps: it picks the predictor shipped, or its
-    schedule, that has so many (`lesa.accelerate(pipe, budget=6)`).
+    called; then the model is as it was. Without a schedule it is the forecaster's own.
+
+    Without a forecaster either, what fits is found for each run at its first step: what was calibrated for these
+    weights and such runs (`lesa.calibrate`, `lesa shelf`), else what is shipped beside the model, else what is in the
+    repository `hub`; where nothing was made for these weights, a cautious default that needs no training, with a
+    warning. `budget`, a number of full steps, or `quality`, 'psnr:40', 'ssim:0.97' or 'drift:-45' as the mean over the
+    prompts checked, choose among the budgets that were calibrated. Where predictors are there and none fits the run,
+    that is an error unless `fallback` names what to do instead: 'full', or a forecaster.
 
     All modules that the pipeline's loop calls are accelerated, under whatever names diffusers has for them; `denoisers`
     names others. A module alone needs the `grid` of its loop, S + 1 falling times, and `run.at(step)` before each call.
@@ -210,10 +235,10 @@ def accelerate(
 
     Raises: ValueError if the schedule, the grid or the tap is missing or does not fit, if there is no such history, if
         `of` is none of its values or not for this forecaster, or if a denoiser is accelerated already; LookupError if
-        no predictor is shipped for the pipeline. The pipeline's first call raises ValueError, before its first step is
-        done, if its grid, schedule, streams or guidance do not fit the predictor, its sampler adds noise, or it does
-        not say what outputs say of the data where that is forecast. A skipped step raises RuntimeError if a block runs
-        in it all the same, or an input of it requires a gradient.
+        a schedule is given and no predictor is shipped for it. The pipeline's first call raises ValueError, before its
+        first step is done, if its grid, schedule, streams or guidance do not fit the predictor, or any of those found,
+        its sampler adds noise, or it does not say what outputs say of the data where that is forecast. A skipped step
+        raises RuntimeError if a block runs in it all the same, or an input of it requires a gradient.
     """
     alone = isinstance(pipe, nn.Module)
     if alone != (grid is not None):
@@ -221,24 +246,28 @@ def accelerate(
     names = denoisers_of(pipe, denoisers)
     if schedule is not None and not isinstance(schedule, Schedule):
         raise ValueError(f"a schedule is a lesa.Schedule, got {schedule!r}; lesa.Schedule.parse reads a text.")
-    forecaster = predictors.shipped_for(pipe, schedule, budget) if forecaster is None else forecaster
-    if isinstance(forecaster, type) or not hasattr(forecaster, "row"):
-        raise ValueError(f"a forecaster is an object such as lesa.Taylor(order=1), got {forecaster!r}.")
-    schedule_for = _schedule_for(forecaster, schedule, budget)
-    own = forecaster if isinstance(forecaster, predictors.Predictor) else None
+    terms = Terms(of, strict, check, detours, alone)
     storage = Storage.parse(history)
     clock = PipelineClock(pipe) if grid is None else LoopClock(grid)
-    tap, noise = tap or (own.origin.tap if own else OUTPUT), Noise()
-    at_output = tap in (OUTPUT, Tap())
-    may = data.check(of, trained=bool(own), alone=alone, at_output=at_output, detours=detours)
-    judge = Judge(forecaster, noise) if check else None
-    prediction = data.DataPrediction(of, noise) if may else None
-    executor = Executor(clock, forecaster, schedule_for, strict, storage, detours or {}, stream_of, judge, prediction)
+    own: predictors.Predictor | None = None
+    choice: Named | Found
+    if forecaster is None and not alone and schedule is None and not detours:
+        data.check(of, trained=False, alone=False, at_output=tap in (None, OUTPUT, Tap()), detours=None)
+        choice = Found(pipe, names, terms, budget=budget, quality=quality, hub=hub, fallback=fallback, tap=tap)
+    else:
+        _check_named(quality, hub, fallback)
+        forecaster = predictors.shipped_for(pipe, schedule, budget) if forecaster is None else forecaster
+        if isinstance(forecaster, type) or not hasattr(forecaster, "row"):
+            raise ValueError(f"a forecaster is an object such as lesa.Taylor(order=1), got {forecaster!r}.")
+        own = forecaster if isinstance(forecaster, predictors.Predictor) else None
+        tap = tap or (own.origin.tap if own else OUTPUT)
+        choice = Named(terms.choose(forecaster, _schedule_for(forecaster, schedule, budget), tap))
+    executor = Executor(clock, choice, storage, detours or {}, stream_of)
     with _lock:
         if any(_run_of(module) for module in _modules(pipe, names)):
             raise ValueError("a transformer is accelerated once, but this one is already; call lesa.disable first.")
         fits = own.check_model if own else lambda _module, _tap: None
-        return Run(pipe, names, executor, tap, fits, verify_tap)
+        return Run(pipe, names, executor, fits, verify_tap)
 
 
 enable = accelerate
@@ -261,14 +290,23 @@ def _run_of(module: Any) -> Run | None:
     return mark.run if mark is not None and mark.handlers.get("__call__") else None
 
 
+def _check_named(quality: str | None, hub: str | None, fallback: str | Forecaster) -> None:
+    if quality is not None or hub is not None or fallback != REFUSE:
+        raise ValueError(
+            "quality=, hub= and fallback= are for predictors that are found for each run of a pipeline; leave them out "
+            "with a forecaster, a schedule or detours of your own, and for a module alone."
+        )
+
+
 def _schedule_for(forecaster: Forecaster, schedule: Schedule | None, budget: int | None) -> ScheduleFor:
     """Find who says which steps of a run are full: the caller, or a predictor, once it sees the grid."""
     own = getattr(forecaster, "schedule", None)
     if schedule is not None and budget is not None:
         raise ValueError("a schedule has its number of full steps; pass schedule= or budget=, not both.")
-    if schedule is None and isinstance(forecaster, predictors.Predictor):
-        forecaster.schedule_for(forecaster.grid, budget)  # an error now rather than in the run
-        return lambda times, start: forecaster.schedule_for(times, budget, start)
+    if schedule is None and (schedule_for := own_schedules(forecaster, budget)) is not None:
+        if isinstance(forecaster, predictors.Predictor):
+            forecaster.schedule_for(forecaster.grid, budget)  # an error now rather than in the run
+        return schedule_for
     if budget is not None:
         raise ValueError(f"a budget picks among a predictor's schedules, got {forecaster!r}; pass a schedule instead.")
     chosen = schedule or own

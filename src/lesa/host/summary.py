@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -37,11 +38,20 @@ class Summary(dict[str, StreamSummary]):
 
     `data` is what was done for the data prediction, where that was forecast, and `reason` why it was. `passed_by`
     counts calls of a denoiser that came while a run went on and were not the run's: they ran in full.
+
+    Where forecasts were made with what was found for each run, `chosen` says what that was, and in how many runs.
+    `promise` is what was measured of those that were calibrated, and `fallbacks` counts the runs that none fitted.
     """
 
     data: StreamSummary | None = None
     reason: str = ""
     passed_by: int = 0
+    promise: str = ""
+    fallbacks: int = 0
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.chosen: dict[str, int] = {}
 
     def __str__(self) -> str:
         if not self:
@@ -61,6 +71,11 @@ class Summary(dict[str, StreamSummary]):
                 lines.append(f"{'':<10} {s.detours} runs were unusual and took a detour")
         if self.data:
             lines.append(f"forecast: the data prediction, {self.reason}")
+        lines += [f"{label}, in {runs} run{'s' * (runs != 1)}" for label, runs in self.chosen.items()]
+        if self.promise:
+            lines.append(f"promised, on prompts checked: {self.promise}")
+        if self.fallbacks:
+            lines.append(f"{self.fallbacks} runs fitted no predictor, and fell back")
         if self.passed_by:
             lines.append(f"{self.passed_by} calls of a denoiser were of no run, and ran in full")
         return "\n".join(lines)

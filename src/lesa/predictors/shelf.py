@@ -88,8 +88,12 @@ class Shelf:
     def all(self) -> list[Calibration]:
         """Return what is kept for any weights, the newest first of each; warns of what cannot be read."""
         places = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
-        shown = [place for place in places if place.is_dir() and not place.name.startswith(".")]
-        return [one for place in shown for one in self._read(place)]
+        return [one for place in places if not place.name.startswith(".") for one in self._read(place)]
+
+    def changed(self, fingerprint: str) -> int:
+        """Return a number that is another one once something was put there or removed for these weights."""
+        place = self.folder / fingerprint[:SHOWN]
+        return place.stat().st_mtime_ns if place.is_dir() else 0
 
     def _read(self, place: Path) -> list[Calibration]:
         folders = [one for one in place.iterdir() if not one.name.startswith(".")] if place.is_dir() else []
