@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lesa.rows.forecasters import Forecaster, Lagrange, Reuse
@@ -13,76 +13,86 @@ from lesa.rows.row import Row
 from lesa.rows.schedule import Schedule
 
 DATA = "data"
-"""The name of the stream that is the data prediction, which the host forecasts where a sampler adds noise."""
+"""The name under which rows of the data prediction are asked for, which is forecast where a sampler adds noise."""
+SHARE, MORE = 4, 4
+"""Of S steps ceil(S / SHARE) + MORE are full: all of 6, 6 of 8, 9 of 20, 17 of 50."""
 FIRST, LAST = 2, 2
 """How many steps are full at a run's begin and at its end."""
-SHARE, MORE = 3, 2
-"""A run of S steps has ceil(S / SHARE) + MORE full ones, if that is fewer."""
+FEW = 12
+"""In a run of fewer steps than this, each of them long, one more is full at the begin."""
+CAUTION = 8.0
+"""By e^-CAUTION would the slope be damped of a forecast that is the whole run ahead."""
 
 
 class Default(Forecaster):
     """Forecast without training, on a schedule of its own for any grid: cautious, for a model that nobody calibrated.
 
-    Outputs go on along the line through the newest two full steps, in t; the data prediction under a sampler that adds
-    noise, whose slope is mostly that of the noise, stays. A third of the steps are full and two more, as `full_steps`
-    says.
+    Outputs go on along the line in t through the newest two full steps, damped: no further ahead than these two are
+    apart, and by the less the more of the run the gap holds, so that few long steps are all but reuse. The data
+    prediction of a sampler that adds noise stays as it is, as its slope is mostly the noise's.
 
     Example:
         >>> print(Default().schedule_for([1 - k / 20 for k in range(21)]).draw(20))
-        ##..#..#.#..#.#..###
+        ##..#..#..#.#..#..##
     """
 
     memory = 2
     remembers_forecasts = False
 
     def __init__(self) -> None:
-        self._line = Lagrange(1)
+        self._line, self._reuse = Lagrange(1), Reuse()
 
     def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
-        """Return the line's weights; with one past step, reuse."""
-        return self._line.row(grid, step, past)
+        """Return reuse's weights and a share of what sets the line's apart; of one past step, or time, reuse's."""
+        reuse = self._reuse.row(grid, step, past).coefficients
+        line, offset = self._line.row(grid, step, past)
+        ahead = float(line[-1]) - 1  # in distances between the newest two
+        weight = math.exp(-CAUTION * gap(grid, past[-1], step)) / max(1.0, ahead)
+        return Row(reuse + weight * (line - reuse), offset)
 
     def for_stream(self, name: str) -> Forecaster:
         """Return reuse for the data prediction, and itself for a denoiser's outputs."""
-        return Reuse() if name == DATA else self
+        return self._reuse if name == DATA else self
 
-    def schedule_for(self, times: Sequence[float] | Tensor, start: int = 0, budget: int | None = None) -> Schedule:
+    def schedule_for(self, times: Sequence[float] | Tensor, start: int = 0, *, budget: int | None = None) -> Schedule:
         """Return the schedule of a run on this grid that begins at step `start`, of `budget` full steps if given.
 
-        Raises: ValueError if the grid does not fit, or the run has not so many steps.
+        Raises: ValueError if `times` are no grid, or it has no such step, or the run not so many.
         """
-        grid = times_in_order(times)
-        steps = len(grid) - 1
+        steps = len(times_in_order(times)) - 1
         if not 0 <= start < steps:
             raise ValueError(f"a run of {steps} steps begins at one of them, got start {start}; lower start.")
         length = steps - start
         if budget is not None and not 1 <= budget <= length:
-            raise ValueError(f"a run of {length} steps has 1 to {length} full ones, got a budget of {budget}; mend it.")
-        return Schedule.at(full_steps(grid[start:], count_for(length) if budget is None else budget, start))
+            raise ValueError(
+                f"of a run of {length} steps 1 to {length} are full, got a budget of {budget}; pass one of these."
+            )
+        return Schedule.at([start + step for step in full_steps(length, budget or count_for(length))])
 
     def __repr__(self) -> str:
         return "Default()"
 
 
+def gap(grid: Tensor, newest: int, step: int) -> float:
+    """Return which share of a run lies between two steps: the mean of that of its steps and that of its time."""
+    of_steps = (step - newest) / (len(grid) - 1)
+    return (of_steps + float((grid[step] - grid[newest]).abs() / (grid[0] - grid[-1]))) / 2
+
+
 def count_for(length: int) -> int:
-    """Return how many of a run's steps are full."""
+    """Return how many steps of a run are full."""
     return min(length, -(-length // SHARE) + MORE)
 
 
-def full_steps(grid: Tensor, count: int, start: int = 0) -> list[int]:
-    """Return `count` steps of a grid (S + 1,), counted from `start`: first and last ones, and between them evenly.
+def full_steps(length: int, count: int) -> list[int]:
+    """Return `count` steps of a run of `length`: the first and last ones, and between them evenly.
 
-    Evenly in the mean of the share of steps and the share of time that have passed, as shifted grids hold most of
-    their steps where little time passes.
+    Evenly in steps, as whoever made the grid has put more of them where the model changes faster.
     """
-    steps = len(grid) - 1
     last = min(LAST, count - 1)
-    first = min(FIRST, count - last)
-    rest = count - first - last
-    passed = (grid[0] - grid[:-1]) / (grid[0] - grid[-1]) + torch.arange(steps) / steps
-    begin, end = float(passed[first - 1]), float(passed[steps - last]) if last else 2.0
-    chosen = [*range(first), *range(steps - last, steps)]
-    for k in range(rest):
-        wanted = begin + (end - begin) * (k + 1) / (rest + 1)
-        chosen.append(min((s for s in range(steps) if s not in chosen), key=lambda s: abs(float(passed[s]) - wanted)))
-    return [start + step for step in sorted(chosen)]
+    first = min(FIRST + (length < FEW), count - last)
+    between = count - first - last
+    begin, end = first - 1, length - last
+    spread = 2 * between + 2
+    middle = [begin + ((end - begin) * 2 * (k + 1) + between + 1) // spread for k in range(between)]  # half goes up
+    return [*range(first), *middle, *range(end, length)]
