@@ -36,6 +36,7 @@ class Recipe(ABC):
     batch = 96
     muon = True  # it pays where bfloat16 products are fast
     columns = 10  # of the contact sheet
+    copies = 1  # pictures of each caption, where it does not say all
     shift = 2.0  # of the times trained on, as schedulers have it
 
     def pictures(self, folder: Path, captions: list[str]) -> Tensor:
@@ -77,6 +78,11 @@ class Recipe(ABC):
     @abstractmethod
     def tokens(self, pipe: Any, captions: list[str]) -> tuple[Tensor, ...]:
         """Return token ids, and what else belongs to the captions, one row each."""
+
+    def disturb(self, clean: Tensor, noise: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return noise levels, one for each number in [0, 1], the latents there and what is to be told of them."""
+        sigma = self.shift * uniform / (1 + (self.shift - 1) * uniform)  # towards noise: it decides what is drawn
+        return sigma, torch.lerp(clean, noise, sigma.view(-1, *[1] * (clean.ndim - 1))), noise - clean
 
     @abstractmethod
     def velocity(self, pipe: Any, noised: Tensor, sigma: Tensor, *tokens: Tensor) -> Tensor:
@@ -247,7 +253,7 @@ def optimisers(recipe: Recipe, pipe: Any) -> list[torch.optim.Optimizer]:
 def train_transformer(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32: bool = False) -> None:
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
-    captions = prompts(folder, "train")
+    captions = prompts(folder, "train") * recipe.copies
     pipe = recipe.build_pipeline(folder)
     latents = packed_latents(recipe, pipe, recipe.pictures(folder, captions))
     tokens = recipe.tokens(pipe, [*recipe.unconditional, *captions])
@@ -278,11 +284,10 @@ def train_transformer(recipe: Recipe, folder: Path, runs: Path, minutes: float, 
         empty = torch.randint(len(recipe.unconditional), (batch,), generator=generator)
         rows = torch.where(dropped, empty, len(recipe.unconditional) + chosen)
         uniform = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
-        sigma = recipe.shift * uniform / (1 + (recipe.shift - 1) * uniform)  # towards noise: it decides what is drawn
-        noised = torch.lerp(clean, noise, sigma.view(-1, *[1] * (clean.ndim - 1)))
+        level, noised, target = recipe.disturb(clean, noise, uniform)
         with mixed, sdpa_kernel(SDPBackend.MATH):  # the fused backward is slower here
-            velocity = recipe.velocity(pipe, noised, sigma, *(t[rows] for t in tokens))
-        loss = F.mse_loss(velocity.float(), noise - clean)
+            velocity = recipe.velocity(pipe, noised, level, *(t[rows] for t in tokens))
+        loss = F.mse_loss(velocity.float(), target)
         for learner in learners:
             learner.zero_grad()
         loss.backward()
