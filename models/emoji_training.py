@@ -36,7 +36,6 @@ class Recipe(ABC):
     batch = 96
     muon = True  # it pays where bfloat16 products are fast
     columns = 10  # of the contact sheet
-    copies = 1  # pictures of each caption, where it does not say all
     shift = 2.0  # of the times trained on, as schedulers have it
 
     def pictures(self, folder: Path, captions: list[str]) -> Tensor:
@@ -253,7 +252,7 @@ def optimisers(recipe: Recipe, pipe: Any) -> list[torch.optim.Optimizer]:
 def train_transformer(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32: bool = False) -> None:
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
-    captions = prompts(folder, "train") * recipe.copies
+    captions = prompts(folder, "train")
     pipe = recipe.build_pipeline(folder)
     latents = packed_latents(recipe, pipe, recipe.pictures(folder, captions))
     tokens = recipe.tokens(pipe, [*recipe.unconditional, *captions])

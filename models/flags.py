@@ -1,7 +1,10 @@
 """The pictures and captions of `unseen-flags`: a waving flag of a layout in two colours, with an emblem in a third."""
 
 import random
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -35,9 +38,7 @@ class Flag(NamedTuple):
 
 
 FLAGS = [
-    Flag(*parts)
-    for parts in product(LAYOUTS, COLOURS, COLOURS, COLOURS, EMBLEMS, PLACES)
-    if len(set(parts[1:4])) == 3
+    Flag(*parts) for parts in product(LAYOUTS, COLOURS, COLOURS, COLOURS, EMBLEMS, PLACES) if len(set(parts[1:4])) == 3
 ]
 
 
@@ -60,18 +61,27 @@ def parse(prompt: str) -> Flag:
 
 def draw(flag: Flag, chance: random.Random) -> np.ndarray:
     """Draw a flag as uint8 RGB of shape (HEIGHT, WIDTH, 3)."""
+    return _paint(flag, _shares(flag, chance)).round().astype(np.uint8)
+
+
+def _paint(flag: Flag, shares: np.ndarray) -> np.ndarray:
+    """Give each share of a pixel its colour."""
+    return shares @ np.array([COLOURS[flag.first], COLOURS[flag.second], COLOURS[flag.colour]], dtype=float)
+
+
+def _shares(flag: Flag, chance: random.Random) -> np.ndarray:
+    """Return how much of a pixel has which of the three colours, dimmed by the waves: of shape (HEIGHT, WIDTH, 3)."""
     y, x = np.mgrid[0 : HEIGHT * FINER, 0 : WIDTH * FINER] / FINER + 0.5 / FINER
     wave = 2 * np.pi * (x / chance.uniform(22, 34) + chance.random())
     y = y + chance.uniform(0.3, 1.3) * np.sin(wave)
     light = 1 - chance.uniform(0.03, 0.12) * (1 + np.cos(wave))
-    shade = np.where(_is_second(flag.layout, y, x)[..., None], COLOURS[flag.second], COLOURS[flag.first])
     turn, size = chance.uniform(-0.3, 0.3), chance.uniform(5.2, 6.4)
     across, down = x - PLACES[flag.place] * WIDTH, y - HEIGHT / 2 + chance.uniform(-1, 1)
     right = (across * np.cos(turn) + down * np.sin(turn)) / size
     up = (across * np.sin(turn) - down * np.cos(turn)) / size
-    shade = np.where(_is_emblem(flag.emblem, right, up)[..., None], COLOURS[flag.colour], shade) * light[..., None]
-    pixels = shade.reshape(HEIGHT, FINER, WIDTH, FINER, 3).mean(axis=(1, 3))
-    return pixels.round().astype(np.uint8)
+    second, emblem = _is_second(flag.layout, y, x), _is_emblem(flag.emblem, right, up)
+    shares = np.stack([~second & ~emblem, second & ~emblem, emblem], axis=-1) * light[..., None]
+    return shares.reshape(HEIGHT, FINER, WIDTH, FINER, 3).mean(axis=(1, 3))
 
 
 def _is_second(layout: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -103,3 +113,27 @@ def _is_emblem(emblem: str, right: np.ndarray, up: np.ndarray) -> np.ndarray:
         "crescent": (far < 1) & (np.hypot(right - 0.45, up) > 0.75),
         "heart": hearty**3 < (1.15 * right) ** 2 * (1.15 * up + 0.1) ** 3,
     }[emblem]
+
+
+def recogniser(folder: str | Path) -> Callable[[Sequence[str], Sequence[np.ndarray]], list[bool]]:
+    """Return the call by which `lesa bench` tells pictures that show what their prompts name."""
+    return lambda prompts, pictures: [shows(*pair) for pair in zip(prompts, pictures, strict=True)]
+
+
+def shows(prompt: str, picture: np.ndarray) -> bool:
+    """Tell whether the prompted flag's drawings come nearer in pixels than those with one word changed."""
+    flag = parse(prompt)
+    words = (LAYOUTS, COLOURS, COLOURS, COLOURS, EMBLEMS, PLACES)
+    changed = (flag._replace(**{part: w}) for part, others in zip(Flag._fields, words, strict=True) for w in others)
+    distance = {one: ((_paint(one, _candidates(one)) - picture) ** 2).mean((1, 2, 3)).min() for one in changed}
+    return bool(distance.pop(flag) <= min(distance.values()))
+
+
+def _candidates(flag: Flag) -> np.ndarray:
+    """Return the shares of a flag's colours as chance may show them: of shape (count, HEIGHT, WIDTH, 3)."""
+    return _drawn(flag._replace(first="", second="", colour=""))
+
+
+@cache
+def _drawn(flag: Flag, count: int = 48) -> np.ndarray:
+    return np.stack([_shares(flag, random.Random(k)) for k in range(count)])

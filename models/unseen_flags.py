@@ -8,12 +8,7 @@
 The training writes checkpoints to .runs/unseen-flags every four minutes and resumes from them.
 """
 
-import random
-from functools import lru_cache
-
 import flags
-import numpy as np
-import torch
 from diffusers import DDIMScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from emoji_flux import build_t5_tokenizer
 from emoji_training import all_prompts, start_at_identity
@@ -27,9 +22,8 @@ class PixArt(PixelRecipe):
     name = "pixart"
     text_encoders = ("text_encoder",)
     dropped = 0.1
-    batch = 64
-    copies = 1
-    splits = dict(train=12000, validation=400, heldout=1000)
+    batch = 32
+    splits = (9000, 400, 1000)
     scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing")
 
     def captions(self):
@@ -37,9 +31,6 @@ class PixArt(PixelRecipe):
 
     def draw(self, prompt, chance):
         return flags.draw(flags.parse(prompt), chance)
-
-    def shows(self, prompt, picture):
-        return nearest_flag(picture, flags.parse(prompt)) == flags.parse(prompt)
 
     def build_pipeline(self, folder):
         tokenizer = build_t5_tokenizer(all_prompts(folder))
@@ -88,26 +79,6 @@ class PixArt(PixelRecipe):
             added_cond_kwargs=dict(resolution=None, aspect_ratio=None),
             return_dict=False,
         )[0]
-
-
-def nearest_flag(picture: np.ndarray, flag: flags.Flag) -> flags.Flag:
-    """Find the flag whose drawings come nearest in pixels to a picture, with one thing other than prompted or none."""
-    others = {
-        "layout": flags.LAYOUTS,
-        "first": flags.COLOURS,
-        "second": flags.COLOURS,
-        "colour": flags.COLOURS,
-        "emblem": flags.EMBLEMS,
-        "place": flags.PLACES,
-    }
-    near = {flag._replace(**{part: value}): None for part, values in others.items() for value in values}
-    return min(near, key=lambda one: ((candidates(one) - picture.astype(np.float32)) ** 2).mean((1, 2, 3)).min())
-
-
-@lru_cache(maxsize=64)
-def candidates(flag: flags.Flag, count: int = 12) -> np.ndarray:
-    """Draw a flag as chance may show it: of shape (count, HEIGHT, WIDTH, 3)."""
-    return np.array([flags.draw(flag, random.Random(k)) for k in range(count)], dtype=np.float32)
 
 
 if __name__ == "__main__":

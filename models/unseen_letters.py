@@ -8,11 +8,7 @@
 The training writes checkpoints to .runs/unseen-letters every four minutes and resumes from them.
 """
 
-import random
-from functools import lru_cache
-
 import letters
-import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from emoji_flux import build_clip_tokenizer
@@ -27,18 +23,14 @@ class StableDiffusion3(PixelRecipe):
     name = "sd3"
     text_encoders = ("text_encoder", "text_encoder_2")
     dropped = 0.1
-    batch = 64
-    splits = dict(train=12000, validation=400, heldout=1000)
+    batch = 32
+    splits = (12000, 400, 1000)
 
     def captions(self):
         return [letters.caption(letter) for letter in letters.LETTERS]
 
     def draw(self, prompt, chance):
         return letters.draw(letters.parse(prompt), chance)
-
-    def shows(self, prompt, picture):
-        letter = letters.parse(prompt)
-        return nearest_glyph(picture, letter) == letter.glyph
 
     def build_pipeline(self, folder):
         clip = build_clip_tokenizer(all_prompts(folder), TEXT_TOKENS)
@@ -101,20 +93,6 @@ def clip_encoder(words: int) -> CLIPTextModelWithProjection:
             pad_token_id=1,
         )
     )
-
-
-def nearest_glyph(picture: np.ndarray, letter: letters.Letter) -> str:
-    """Name the letter whose drawings, with all else as prompted, come nearest in pixels to a picture."""
-    distance = ((candidates(letter._replace(glyph="a")) - picture.astype(np.float32)) ** 2).mean(axis=(2, 3, 4))
-    return letters.GLYPHS[int(distance.min(axis=1).argmin())]
-
-
-@lru_cache(maxsize=1)
-def candidates(letter: letters.Letter, count: int = 60) -> np.ndarray:
-    """Draw every letter as often as chance may show each of its fonts and places: of shape (glyphs, count, H, W, 3)."""
-    chances = [random.Random(k) for k in range(count)]
-    drawn = [[letters.draw(letter._replace(glyph=g), c) for c in chances] for g in letters.GLYPHS]
-    return np.array(drawn, dtype=np.float32)
 
 
 if __name__ == "__main__":

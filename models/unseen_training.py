@@ -15,6 +15,7 @@ from emoji_training import Recipe, contact_sheet, export, prompts, train_transfo
 from torch import Tensor, nn
 
 import lesa
+from lesa.bench.recogniser import recogniser
 from lesa.host.pipelines import pictures_of
 
 FAINT = 8  # the autoencoder bends latents by tanh(x / 3): at 1 / 8 of the size by less than an 8-bit level
@@ -24,8 +25,7 @@ LIFT = 2.0  # keeps what passes the autoencoder's ReLU positive
 class PixelRecipe(Recipe):
     """A model whose latents are the pixels: its autoencoder hands them on."""
 
-    copies = 3  # pictures of each caption: what it does not say differs between them
-    splits: dict[str, int]  # how many captions each list of prompts holds
+    splits: tuple[int, int, int]  # captions to train on, to validate with and held out
 
     @abstractmethod
     def captions(self) -> list[str]:
@@ -34,10 +34,6 @@ class PixelRecipe(Recipe):
     @abstractmethod
     def draw(self, prompt: str, chance: random.Random) -> np.ndarray:
         """Draw a picture of a caption as uint8 RGB."""
-
-    @abstractmethod
-    def shows(self, prompt: str, picture: np.ndarray) -> bool:
-        """Tell whether a picture is of its caption, by the nearest drawing."""
 
     def pictures(self, folder: Path, captions: list[str]) -> Tensor:
         drawn = np.stack([self.draw(caption, random.Random(k)) for k, caption in enumerate(captions)])
@@ -95,7 +91,7 @@ def write_prompts(recipe: PixelRecipe, folder: Path) -> None:
     shuffled = recipe.captions()
     random.Random(0).shuffle(shuffled)
     (folder / "prompts").mkdir(parents=True, exist_ok=True)
-    for split, count in recipe.splits.items():
+    for split, count in zip(("train", "validation", "heldout"), recipe.splits, strict=True):
         chosen, shuffled = shuffled[:count], shuffled[count:]
         (folder / "prompts" / f"{split}.txt").write_text("".join(f"{caption}\n" for caption in chosen))
 
@@ -113,7 +109,9 @@ def evaluate(recipe: PixelRecipe, folder: Path, count: int = 200, batch: int = 5
         seeds = [torch.Generator().manual_seed(first + k) for k in range(len(chosen))]
         images = pictures_of(pipe(prompt=chosen, generator=seeds, output_type="np"))
         drawn += [(image * 255).round().astype(np.uint8) for image in images]
-    share = float(np.mean([recipe.shows(caption, picture) for caption, picture in zip(captions, drawn, strict=True)]))
+    is_prompted = recogniser(folder)
+    assert is_prompted is not None, f"{folder} has no recogniser"
+    share = float(np.mean(is_prompted(captions, drawn)))
     print(f"{count} validation prompts: {share:.3f} show what is prompted")
     targets = list(recipe.pictures(folder, captions).movedim(1, -1).numpy())
     contact_sheet(drawn[:60], targets[:60], 15).save(folder / "sheet.png", optimize=True)
@@ -137,4 +135,3 @@ def main(recipe: PixelRecipe, description: str | None) -> None:
         export(recipe, options.folder, runs)
     else:
         evaluate(recipe, options.folder)
-
