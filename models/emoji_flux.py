@@ -139,15 +139,18 @@ def build_clip_tokenizer(corpus: list[str], length: int) -> CLIPTokenizer:
 
 def build_tokenizers(corpus: list[str]) -> tuple[CLIPTokenizer, T5TokenizerFast]:
     """Make CLIP's and T5's kinds of tokenizer with one token for each word of the corpus."""
-    clip = build_clip_tokenizer(corpus, TEXT_TOKENS)
+    return build_clip_tokenizer(corpus, TEXT_TOKENS), build_t5_tokenizer(corpus)
 
+
+def build_t5_tokenizer(corpus: list[str]) -> T5TokenizerFast:
+    """Make T5's kind of tokenizer with one token for each word of the corpus."""
     # a trained unigram vocabulary splits the rarer names, so this one is the words themselves, and letters for the rest
     counts = Counter(f"▁{word}" for line in corpus for word in line.lower().replace(",", "").split())
     total = sum(counts.values())
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [(word, math.log(count / total)) for word, count in counts.most_common()]
     pieces += [(letter, -20.0) for letter in "▁,.'-&abcdefghijklmnopqrstuvwxyz0123456789"]
-    return clip, T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,11 @@ class Recipe(ABC):
     def tokens(self, pipe: Any, captions: list[str]) -> tuple[Tensor, ...]:
         """Return token ids, and what else belongs to the captions, one row each."""
 
+    def disturb(self, clean: Tensor, noise: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return noise levels, one for each number in [0, 1], the latents there and what is to be told of them."""
+        sigma = self.shift * uniform / (1 + (self.shift - 1) * uniform)  # towards noise: it decides what is drawn
+        return sigma, torch.lerp(clean, noise, sigma.view(-1, *[1] * (clean.ndim - 1))), noise - clean
+
     @abstractmethod
     def velocity(self, pipe: Any, noised: Tensor, sigma: Tensor, *tokens: Tensor) -> Tensor:
         """Run text encoders and transformer on noised latents."""
@@ -278,11 +283,10 @@ def train_transformer(recipe: Recipe, folder: Path, runs: Path, minutes: float, 
         empty = torch.randint(len(recipe.unconditional), (batch,), generator=generator)
         rows = torch.where(dropped, empty, len(recipe.unconditional) + chosen)
         uniform = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
-        sigma = recipe.shift * uniform / (1 + (recipe.shift - 1) * uniform)  # towards noise: it decides what is drawn
-        noised = torch.lerp(clean, noise, sigma.view(-1, *[1] * (clean.ndim - 1)))
+        level, noised, target = recipe.disturb(clean, noise, uniform)
         with mixed, sdpa_kernel(SDPBackend.MATH):  # the fused backward is slower here
-            velocity = recipe.velocity(pipe, noised, sigma, *(t[rows] for t in tokens))
-        loss = F.mse_loss(velocity.float(), noise - clean)
+            velocity = recipe.velocity(pipe, noised, level, *(t[rows] for t in tokens))
+        loss = F.mse_loss(velocity.float(), target)
         for learner in learners:
             learner.zero_grad()
         loss.backward()
