@@ -27,11 +27,17 @@ def generate(given: Namespace) -> None:
     if given.full:
         drawn = pictures_of(pipe(given.prompt, **seeded))
     else:
-        with accelerate(pipe, options.forecaster_of(given), schedule=given.schedule) as run:
+        with accelerate(pipe, options.forecaster_of(given), schedule=given.schedule, **_asked(given)) as run:
             drawn = pictures_of(pipe(given.prompt, **seeded))
         print(run.summary())
     save_picture(drawn[0], given.out)
     options.say(given.out)
+
+
+def _asked(given: Namespace) -> dict[str, Any]:
+    """Return what is asked of a predictor that is to be found."""
+    asked = dict(budget=given.budget, quality=given.quality, fallback=given.fallback)
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def add(commands: Any) -> None:
@@ -41,9 +47,16 @@ def add(commands: Any) -> None:
     parser.add_argument("--out", default="picture.png", metavar="FILE")
     parser.add_argument("--seed", type=int, default=0)
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--predictor", metavar="FOLDER", help="default: the one shipped with the model")
+    words = "default: what was calibrated for it, or is shipped with the model"
+    how.add_argument("--predictor", metavar="FOLDER", help=words)
     how.add_argument("--forecaster", help="one that needs no training: reuse, taylor:1, lagrange:2, ...")
     how.add_argument("--full", action="store_true", help="every step full, for comparison")
     parser.add_argument(
         "--schedule", type=options.read_schedule, help="which steps are full, e.g. paper:7; default: the predictor's"
     )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--budget", type=options.read_count, help="full steps, of those calibrated or shipped")
+    words = "what was calibrated with the fewest full steps that keep it: psnr:40, ssim:0.97 or drift:-45"
+    which.add_argument("--quality", type=options.read_target, metavar="MEASURE:VALUE", help=words)
+    words = "where predictors exist and none fits: refuse (the default), or draw with every step full"
+    parser.add_argument("--fallback", choices=("refuse", "full"), help=words)
