@@ -213,7 +213,7 @@ def test_what_is_shipped_runs_at_its_own_tap_where_nothing_was_calibrated(pipe, 
 @pytest.mark.parametrize("place", ["feature", "output"])
 def test_what_was_calibrated_wins_over_what_is_shipped_for_the_same_grid(pipe, tmp_path, place):
     shipped = ship(pipe, tmp_path, times_of(pipe, num_inference_steps=6), place)
-    folder, made = calibrate(pipe)
+    _, made = calibrate(pipe)
     with lesa.accelerate(pipe, shipped):
         expected = [draw(pipe, num_inference_steps=6)]
     with lesa.accelerate(pipe, made[5]):

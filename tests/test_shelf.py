@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_facts import KNOWN
 
+from lesa.cli import main
 from lesa.predictors import Origin, Solved
 from lesa.predictors.calibration import Calibration
 from lesa.predictors.shelf import Shelf, fetch, home
@@ -180,3 +181,23 @@ def test_it_is_pushed_to_the_hub(monkeypatch):
     with pytest.raises(FileNotFoundError, match="neither a folder here nor a repository"):
         monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError()))
         fetch("me/mine")
+
+
+def test_the_command_lists_shows_removes_and_exports(capsys, tmp_path, monkeypatch):
+    def said(*words: str) -> str:
+        assert main(["shelf", *words]) == 0
+        return capsys.readouterr().out
+
+    assert said() == f"nothing is calibrated yet in {Shelf().folder}: lesa calibrate\n"
+    folder = put(Shelf())
+    assert said() == said("list") and said().startswith(f"{folder.name}  1, 2 full of 3 steps  20")
+    shown = said("show", folder.name)
+    assert f"{folder}\nweights   {WEIGHTS}" in shown
+    assert "streams   cond, uncond; guidance 3 : -2, 3.5 as an input" in shown
+    assert "chosen    2 full of 3 steps: psnr 41.5 dB (worst 38), drift -46 dB" in shown
+    assert said("export", folder.name, str(tmp_path / "there")) == f"{tmp_path / 'there'}\n"
+    monkeypatch.setattr(Shelf, "push", lambda self, name, repo, private: f"{name} {repo} {private}")
+    assert said("push", folder.name, "me/mine") == f"{folder.name} me/mine None\n"
+    assert said("remove", folder.name) == f"removed {folder}\n"
+    assert main(["shelf", "show", folder.name]) == 2
+    assert "calibrations (none), got" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import argparse
 from importlib.metadata import version
 from typing import NoReturn
 
-from lesa.cli import bench, facts, learn, run
+from lesa.cli import bench, facts, learn, run, shelf
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--traceback", action="store_true", help="show where an error comes from")
     found.set_defaults(command=lambda _: found.print_help())
     commands = found.add_subparsers(metavar="COMMAND")
-    for group in (bench, learn, facts, run):
+    for group in (bench, learn, shelf, facts, run):
         group.add(commands)
     return found
 
