@@ -303,7 +303,7 @@ def test_a_schedule_without_a_step_at_which_streams_change_is_refused():
 def test_a_sampler_that_adds_noise_is_refused_before_a_run_is_paid_for():
     subject = ZOO["stable_diffusion_euler_ancestral_guided"]()
     done = []
-    with subject.around(), pytest.raises(ValueError, match=r"adds? no noise"):
+    with subject.around(), pytest.raises(ValueError, match="add no noise"):
         Solver(subject.pipe, [subject.arguments], [0], on_run=done.append)
     assert not done
 

@@ -36,6 +36,7 @@ class Recording:
         self.final = torch.empty(0)
         self.ticks, self.batch, self.number = 0, 0, 0  # which of the batches, and which run of its call
         self.begins: list[int] = []
+        self.size: int | None = None
         self.streams, self._mine, self._before = Streams(), set[Stream](), set[Stream]()
         self._places: dict[str, int] = {}
 
@@ -49,6 +50,12 @@ class Recording:
         if self._mine != self._before:
             self.begins.append(self.ticks)
         self._before, self._mine, self._places = self._mine, set(), {}
+        if self.size not in (None, latents.numel()):
+            raise ValueError(
+                f"the latents of a run that rows are solved for keep their size, got {latents.numel()} numbers after "
+                f"{self.size}; runs that shrink or grow their latents are accelerated with untrained forecasters."
+            )
+        self.size = latents.numel() if self._keep is None else None
         if self._keep is None or self.ticks in self._keep:
             self.velocities[self.ticks] = self._sample(velocity)
             self._latents[self.ticks] = self._sample(latents)

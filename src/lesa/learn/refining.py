@@ -52,7 +52,10 @@ def _best_step(problem: Problem, found: Found, changes: list[Tensor], gram: Tens
 
 
 def directions(problem: Problem, found: Found) -> list[Tensor]:
-    """Return by what rows are changed to measure derivatives, (T, J, J) each; well apart, as outputs are alike."""
+    """Return by what rows are changed to measure derivatives, (T, J, J) each.
+
+    They are well apart, though outputs are nearly alike.
+    """
     gaps, count = problem.gaps(found.full), len(found.full)
     gram = problem.equations(gaps, found).gram
     error = float(problem.errors(found.recordings).mean().sqrt())

@@ -16,7 +16,7 @@ from lesa.host.tap import OUTPUT, tap_of
 from lesa.learn.calls import Call
 from lesa.learn.counted import Recording
 from lesa.learn.gaps import Equations, Gaps
-from lesa.learn.references import BATCH, OnRun, References
+from lesa.learn.references import BATCH, TINY, OnRun, References
 from lesa.predictors import Origin, configuration
 from lesa.predictors.solved import STREAMS, Solved
 from lesa.rows.plan import PlannedRow
@@ -178,9 +178,13 @@ class Problem(References):
         return len(self._batches) == 1 and len(self.reference) == 1
 
     def lockstep(self, full: Full, of: str) -> Found:
-        """Solve every gap as the one run of all calls comes to it."""
+        """Solve every gap as the one run of all calls comes to it.
+
+        Where the rows' algebra is not exact, what it is off by at a full step is taken into the gap that begins there.
+        """
         gaps, (wanted,) = self.gaps(full), self.reference
-        missing, rows = self._missing(gaps, wanted), gaps.reuse()
+        ends, rows = wanted.latents(gaps.ends), gaps.reuse()
+        noise, decay = wanted.latents([0]), self.numbers.decay if self.numbers is not None else torch.empty(0)
         held = torch.ones_like(rows).tril()  # histories hold what counts in the rows that a run begins with
 
         def solve_gap(live: Run, run: Recording) -> None:
@@ -190,7 +194,12 @@ class Problem(References):
             j = full.index(tick)
             columns = self._columns_so_far(run, full, j)
             gram = self._weighed(wanted, columns)
-            target = self._weighed(wanted, columns, missing[:, j : j + 1])[0]
+            missing = ends[:, j : j + 1] - decay[gaps.ends[j]] * noise
+            if j:
+                expected = decay[tick] * noise + torch.einsum("k,pkn->pn", gaps.ways(rows)[j - 1], columns)[:, None]
+                kept = decay[gaps.ends[j]] / decay[tick] if abs(decay[tick]) > TINY else 1.0
+                missing = missing - kept * (run.latents([tick]) - expected)
+            target = self._weighed(wanted, columns, missing)[0]
             rows[:, j] = gaps.solve_row(rows, j, gram, target)
             set_row(live, [self.start + k for k in full[gaps.lows[j] : j + 1]], rows[:, j, gaps.lows[j] : j + 1])
 
