@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lesa.bench import benchmark, compare, methods, peers, recogniser, records, scores
+from lesa.bench import benchmark, compare, methods, peers, recogniser, records, samplers, scores
 from lesa.bench.lines import Record
 from lesa.host import needs
 from lesa.host.loading import LoadOptions, loaded
@@ -47,6 +47,8 @@ def reproduce(
         raise ValueError(f"the record is of other weights than those of {model}; name its model=.")
     if "peer" in entry["recipe"]:
         method = peers.rebuild(entry)
+    elif "sampler" in entry["recipe"]:
+        method = samplers.rebuild(entry)
     else:
         method = methods.rebuild(entry, compare.shipped(pipe) if predictors is None else predictors)
     found, _ = scores.load([name for name in then.scores if name in scores.SCORES])

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lesa.bench import benchmark, bound, methods, peers, recogniser, records
+from lesa.bench import benchmark, bound, methods, peers, recogniser, records, samplers
 from lesa.bench.lines import Pair
 from lesa.bench.methods import Method
 from lesa.bench.records import Comparison, Log
 from lesa.bench.scores import Score
 from lesa.host import needs
 from lesa.host.pipelines import arguments_of, source_of, steps_of
+from lesa.host.tap import OUTPUT
 from lesa.learn.call_files import prompts_of, read_prompts
 from lesa.learn.calls import Call
-from lesa.learn.plan import FEW_STEPS, finder, planner_of
+from lesa.learn.plan import FEW_STEPS, finder, planner_of, shipped_prompts
 from lesa.learn.planning import Planner
 from lesa.learn.ranks import ALONE, Ranks
 from lesa.learn.trajectory import Store
@@ -36,6 +37,8 @@ from lesa.rows.schedule import Schedule
 
 SCHEDULES, BUDGETS = ("paper:7", "paper:10"), (10, 8, 6, 5, 4)
 """What is compared where nothing is named: the paper's schedules and planned ones; of few steps, those at 2x."""
+CHOSEN_ON = 8
+"""On how many training prompts the times of better samplers are chosen."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,19 @@ def _planned(
 ) -> list[Method]:
     grid, plan = _planning(pipe, options.data, folder)
     more = dict(reuse=not options.demo, rivals=not options.demo)
-    return methods.line_up_planned(_budgets(pipe, options), grid, plan, predictors, **more, only=options.only)
+    lined_up = methods.line_up_planned(_budgets(pipe, options), grid, plan, predictors, **more, only=options.only)
+    wanted = options.only is None or not set(options.only).isdisjoint(samplers.KINDS)
+    if wanted and not options.demo and samplers.fits(pipe):
+        at_output = partial(plan, place=OUTPUT)
+        lined_up += samplers.line_up(pipe, grid, _budgets(pipe, options), at_output, _training_pairs(pipe))
+    return lined_up
+
+
+def _training_pairs(pipe: Any) -> list[Pair]:
+    """Return some prompts that are none of those measured, none if the model comes without."""
+    with suppress(FileNotFoundError):
+        return [Pair(prompt, seed) for seed, prompt in enumerate(shipped_prompts(pipe)[:CHOSEN_ON])]
+    return []
 
 
 def _planning(
