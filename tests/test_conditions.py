@@ -89,7 +89,7 @@ def test_names_are_asked_where_no_step_can_be_tried():
 
 def test_each_run_is_judged_once_at_its_schedulers_own_step(tiny_flux, monkeypatch):
     judged = []
-    monkeypatch.setattr(Judge, "judge", lambda _self, _plans, who, args, _kwargs: judged.append((who, len(args))))
+    monkeypatch.setattr(Judge, "judge", lambda _self, _plans, _heard, who, args, _: judged.append((who, len(args))))
     before, members = inspect.signature(tiny_flux.scheduler.step), set(vars(type(tiny_flux.scheduler)))
     with accelerate(tiny_flux, Lagrange(1), schedule=EVERY):
         assert inspect.signature(tiny_flux.scheduler.step) == before, "which pipelines look at"

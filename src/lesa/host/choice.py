@@ -111,6 +111,7 @@ class FirstStep:
         self.times, self.start = tuple(moment.times.tolist()), start_of(scheduler, args, kwargs, moment)
         self._moment, self._heard, self._noise, self._step = moment, heard, noise, (scheduler, args, kwargs)
         self._facts: Facts | None = None
+        self.judged: Chosen | None = None
 
     @property
     def facts(self) -> Facts:
@@ -124,6 +125,7 @@ class FirstStep:
         followed = [chosen.plan(name, self.start, self.start, self.times) for name in self._heard.outputs]
         if chosen.judge is not None:
             chosen.judge.judge(followed, self._heard, *self._step)
+        self.judged = chosen
 
 
 class Named:

@@ -299,7 +299,7 @@ class Executor:
             self._data_run = DataRun()
             self.data, self.data_reason = self.data or StreamSummary(), chosen.data.reason
             self.data.runs += 1
-        elif chosen.judge is not None:
+        elif chosen.judge is not None and chosen is not first.judged:
             chosen.judge.judge(followed, heard, scheduler, args, kwargs)
 
     def _turn_to(self, chosen: Chosen, moment: Moment, start: int) -> None:

@@ -120,10 +120,11 @@ def _parts(output: Tensor, velocity: Tensor) -> list[Tensor]:
 class _Full:
     """Passage of a call that runs in any case, and is listened to."""
 
-    full = True
+    def __init__(self, hear: Callable[[Any], None]):
+        self.full, self._hear = True, hear
 
-    def __init__(self, returned: Callable[[Any], None]):
-        self.returned = returned
+    def returned(self, output: Any) -> None:
+        self._hear(output)
 
     def keep(self, feature: Any, part: int = 0) -> None:
         return None
