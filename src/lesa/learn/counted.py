@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -82,6 +83,14 @@ class Recording:
             return rows.clone()
         drawn = torch.randint(rows.shape[1], (ELEMENTS,), generator=torch.Generator().manual_seed(0))
         return rows[:, drawn]
+
+    def first(self, calls: int) -> Recording:
+        """Return what passed of the first so many calls."""
+        part = copy(self)
+        part.calls = calls
+        part.velocities = {tick: x[:calls] for tick, x in self.velocities.items()}
+        part._latents, part.final = {tick: x[:calls] for tick, x in self._latents.items()}, self.final[:calls]
+        return part
 
     def outputs(self, ticks: Collection[int]) -> Tensor:
         """Return the velocities at some ticks, (calls, ticks, elements), float64."""

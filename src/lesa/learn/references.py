@@ -6,9 +6,10 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from lesa.learn.counted import Recorder, Recording
 from lesa.rows.forecasters import Forecaster
 from lesa.rows.sampler import Sampler
 from lesa.rows.schedule import Schedule
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 BATCH = 16
 """How many plain prompts go in one call of the pipeline."""
@@ -90,7 +94,7 @@ class References:
             raise ValueError(f"each call needs one seed, got {len(calls)} calls and {len(seeds)} seeds.")
         if batch_size < 1:
             raise ValueError(f"a batch has a call or more, got batch_size={batch_size}; raise it.")
-        self.pipe, self.counts, self.done = pipe, Counts(), 0
+        self.pipe, self.counts, self.done, self._progress = pipe, Counts(), 0, self
         self._on_run, self._pictures = on_run or (lambda _done: None), pictures
         self._call, self._batches = dict(call or {}), list(_batches(calls, seeds, batch_size))
         self.pictures: list[Any] = []
@@ -98,8 +102,26 @@ class References:
         self.reference = self._run_in_full()
         first = self.reference[0].moment
         self.times, self.start = first.times, first.start
+        self._weigh()
+
+    def _weigh(self) -> None:
         sizes = torch.cat([run.final.double().square().sum(1) for run in self.reference])
         self.weights = 1 / sizes.clamp_min(TINY)
+
+    def first(self, calls: int) -> Self:
+        """Return these references of the first so many calls alone; their runs are counted here."""
+        if calls >= self.calls:
+            return self
+        part, left = copy(self), calls
+        part._batches = []
+        for some, seeds in self._batches:
+            part._batches += [(some[:left], seeds[:left])] if left > 0 else []
+            left -= len(some)
+        sizes = [len(some) for some, _ in part._batches]
+        part.reference = [run.first(sizes[run.batch]) for run in self.reference if run.batch < len(sizes)]
+        part._progress = self
+        part._weigh()
+        return part
 
     @property
     def steps(self) -> int:
@@ -168,9 +190,12 @@ class References:
                 run.batch = batch
                 runs.append(run)
             drawn += pictures
-            self.done += len(calls)
-            self._on_run(self.done)
+            self._progress._count(len(calls))
         return runs, drawn
+
+    def _count(self, calls: int) -> None:
+        self.done += calls
+        self._on_run(self.done)
 
     def _run_in_full(self) -> list[Recording]:
         runs, self.pictures = self.run(of="reference")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from lesa.learn.gaps import Algebra, descend
 from lesa.learn.solving import Full, Problem
@@ -13,18 +14,32 @@ FORGIVENESS = (0.0, 4.0, 8.0, 16.0, 24.0)
 OF = "search"
 
 
+TRIED_ON = 4
+"""On how many calls schedules are tried; the best ones are run on all of them."""
+FINALISTS = 3
+
+
+class Searched(NamedTuple):
+    """The best schedule, what the search began and ended with, in dB, and how many it tried."""
+
+    full: Full
+    ways: list[tuple[Full, float]]
+    tried: int
+
+
 class Search:
-    """Tries schedules of one problem by real runs, and remembers what they gave."""
+    """Tries schedules of one problem by real runs, on a few of its calls, and remembers what they gave."""
 
     def __init__(self, problem: Problem):
-        self.problem = problem
+        self.problem, self._few = problem, problem.first(TRIED_ON)
         self.algebra = Algebra(problem.response, problem.gram, len(problem.weights), problem.begins)
         self.known: dict[Full, float] = {}
 
-    def best(self, budget: int, most: int, starts: Sequence[Full] = ()) -> tuple[Full, list[tuple[Full, float]], int]:
-        """Return the best schedule of so many full steps; what the search began and ended with; how many it tried.
+    def best(self, budget: int, most: int, starts: Sequence[Full] = ()) -> Searched:
+        """Return the best schedule found of so many full steps, with at most so many tried.
 
-        Besides what algebra begins with there may be other `starts`. At most so many are tried.
+        The search goes on from the two best of what algebra begins with and of other `starts`. What it ends with is
+        chosen on all calls.
 
         Raises: ValueError if there are fewer steps, or more that have to be full.
         """
@@ -37,18 +52,31 @@ class Search:
             if full not in self.known:
                 if len(self.known) - before >= most:
                     return math.inf
-                self.known[full] = self._tried(full)
+                self.known[full] = self._tried(self._few, full)
             return self.known[full]
 
         found = {*starts, *(self.algebra.best(budget, forgiveness) for forgiveness in FORGIVENESS)}
-        start = min(sorted(found), key=real)
-        best = descend(start, real, ticks, begins)
-        return best, [(start, real(start)), (best, real(best))], len(self.known) - before
+        first, *others = sorted(sorted(found), key=real)
+        ends = [descend(first, real, ticks, begins)]
+        ends += [descend(start, real, ticks, begins) for start in others[:1] if real(start) < math.inf]
+        best, drift = self._chosen({first, *ends})
+        return Searched(best, [(first, real(first)), (best, drift)], len(self.known) - before)
 
-    def _tried(self, full: Full) -> float:
-        if self.problem.goes_together:
-            return self.problem.lockstep(full, OF).drift
-        return self.problem.rounds(full, 2, OF)[0].drift
+    def _chosen(self, ends: set[Full]) -> tuple[Full, float]:
+        """Return the best on all calls of these schedules and of the best others tried of so many full steps."""
+        count = len(next(iter(ends)))
+        tried = sorted((full for full in self.known if len(full) == count), key=lambda full: self.known[full])
+        finalists = tried[:FINALISTS] or sorted(ends)
+        if self._few is self.problem:
+            return finalists[0], self.known.get(finalists[0], math.inf)
+        drifts = {full: self._tried(self.problem, full) for full in finalists}
+        best = min(finalists, key=lambda full: drifts[full])
+        return best, drifts[best]
+
+    def _tried(self, problem: Problem, full: Full) -> float:
+        if problem.goes_together:
+            return problem.lockstep(full, OF).drift
+        return problem.rounds(full, 2, OF)[0].drift
 
 
 def without_one(full: Full, begins: Sequence[int] = (0,)) -> list[Full]:
