@@ -105,7 +105,7 @@ def test_what_a_search_promises_real_runs_keep():
     for forecaster, budget in [(Reuse(), 6), (Lagrange(1), 5), (Lagrange(2), 5), (Lagrange(2), 6)]:
         found = planner.search(forecaster, budget)
         real = drift(world.runs(range(6), Forecast(forecaster, found)), reference)
-        assert planner.drift(forecaster, found.full_steps(STEPS)) == pytest.approx(real, abs=1.0)
+        assert planner.drift(forecaster, found.full_steps(STEPS)) == pytest.approx(real, abs=2.0)
 
 
 def test_real_runs_choose_among_plans_of_more_and_more_caution(planner, reference):

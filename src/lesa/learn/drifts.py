@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lesa.learn.training import TINY, Answers
 from lesa.rows.carry import Carry
@@ -46,9 +45,6 @@ class Ways:
         self._carry = recorded.carry
         self._ways: dict[tuple[int, int], _Way] = {}
         self._rows: dict[tuple[Forecaster, tuple[int, ...]], np.ndarray] = {}
-        generator = torch.Generator().manual_seed(1)
-        directions = torch.randn(self.steps, self.prompts, self.width, generator=generator)
-        self.directions = functional.normalize(directions, dim=-1).numpy()
 
     def between(self, begin: int, end: int) -> _Way:
         """Return T and M of `Carry.between`, and D of `Carry.drift_of` the later step."""
@@ -90,7 +86,9 @@ class Ways:
 class Drifts:
     """The drift in dB that a forecaster leaves on one schedule after another; what their beginnings share is kept.
 
-    With `caution`, so much of what full steps answer across a drift is counted too. A search looks `ahead`.
+    With `caution`, so much of what full steps answer across a drift is counted too. Where it goes is not known, so it
+    has a direction of its own for each full step: one number more of each run, beside those of the errors. A search
+    looks `ahead`.
     """
 
     def __init__(self, ways: Ways, answers: Answers, forecaster: Forecaster, caution: float, ahead: bool = False):
@@ -98,19 +96,26 @@ class Drifts:
         fresh = answers.along if answers.fresh is None else answers.fresh
         self._along, self._fresh = answers.along.tolist(), fresh.tolist()
         self._across = (caution * answers.across).tolist()
+        self._sketched = ways.prompts * ways.width
+        self._numbers = self._sketched + ways.prompts * (ways.steps if any(self._across) else 0)
         self._known: dict[tuple[tuple[int, ...], int], tuple[np.ndarray, np.ndarray]] = {}
 
     def of(self, full: Sequence[int]) -> float:
         """Return how far a run would end from its reference run: mean over runs of 10 log10(|d|^2 / |x|^2)."""
         ways = self._ways
         _, drift = self._state(tuple(full), ways.steps)
-        each = drift.reshape(ways.prompts, -1)
-        error = np.einsum("pd,pd->p", each, each) / ways.scale
-        return float(10 * np.log10(error + TINY).mean())
+        return float(10 * np.log10(self._squares(drift) / ways.scale + TINY).mean())
+
+    def _squares(self, drift: np.ndarray) -> np.ndarray:
+        """Return |d|^2 of every run, (P,)."""
+        found = np.square(drift[: self._sketched]).reshape(self._ways.prompts, -1).sum(1)
+        if len(drift) > self._sketched:
+            found += np.square(drift[self._sketched :]).reshape(self._ways.prompts, -1).sum(1)
+        return found
 
     def _state(self, full: tuple[int, ...], end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return what the sampler carries into step `end` after these full steps, (r, P * numbers), and what the
-        velocity of `end` answers to its drift, (P * numbers,), or at the run's end the drift."""
+        """Return what the sampler carries into step `end` after these full steps, (r, numbers), and what the velocity
+        of `end` answers to its drift, (numbers,), or at the run's end the drift."""
         found = self._known.get((full, end))
         if found is None:
             found = self._known[full, end] = self._follow(full, end)
@@ -121,12 +126,13 @@ class Drifts:
         past = ways.past(self._forecaster, full)
         kept, moves, onto = ways.between(newest, end)
         rows, beyond = np.split(ways.rows(self._forecaster, past, end, self._ahead), [-1], axis=1)
-        state = np.zeros((len(onto), ways.errors.shape[2]), dtype=np.float32)
+        state = np.zeros((len(onto), self._numbers), dtype=np.float32)
+        own = state[:, : self._sketched]
         if end > newest + 1:
             for number, step in enumerate(past):
-                state += (moves[:, 1:] * rows[1:, number]) @ ways.errors[step, newest + 1 : end]
+                own += (moves[:, 1:] * rows[1:, number]) @ ways.errors[step, newest + 1 : end]
             if beyond.any():
-                state += (moves * beyond[:, 0])[:, 1:] @ ways.growth[newest + 1 : end]
+                own += (moves * beyond[:, 0])[:, 1:] @ ways.growth[newest + 1 : end]
         new = onto @ state
         weights = moves @ rows  # (r, past): how much enters of what each full step's velocity answered
         for back in range(1, min(len(past), len(full) - 1) + 1):
@@ -141,6 +147,5 @@ class Drifts:
         """Return what the velocity of a full step answers to a drift, part of which is new since the last one."""
         answer = self._along[step] * drift + (self._fresh[step] - self._along[step]) * new
         if self._across[step]:
-            sizes = np.linalg.norm(drift.reshape(self._ways.prompts, -1), axis=1, keepdims=True)
-            answer += (self._across[step] * sizes * self._ways.directions[step]).ravel()
+            answer[self._sketched + step :: self._ways.steps] += self._across[step] * np.sqrt(self._squares(drift))
         return answer

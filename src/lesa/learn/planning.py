@@ -13,8 +13,8 @@ the denoiser answers a drift: full steps take most of an early drift back, which
 in a run.
 
 No one number says it all. Late in a run half of the answer goes across the drift, and a search that does not look at it
-finds schedules whose errors seem to cancel, 10 dB and more below what they come to. So what was measured there counts
-as a drift in some direction: a `caution` of 1, with which the drift of real runs is predicted within 1 dB.
+finds schedules whose errors seem to cancel, 10 dB and more below what they come to. So most of what was measured there
+counts as a drift in a direction of its own: `caution` says how much.
 
 Where there are two streams, an output is the velocity that guidance makes of theirs: guidance multiplies the difference
 of the streams, and uncond answers a drift by another picture. How much of that is right to count depends on the
@@ -24,7 +24,7 @@ forecaster, so `search` counts none unless it is told, and `plan` tries several 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import combinations, pairwise, product
 from typing import Any
@@ -52,12 +52,14 @@ from lesa.rows.tap import Tap
 
 RANDOM_STARTS, TRIED_STARTS = 2, 4
 """How many of the search's starts are random, and from how many, the best ones, it goes on."""
+TOGETHER = (-1, 1, -2, 2, -4, 4)
+"""By how many steps neighbouring full steps are moved together."""
 PLANNED_ON, DISTURBED = 16, 8
 """How many recorded runs a pipeline's planner looks at, and how many it runs once more to see drifts answered."""
 CAUTIONS = (1.0, 2.0, 4.0, 8.0)
 """The caution of the schedules that `Planner.plan` runs, besides the one without."""
-MEASURED = 1.0
-"""The caution that counts what was measured, no more and no less."""
+USUAL = 0.75
+"""The caution of predictions: what goes across a drift is partly taken back by the next full steps."""
 Run = Callable[[Forecaster, Schedule], float]
 """(forecaster, schedule) -> the drift in dB of real runs"""
 
@@ -197,7 +199,7 @@ class Planner:
         self.grid, self.steps, self.tap = reference[0].grid, reference[0].steps, tap
         self.begins = reference[0].begins
         self.guided = len(streams) > 1
-        self.caution = 0.0 if self.guided else MEASURED
+        self.caution = 0.0 if self.guided else USUAL
         self.sampler = sampler_of(reference)
         self._responses = responses or Answers(torch.zeros(self.steps), torch.zeros(self.steps))
         self._errors, growth = sketched(runs, outputs_of, Guidance.of(reference, streams, self.sampler), size)
@@ -251,8 +253,8 @@ class Planner:
     def drift(self, forecaster: Forecaster, full: Sequence[int], caution: float | None = None) -> float:
         """Return how far a run would end from its reference run: mean over runs of 10 log10(|d|^2 / |x|^2), in dB.
 
-        With `caution`, so much of what full steps answer `across` a drift is counted too; by default what was measured,
-        or of guided streams nothing.
+        With `caution`, so much of what full steps answer `across` a drift is counted too; by default most of what was
+        measured, or of guided streams nothing.
 
         Raises: ValueError if forecasts enter the forecaster's history, which this algebra does not follow.
         """
@@ -384,8 +386,8 @@ def _descend(full: list[int], cost: Callable[[Sequence[int]], float], steps: int
 
 
 def _moves(full: Sequence[int], steps: int, fixed: int) -> Iterator[list[int]]:
-    """Yield the schedules with one full step elsewhere, the nearest first, then those with two of them moved by one;
-    the first `fixed` stay."""
+    """Yield the schedules with one full step elsewhere, the nearest first, then those with two of them moved by one,
+    then those with a few neighbours moved together; the first `fixed` stay."""
     inner, first = range(fixed, len(full)), full[fixed - 1]
     for distance in range(1, steps):
         for k in inner:
@@ -393,9 +395,15 @@ def _moves(full: Sequence[int], steps: int, fixed: int) -> Iterator[list[int]]:
                 if first < place < steps and place not in full:
                     yield sorted([*full[:k], place, *full[k + 1 :]])
     for k, other in combinations(inner, 2):
-        for changes in product((-1, 1), repeat=2):
-            moved = list(full)
-            for which, change in zip((k, other), changes, strict=True):
-                moved[which] += change
-            if moved == sorted(set(moved)) and moved[fixed] > first and moved[-1] < steps:
-                yield moved
+        for change, another in product((-1, 1), repeat=2):
+            yield from _shifted(full, {k: change, other: another}, steps, fixed)
+    for k, other in combinations(inner, 2):
+        for change in TOGETHER:
+            yield from _shifted(full, dict.fromkeys(range(k, other + 1), change), steps, fixed)
+
+
+def _shifted(full: Sequence[int], changes: Mapping[int, int], steps: int, fixed: int) -> Iterator[list[int]]:
+    """Yield the schedule with some full steps moved, if there is one."""
+    moved = [step + changes.get(k, 0) for k, step in enumerate(full)]
+    if moved == sorted(set(moved)) and moved[fixed] > full[fixed - 1] and moved[-1] < steps:
+        yield moved
