@@ -2,14 +2,14 @@
 
 A run is a folder. Each process writes one file of it, `records.jsonl` or `records-1.jsonl`, ..., and reads all. The
 first line says what all records have in common: the model and its weights, the call, the pairs and how they are
-batched. A start follows for every time that a process went to work: on which machine, with which methods. Then come
-the records. Whatever a table or a plot says is worked out from these lines.
+batched; the lines after it are sealed in batches (`lesa.bench.ledger`). A start follows for every time that a process
+went to work: on which machine, with which methods. Then come the records. Whatever a table or a plot says is worked out
+from these lines.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,14 +27,18 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from lesa.bench import ledger
+from lesa.bench.ledger import lines_of
 from lesa.bench.lines import Cost, Failure, Key, Line, Pair, Record, Start, Time, from_text, to_text
+from lesa.bench.planned import PLANNED, planned
 from lesa.learn import metrics
 from lesa.learn.metrics import Interval
 from lesa.predictors import disk
 from lesa.predictors.disk import write_atomically
 
-FORMAT = "lesa-records-1"
-FILES, PICTURES, FRAMES, PLANNED = "records*.jsonl", "pictures", "frames", "planned.json"
+FORMAT, UNSEALED = "lesa-records-2", "lesa-records-1"
+"""The format of files, and that of before, whose batches have no digest."""
+FILES, PICTURES, FRAMES = "records*.jsonl", "pictures", "frames"
 REPORT, SHEET, MOVING = "report.md", "pictures.png", "clips.gif"
 PLOTS = ("psnr-over-ratio.png", "psnr-over-speedup.png", "error-per-step.png", "rows.png")
 WRITTEN = (REPORT, SHEET, MOVING, *PLOTS, PLANNED, f"{PICTURES}/*/{'[0-9]' * 5}.png")
@@ -43,6 +47,8 @@ REFERENCE = ("all full", "every:1")
 """The run that all others are measured against."""
 BEGINNING = {"kind": "run", "format": FORMAT}
 """What the first line of a file begins with."""
+MOST_PIXELS = 1 << 26
+"""Of a picture that is kept: one of more is none of ours, or meant to take all memory."""
 
 
 # --- all of them
@@ -241,8 +247,8 @@ class Log:
 
     def add(self, *lines: Line) -> None:
         """Append lines to the file, all with one write, and take them in."""
-        if self.path is not None:
-            _append(self.path, "".join(to_text(line) + "\n" for line in lines))
+        if self.path is not None and lines:
+            ledger.append(self.path, [to_text(line) for line in lines])
         for line in lines:
             self.comparison.add(line)
 
@@ -280,9 +286,9 @@ def writing(folder: str | Path, setting: Mapping[str, Any], shard: int = 0) -> I
         if not any([_check_same(path, setting) for path in sorted(folder.glob(FILES))]):
             disk.check_free(folder, WRITTEN, "a run of its own")
         planned(folder)
-        _repair(log.path)
+        ledger.repair(log.path)
         if not log.path.exists():
-            _append(log.path, _header(setting))
+            ledger.write(log.path, _header(setting))
         log.refresh()
         yield log
 
@@ -320,39 +326,19 @@ def _alone(folder: Path, shard: int) -> Iterator[None]:
         raise RuntimeError(f"another process measures into {folder / _file(shard)}; wait for it, or end it.") from error
 
 
-def planned(folder: str | Path) -> dict[str, Any]:
-    """Read the schedules that were planned for a run, by what they were planned for, with their `grid`.
-
-    Raises: ValueError if the file holds something else.
-    """
-    path = Path(folder) / PLANNED
-    if not path.exists():
-        return {}
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(value, list if name == "grid" else str) for name, value in known.items()):
-            raise ValueError("it holds something else")
-        return {"grid": known.pop("grid"), **known}
-    except (ValueError, LookupError, AttributeError) as error:
-        raise ValueError(f"{path} holds no planned schedules ({error!r}); measure into another folder.") from error
-
-
 def load(folder: str | Path) -> Comparison:
     """Read all that was measured into a folder, while a process measures or afterwards.
 
     Raises: FileNotFoundError if it holds no records; ValueError if a file is damaged, or they are of different runs.
     """
-    paths = sorted(path for path in Path(folder).glob(FILES) if _lines(path))
+    paths = sorted(path for path in Path(folder).glob(FILES) if lines_of(path))
     if not paths:
         raise FileNotFoundError(f"{folder} holds no records ({FILES}); run lesa bench.")
     comparison = Comparison(_setting(paths[0]))
     for path in paths:
         _check_same(path, comparison.setting)
-        for number, text in enumerate(_lines(path)[1:], start=2):
-            try:
-                comparison.add(from_text(text))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}; remove the line, and measure it again.") from error
+        for line in ledger.read(path):
+            comparison.add(line)
     comparison.sort()
     for key in comparison.records:
         numbers = range(len(comparison.setting.get("pairs", ())))
@@ -368,7 +354,7 @@ def at_line(path: str | Path, number: int) -> tuple[Record, Mapping[str, Any], M
     Raises: FileNotFoundError as `load` does; ValueError if the line holds no picture's record; LookupError if no method
         that was run made it.
     """
-    comparison, lines = load(Path(path).parent), _lines(Path(path))
+    comparison, lines = load(Path(path).parent), lines_of(Path(path))
     line = from_text(lines[number - 1]) if 1 < number <= len(lines) else None
     if not isinstance(line, Record):
         raise ValueError(f"line {number} of {path} (it has {len(lines)}) holds no picture's record; take another.")
@@ -390,10 +376,18 @@ def _write_picture(picture: np.ndarray, file: BytesIO) -> None:
 
 
 def _read_picture(path: Path) -> np.ndarray:
-    """Read what `_write_picture` wrote."""
-    with Image.open(path) as image:
-        picture, frames = np.asarray(image.convert("RGB")), image.info.get(FRAMES)
-    return picture if frames is None else np.stack(np.split(picture, int(frames)))
+    """Read what `_write_picture` wrote.
+
+    Raises: ValueError if it is something else.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"it claims {image.width} x {image.height} pixels")
+            picture, frames = np.asarray(image.convert("RGB")), image.info.get(FRAMES)
+        return picture if frames is None else np.stack(np.split(picture, int(frames)))
+    except (OSError, SyntaxError, Image.DecompressionBombError, *disk.DAMAGED) as error:
+        raise ValueError(f"{path} is no whole picture of this run ({error}); delete it.") from error
 
 
 def _file(shard: int) -> str:
@@ -406,37 +400,20 @@ def _shard(path: Path) -> int | None:
     return int(number) if number.isdecimal() and path.name == _file(int(number)) else None
 
 
-def _append(path: Path, text: str) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _lines(path: Path) -> list[str]:
-    """Read the whole lines of a file: what follows the last line's end was torn by a kill, or is just being written."""
-    return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-
-
-def _repair(path: Path) -> None:
-    """Remove a torn last line."""
-    if path.exists():
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(path, whole)
-        if not whole:
-            path.unlink()
-
-
 def _setting(path: Path) -> dict[str, Any]:
     try:
-        entries = json.loads(_lines(path)[0])
-        if entries.pop("kind") != "run" or entries["format"] != FORMAT:
+        entries = json.loads(lines_of(path)[0])
+        if entries.pop("kind") != "run" or entries["format"] not in (FORMAT, UNSEALED):
             raise ValueError(f"its format is not {FORMAT!r}")
+        if not isinstance(entries.setdefault("pairs", []), list) or not all(map(_is_pair, entries["pairs"])):
+            raise ValueError("its pairs are no prompts with seeds")
         return entries
-    except (ValueError, LookupError, AttributeError) as error:
+    except disk.DAMAGED as error:
         raise ValueError(f"{path} does not begin as records do ({error!r}); measure into another folder.") from error
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, list) and list(map(type, pair)) == [str, int]
 
 
 def _header(setting: Mapping[str, Any]) -> str:
@@ -449,12 +426,12 @@ def _check_same(path: Path, setting: Mapping[str, Any]) -> bool:
 
     Raises: ValueError if it is another.
     """
-    if not _lines(path):
+    if not lines_of(path):
         if not _may_be_torn(path.read_text(encoding="utf-8", errors="replace")):
             raise ValueError(f"{path} does not begin as records do; measure into another folder.")
         return False
     there, here = _setting(path), json.loads(_header(setting))
-    del here["kind"]
+    del here["kind"], here["format"], there["format"]
     for name in {**there, **here}:
         if there.get(name) != here.get(name):
             shown = f"{reprlib.repr(there.get(name))} there, {reprlib.repr(here.get(name))} here"
@@ -467,13 +444,13 @@ def _check_same(path: Path, setting: Mapping[str, Any]) -> bool:
 
 def _may_be_torn(text: str) -> bool:
     """Tell whether a kill may have left this of a first line."""
-    start = json.dumps(BEGINNING).removesuffix("}")
-    return text.startswith(start) or start.startswith(text)
+    starts = [json.dumps({**BEGINNING, "format": name}).removesuffix("}") for name in (FORMAT, UNSEALED)]
+    return any(text.startswith(start) or start.startswith(text) for start in starts)
 
 
 def _keys(path: Path) -> Iterator[Key]:
     """Yield the methods that a file of records names; a damaged line names none."""
-    for text in _lines(path)[1:]:
+    for text in lines_of(path)[1:]:
         try:
             line = from_text(text)
         except ValueError:

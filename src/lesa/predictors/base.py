@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from lesa.predictors import disk
-from lesa.predictors.disk import write_atomically
+from lesa.predictors.disk import DAMAGED, write_atomically
 from lesa.predictors.origin import Origin, configuration
 from lesa.rows.forecasters import Forecaster
 from lesa.rows.grid import in_words, matches, times_in_order
@@ -330,15 +329,7 @@ def _read(source: str, config: bytes, weights: bytes) -> Predictor:
         options = entries.pop("options")
         del entries["format"]
         predictor = _around(from_bytes(weights), kind, Origin.from_dict(entries), options)
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
+    except DAMAGED as error:
         raise ValueError(f"{source} holds no whole predictor of lesa ({error}); fetch or train it again.") from error
     return predictor.eval()
 
