@@ -17,7 +17,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from lesa.predictors import disk
+from lesa.predictors import disk, hub
 from lesa.predictors.disk import DAMAGED, write_atomically
 from lesa.predictors.origin import Origin, configuration
 from lesa.rows.forecasters import Forecaster
@@ -366,11 +366,13 @@ def _fetch(source: str, name: str, options: Mapping[str, Any]) -> Path:
                 f"{source} holds no {name}, so no predictor of lesa; name its folder, or train one."
             )
         return Path(source) / name
+    where = hub.how(source, "a predictor")
     try:
-        return Path(hf_hub_download(source, name, **options))
+        return Path(hf_hub_download(source, name, **{**where, **options}))
     except (OSError, ValueError) as error:
+        why = "which cannot be reached from here" if where else f"{error}"
         raise FileNotFoundError(
-            f"{source} is neither a folder here nor a predictor on the hub ({error}); check its name."
+            f"{source} is neither a folder here nor a predictor on the hub ({why}); check its name."
         ) from error
 
 
