@@ -9,6 +9,7 @@ from these lines.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import reprlib
@@ -38,7 +39,7 @@ from lesa.predictors.disk import write_atomically
 
 FORMAT, UNSEALED = "lesa-records-2", "lesa-records-1"
 """The format of files, and that of before, whose batches have no digest."""
-FILES, PICTURES, FRAMES = "records*.jsonl", "pictures", "frames"
+FILES, PICTURES, FRAMES, MARK = "records*.jsonl", "pictures", "frames", "sha256"
 REPORT, SHEET, MOVING = "report.md", "pictures.png", "clips.gif"
 PLOTS = ("psnr-over-ratio.png", "psnr-over-speedup.png", "error-per-step.png", "rows.png")
 WRITTEN = (REPORT, SHEET, MOVING, *PLOTS, PLANNED, f"{PICTURES}/*/{'[0-9]' * 5}.png")
@@ -157,6 +158,13 @@ class Comparison:
         """The medians of each method's times."""
         return {key: _median(times) for key, times in self.times.items()}
 
+    @property
+    def waiting(self) -> list[Key]:
+        """The methods of the newest start that have neither a record nor failed."""
+        known = {*self.records, *self.failures}
+        newest = self.starts[-1].methods if self.starts else ()
+        return [key for one in newest if (key := (one["name"], one["schedule"])) not in known]
+
     def entry(self, key: Key) -> Mapping[str, Any]:
         """Return what the newest start says of a method.
 
@@ -258,7 +266,7 @@ class Log:
         if self.folder is not None:
             path, file = picture_path(self.folder, key, number), BytesIO()
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write_picture(picture, file)
+            _write_picture(picture, file, _mark(self.comparison.setting, key, number, picture))
             write_atomically(path, file.getvalue())
 
     def refresh(self) -> None:
@@ -342,8 +350,8 @@ def load(folder: str | Path) -> Comparison:
     comparison.sort()
     for key in comparison.records:
         numbers = range(len(comparison.setting.get("pairs", ())))
-        pictures = [picture_path(Path(folder), key, number) for number in numbers]
-        if kept := [_read_picture(path) for path in pictures if path.exists()]:
+        paths = {number: path for number in numbers if (path := picture_path(Path(folder), key, number)).exists()}
+        if kept := [_read_picture(path, comparison.setting, key, number) for number, path in paths.items()]:
             comparison.pictures[key] = kept
     return comparison
 
@@ -366,17 +374,26 @@ def picture_path(folder: Path, key: Key, number: int) -> Path:
     return folder / PICTURES / quote(" ".join(key), safe=" (),+") / f"{number:05d}.png"
 
 
-def _write_picture(picture: np.ndarray, file: BytesIO) -> None:
+def _mark(setting: Mapping[str, Any], key: Key, number: int, picture: np.ndarray) -> str:
+    """Return a digest of a picture, and of the run, the method and the pair that it is of."""
+    shared = {name: value for name, value in setting.items() if name not in ("format", "kind")}
+    total = hashlib.sha256(json.dumps([shared, key, number, picture.shape], sort_keys=True).encode())
+    total.update(np.ascontiguousarray(picture).tobytes())
+    return total.hexdigest()
+
+
+def _write_picture(picture: np.ndarray, file: BytesIO, mark: str) -> None:
     """Write a picture as PNG, and a clip as one picture of its frames from top to bottom, with their number."""
     facts = PngInfo()
+    facts.add_text(MARK, mark)
     if picture.ndim == 4:
         facts.add_text(FRAMES, str(len(picture)))
         picture = np.concatenate(picture)
     Image.fromarray(picture).save(file, "PNG", pnginfo=facts)
 
 
-def _read_picture(path: Path) -> np.ndarray:
-    """Read what `_write_picture` wrote.
+def _read_picture(path: Path, setting: Mapping[str, Any], key: Key, number: int) -> np.ndarray:
+    """Read what `_write_picture` wrote; files of before have no mark.
 
     Raises: ValueError if it is something else.
     """
@@ -384,8 +401,11 @@ def _read_picture(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"it claims {image.width} x {image.height} pixels")
-            picture, frames = np.asarray(image.convert("RGB")), image.info.get(FRAMES)
-        return picture if frames is None else np.stack(np.split(picture, int(frames)))
+            picture, frames, mark = np.asarray(image.convert("RGB")), image.info.get(FRAMES), image.info.get(MARK)
+        picture = picture if frames is None else np.stack(np.split(picture, int(frames)))
+        if mark not in (None, _mark(setting, key, number, picture)):
+            raise ValueError("it is not as it was drawn, or of another run")
+        return picture
     except (OSError, SyntaxError, Image.DecompressionBombError, *disk.DAMAGED) as error:
         raise ValueError(f"{path} is no whole picture of this run ({error}); delete it.") from error
 

@@ -193,7 +193,10 @@ def read_seeds(text: str) -> list[int]:
 
 @_told
 def read_call(text: str) -> dict[str, Any]:
-    arguments = json.loads(text)
+    try:
+        arguments = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("a JSON object of arguments is needed, got one that nests too deeply") from error
     if not isinstance(arguments, dict):
         raise ValueError(f"a JSON object of arguments is needed, got {text!r}")
     return arguments

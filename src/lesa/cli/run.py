@@ -46,7 +46,7 @@ def _accelerated(pipe: Any, given: Namespace) -> Run:
         if forecaster is not None:
             raise
         raise LookupError(
-            f"no predictor that fits is shipped with {given.lora or given.model}; name one (--predictor FOLDER), make "
+            f"no predictor is shipped with {given.lora or given.model} that fits; name one (--predictor FOLDER), make "
             "one of a few prompts (lesa calibrate), or draw without training: --forecaster lagrange:1 --schedule "
             "every:3."
         ) from error

@@ -127,6 +127,8 @@ class Trajectory:
             return cls._of(facts, tensors, signed is not None)
         except FileNotFoundError:
             raise
+        except OSError as error:
+            raise OSError(f"{path} cannot be read: {error}") from error
         except DAMAGED as error:
             raise ValueError(f"{path} is no whole trajectory ({error}); delete it and collect again.") from error
 

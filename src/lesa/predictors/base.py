@@ -354,6 +354,8 @@ def _around(
         raise ValueError(
             f"its options say that the weights of {name!r} are of shape {said.get(name)}, they are of {found.get(name)}"
         )
+    if other := sorted(name for name, tensor in weights.items() if not tensor.isfinite().all()):
+        raise ValueError(f"the weights of {other[0]!r} are finite numbers, got NaN or infinity")
     kinds = {name: tensor.dtype for name, tensor in predictor.state_dict().items()}
     predictor.load_state_dict({name: tensor.to(kinds[name]) for name, tensor in weights.items()}, assign=True)
     return predictor
