@@ -193,6 +193,36 @@ def test_a_missing_run_is_filled_in(tiny_flux, reference, tmp_path):
     assert contents(tmp_path) == contents(reference)
 
 
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:-3] + b"xyz", lambda _: b""])
+def test_a_damaged_run_is_recorded_again(tiny_flux, reference, tmp_path, damage):
+    for name, data in contents(reference).items():
+        (tmp_path / name).write_bytes(damage(data) if name.startswith("00001-20") else data)
+    with pytest.warns(UserWarning, match=r"00001-20.safetensors is not as it was recorded; it is recorded again"):
+        collect(tiny_flux, folder=tmp_path, **RUNS)
+    assert contents(tmp_path) == contents(reference)
+
+
+def test_a_collection_grows(tiny_flux, reference, tmp_path):
+    fewer = {**RUNS, "prompts": TWICE[:4], "seeds": [3, 20] * 2}
+    collect(tiny_flux, folder=tmp_path, **fewer)
+    before = contents(tmp_path)
+    assert len(collect(tiny_flux, folder=tmp_path, **RUNS)) == 6
+    after = contents(tmp_path)
+    assert after == contents(reference)  # the first batch was whole
+    assert {name: after[name] for name in before if name != COLLECTION}.items() <= before.items()
+
+
+def test_a_run_of_numbers_that_are_not_finite_is_not_recorded(tiny_flux, tmp_path):
+    def spoil(_pipe, step, _time, tensors):
+        return {"latents": tensors["latents"] * (float("nan") if step == 1 else 1.0)}
+
+    for tokens in (ALL, None):
+        with pytest.raises(
+            ValueError, match=r"of a reference run \('small red .*, seed 5\) are finite numbers, got NaN"
+        ):
+            record(tiny_flux, PROMPTS[:1], [5], tokens, **CALL, callback_on_step_end=spoil)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -9,6 +9,7 @@ from filelock import FileLock
 
 from lesa.bench import records
 from lesa.bench.lines import Cost, Failure, Pair, Record, Start, Time
+from lesa.bench.planned import keep_planned
 from lesa.bench.records import REFERENCE, Comparison
 
 PAIRS = [Pair("a red apple", 0), Pair("ein grüner Apfel", 1), Pair("a blue fish", 2)]
@@ -77,6 +78,82 @@ def test_a_torn_last_line_is_passed_over_and_then_removed(tmp_path):
         with records.writing(tmp_path, SETTING) as log:
             assert path.read_bytes() == whole
             assert log.comparison.holds(OURS, PAIRS[:1]) and not log.comparison.holds(OURS, PAIRS[:2])
+
+
+def changed(lines: list[bytes], number: int, change: str) -> list[bytes]:
+    if change == "lost":
+        return lines[:number] + lines[number + 1 :]
+    if change == "doubled":
+        return lines[: number + 1] + lines[number:]
+    if change == "swapped":
+        return [*lines[:number], lines[number + 1], lines[number], *lines[number + 2 :]]
+    return [*lines[:number], lines[number].replace(b"0.9", b"0.8").replace(b'"fast"', b'"slow"'), *lines[number + 1 :]]
+
+
+@pytest.mark.parametrize("change", ["lost", "doubled", "swapped", "changed"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_lines_that_are_lost_doubled_swapped_or_changed_are_noticed(tmp_path, change, number):
+    path = write(tmp_path, START)
+    for pair in PAIRS:
+        write(tmp_path, picture(OURS, pair))  # a batch each
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(changed(lines, number, change)))
+    with pytest.raises(ValueError, match=r"records.jsonl, lines \d+ to \d+ or before: lines were lost, doubled or"):
+        records.load(tmp_path)
+
+
+def test_a_changed_setting_is_noticed(tmp_path):
+    path = write(tmp_path, START)
+    path.write_text(path.read_text().replace('"height": 32', '"height": 64'))
+    with pytest.raises(ValueError, match="lines were lost, doubled or changed"):
+        records.load(tmp_path)
+
+
+def test_a_torn_batch_is_passed_over_and_measured_again(tmp_path):
+    path = write(tmp_path, START)
+    whole = path.read_bytes()
+    write(tmp_path, *(picture(OURS, pair) for pair in PAIRS))
+    batch = path.read_bytes()[len(whole) :]
+    for lines in (1, 2):
+        path.write_bytes(whole + b"".join(batch.splitlines(keepends=True)[:lines]))
+        assert not records.load(tmp_path).records
+        assert write(tmp_path, *(picture(OURS, pair) for pair in PAIRS)).read_bytes() == whole + batch
+
+
+def test_files_of_before_go_on_without_seals(tmp_path):
+    path = write(tmp_path)
+    path.write_text(path.read_text().replace(records.FORMAT, records.UNSEALED) + records.to_text(LINES[1]) + "\n")
+    write(tmp_path, picture(OURS, PAIRS[2]))
+    assert '"batch": [' not in path.read_text()
+    assert [one.pair for one in records.load(tmp_path).records[OURS]] == PAIRS[1:]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(psnr="30"), dict(seed=None), dict(full=[0, "x"]), dict(scores={"CLIP": "1"}), dict(scores=[]), dict(kind=[])],
+)
+def test_the_fields_of_a_line_are_of_their_types(changes):
+    with pytest.raises(ValueError, match="no record"):
+        records.from_text(json.dumps({**json.loads(records.to_text(LINES[1])), **changes}))
+
+
+def test_planned_schedules_that_were_changed_are_refused(tmp_path):
+    keep_planned(tmp_path, {"grid": [1.0, 0.0], "Reuse() 2 feature": "at:0,3"})
+    assert records.planned(tmp_path) == {"grid": [1.0, 0.0], "Reuse() 2 feature": "at:0,3"}
+    (tmp_path / records.PLANNED).write_text((tmp_path / records.PLANNED).read_text().replace("at:0,3", "at:0,2"))
+    with pytest.raises(ValueError, match="not as they were kept"):
+        records.planned(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"GIF89a" + data]
+)
+def test_a_damaged_picture_is_named(tmp_path, damage):
+    measured(tmp_path)
+    path = records.picture_path(tmp_path, OURS, 1)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"00001.png is no whole picture"):
+        records.load(tmp_path)
 
 
 def test_a_torn_first_line_is_begun_anew(tmp_path):

@@ -492,6 +492,13 @@ def cut(name: str):
     return damage
 
 
+def edit(file: Path) -> None:
+    """Change a number of a curve."""
+    kept = json.loads(file.read_text())
+    kept["entries"][-1]["validation_loss"] -= 100.0
+    file.write_text(json.dumps(kept))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -499,6 +506,9 @@ def cut(name: str):
         cut("config.json"),
         cut("curve.json"),
         lambda folder: (folder / "round-1" / "curve.json").unlink(),
+        lambda folder: (folder / "round-1" / "curve.json").write_text("7"),
+        lambda folder: shutil.copy(folder / "round-0" / "curve.json", folder / "round-1"),
+        lambda folder: edit(folder / "round-1" / "curve.json"),
         lambda folder: (folder / "round-1" / "model.safetensors").unlink(),
         lambda folder: shutil.copytree(folder / "round-1", folder / "part"),
         lambda folder: (folder / "part").mkdir(),
@@ -522,8 +532,18 @@ def test_a_round_after_a_damaged_one_is_not_trusted(tmp_path):
 def test_a_round_is_a_predictor_that_loads(whole, tmp_path):
     trained(tmp_path)
     assert_same(Predictor.from_pretrained(tmp_path / "round-0"), whole.ground_truth)
-    entries = json.loads((tmp_path / "round-2" / "curve.json").read_text())
-    assert entries == whole.curve.entries
+    kept = json.loads((tmp_path / "round-2" / "curve.json").read_text())
+    assert kept["entries"] == whole.curve.entries
+
+
+def test_rounds_of_before_are_gone_on_with(whole, tmp_path, monkeypatch):
+    """Their curves have no digest."""
+    trained(tmp_path)
+    for file in tmp_path.glob("round-*/curve.json"):
+        file.write_text(json.dumps(json.loads(file.read_text())["entries"]))
+    fits = count_calls(monkeypatch, torch.optim, "Adam")
+    assert_same_result(trained(tmp_path), whole)
+    assert not fits
 
 
 def test_a_longer_training_goes_on_from_a_shorter_one(whole, tmp_path):

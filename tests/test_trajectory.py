@@ -1,7 +1,9 @@
 """Trajectories come back as they were written, and a store never shows half of one."""
 
+import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +109,95 @@ def test_a_damaged_file_is_named(tmp_path):
         Trajectory.load(tmp_path / "none")
 
 
+def test_every_changed_byte_of_a_run_is_noticed(tmp_path):
+    """Numbers, names and facts alike; blanks in a header, which mean nothing, aside."""
+    path = tmp_path / "one.safetensors"
+    ours = trajectory()
+    ours.save(path)
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for place in [*range(0, header, 37), *range(header, len(whole), 11)]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        if whole[place] != ord(" "):
+            with pytest.raises(ValueError, match="is no whole trajectory"):
+                Trajectory.load(path)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["latents", "features", "outputs", "conditioning"])
+def test_a_reference_run_is_of_finite_numbers(tmp_path, part, number):
+    whole = replace(trajectory(), full=tuple(range(STEPS)))
+    tensor = getattr(whole, part)
+    (tensor if part == "latents" else tensor["uncond"])[1, 0] = number
+    whole.save(tmp_path / "one")
+    with pytest.raises(ValueError, match=rf"one is no whole trajectory \(the {part}.* are finite numbers, got NaN or"):
+        Trajectory.load(tmp_path / "one")
+    replace(whole, full=(0, 1)).save(tmp_path / "forecast")  # such a run may diverge
+    assert not Trajectory.load(tmp_path / "forecast").is_finite
+
+
+def old(path, run: Trajectory) -> None:
+    """Write a run as releases before did, without a digest."""
+    tensors = {name: tensor.contiguous() for name, tensor in run._tensors().items()}
+    save_file(tensors, path, {"trajectory": json.dumps(run._facts())})
+
+
+def test_runs_of_before_are_read_and_that_is_said_once(tmp_path):
+    store = Store.create(tmp_path, collection())
+    for number, seed in store.collection.pairs:
+        old(store.path(number, seed), trajectory(store.collection.prompts[number], seed))
+    store = Store.open(tmp_path)
+    with pytest.warns(UserWarning, match="have no digest") as said:
+        assert [run.signed for run in store] == [False] * 3 and not store.load(0).signed
+    assert len(said) == 1
+
+
+def test_a_run_of_another_prompt_or_collection_is_refused(tmp_path):
+    stores = [Store.create(tmp_path / name, collection(weights=name)) for name in "ab"]
+    for store in stores:
+        for number, seed in store.collection.pairs:
+            store.add(number, seed, trajectory(store.collection.prompts[number], seed))
+    first, other = (Store.open(store.folder) for store in stores)
+    first.paths[1].write_bytes(first.paths[0].read_bytes())
+    with pytest.raises(
+        ValueError, match=r"00001-10.safetensors is the run of 'ein .* got that of 'a red apple', seed 0"
+    ):
+        list(first)
+    first.paths[1].write_bytes(other.paths[1].read_bytes())
+    with pytest.raises(ValueError, match=r"00001-10.safetensors is no whole .* a run of another collection"):
+        list(first)
+    assert first.is_whole(0, 0) and not first.is_whole(1, 10)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(seeds=["../../0", 1, 2]),
+        dict(seeds=[0, 1]),
+        dict(seeds=7),
+        dict(prompts=[1, 2, 3]),
+        dict(prompts="abc"),
+        dict(model=["x"]),
+        dict(call=[]),
+        dict(grid=[1, "0"]),
+        dict(tokens=[True]),
+        dict(tap=1),
+        dict(batch_size=2.5),
+    ],
+)
+def test_the_fields_of_a_collection_are_of_their_types(tmp_path, changes):
+    text = json.dumps({**json.loads(collection().to_json()), **changes})
+    (tmp_path / "collection.json").write_text(text)
+    with pytest.raises(ValueError, match=r"collection.json is damaged"):
+        Store.open(tmp_path)
+
+
+def test_a_text_that_nests_deeply_is_damaged(tmp_path):
+    (tmp_path / "collection.json").write_text('{"a":' + "[" * 100_000)
+    with pytest.raises(ValueError, match=r"collection.json is damaged"):
+        Store.open(tmp_path)
+
+
 def test_a_collection_survives_json():
     assert Collection.from_json(collection().to_json()) == collection()
     assert Collection.from_json(collection(sample=3).to_json()) != collection()
@@ -168,6 +259,14 @@ def test_tokens_are_drawn_anew_for_each_seed_only():
     for count in (0, -1, 65):
         with pytest.raises(ValueError, match="64 image tokens"):
             draw_tokens(64, count)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_names_the_file(tmp_path):
+    (tmp_path / "file.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_atomically(tmp_path / "file", b"data")
+    assert caught.value.filename == str(tmp_path / "file") and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])

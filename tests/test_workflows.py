@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
+from filelock import FileLock
 
 import lesa
 from lesa.bench import records
@@ -127,6 +128,16 @@ def test_the_paper_and_a_predictor_win_over_other_options():
     assert begun.schedule == lesa.Schedule.every(2)
     with pytest.raises(FrozenInstanceError):
         paper.seed = 3
+
+
+def test_one_process_trains_into_a_folder(pipe, runs, tmp_path):
+    """The lock of one that is gone, a file that nobody holds, keeps nobody out."""
+    options = lesa.TrainOptions("l2p", schedule=lesa.Schedule.every(2), rounds=0, updates=(1, 1))
+    with FileLock(tmp_path / ".lock"), pytest.raises(RuntimeError, match=r"another process is training into .*; wait"):
+        lesa.train(pipe, runs, PROMPTS[:1], tmp_path, options)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    (tmp_path / ".lock").write_text("12345")
+    assert lesa.train(pipe, runs, PROMPTS[:1], tmp_path, options).folder == tmp_path
 
 
 def test_several_collections_are_for_many_grids(pipe, runs, tmp_path):

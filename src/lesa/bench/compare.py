@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from torch import Tensor
 from lesa.bench import benchmark, bound, methods, peers, recogniser, records, samplers
 from lesa.bench.lines import Pair
 from lesa.bench.methods import Method
+from lesa.bench.planned import keep_planned, planned
 from lesa.bench.records import Comparison, Log
 from lesa.bench.scores import Score
 from lesa.host import needs
@@ -28,7 +28,6 @@ from lesa.learn.ranks import ALONE, Ranks
 from lesa.learn.trajectory import Store
 from lesa.predictors import Predictor
 from lesa.predictors.base import CONFIG_FILE
-from lesa.predictors.disk import write_atomically
 from lesa.predictors.fingerprint import pipeline_fingerprint
 from lesa.predictors.shipped import SHIPPED_FOLDER
 from lesa.rows.forecasters import Forecaster
@@ -213,7 +212,7 @@ def _planning(
     pipe: Any, data: Store | None, folder: str | Path | None
 ) -> tuple[Tensor, Callable[[Forecaster, int, str], Schedule]]:
     """Return the grid, and the call that plans a forecaster's schedule at a tap; a folder keeps what was planned."""
-    known = records.planned(folder) if folder else {}
+    known = planned(folder) if folder else {}
 
     @cache
     def planner(place: str) -> Planner:  # it records runs, once
@@ -226,7 +225,7 @@ def _planning(
             find = finder(there, refine=there.guided)  # under guidance algebra alone errs; all are run later anyway
             known[name] = str(find(forecaster, budget))
             if folder:
-                write_atomically(Path(folder) / records.PLANNED, json.dumps(known, indent=1).encode())
+                keep_planned(folder, known)
         return Schedule.parse(known[name])
 
     if "grid" not in known:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lesa.bench.ledger import lines_of
 from lesa.bench.lines import Key, Start, from_text
+from lesa.predictors import disk
 
-FORMAT = "lesa-records-1"
+FORMAT, UNSEALED = "lesa-records-2", "lesa-records-1"
+"""The format of files, and that of before, whose batches have no digest."""
 FILES = "records*.jsonl"
 BEGINNING = {"kind": "run", "format": FORMAT}
 """What the first line of a file begins with."""
@@ -28,30 +30,6 @@ def shard_of(path: Path) -> int | None:
     return int(number) if number.isdecimal() and path.name == name_of(int(number)) else None
 
 
-def append(path: Path, text: str) -> None:
-    """Append text to a file, and see it on the disk."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def lines_of(path: Path) -> list[str]:
-    """Read the whole lines of a file: what follows the last line's end was torn by a kill, or is just being written."""
-    return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-
-
-def repair(path: Path) -> None:
-    """Remove a torn last line."""
-    if path.exists():
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(path, whole)
-        if not whole:
-            path.unlink()
-
-
 def setting_of(path: Path) -> dict[str, Any]:
     """Return what all records of a file have in common: its first line.
 
@@ -59,11 +37,17 @@ def setting_of(path: Path) -> dict[str, Any]:
     """
     try:
         entries = json.loads(lines_of(path)[0])
-        if entries.pop("kind") != "run" or entries["format"] != FORMAT:
+        if entries.pop("kind") != "run" or entries["format"] not in (FORMAT, UNSEALED):
             raise ValueError(f"its format is not {FORMAT!r}")
+        if not isinstance(entries.setdefault("pairs", []), list) or not all(map(_is_pair, entries["pairs"])):
+            raise ValueError("its pairs are no prompts with seeds")
         return entries
-    except (ValueError, LookupError, AttributeError) as error:
+    except disk.DAMAGED as error:
         raise ValueError(f"{path} does not begin as records do ({error!r}); measure into another folder.") from error
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, list) and list(map(type, pair)) == [str, int]
 
 
 def header(setting: Mapping[str, Any]) -> str:
@@ -81,7 +65,7 @@ def check_same(path: Path, setting: Mapping[str, Any]) -> bool:
             raise ValueError(f"{path} does not begin as records do; measure into another folder.")
         return False
     there, here = setting_of(path), json.loads(header(setting))
-    del here["kind"]
+    del here["kind"], here["format"], there["format"]
     for name in {**there, **here}:
         if there.get(name) != here.get(name):
             shown = f"{reprlib.repr(there.get(name))} there, {reprlib.repr(here.get(name))} here"
@@ -94,8 +78,8 @@ def check_same(path: Path, setting: Mapping[str, Any]) -> bool:
 
 def _may_be_torn(text: str) -> bool:
     """Tell whether a kill may have left this of a first line."""
-    start = json.dumps(BEGINNING).removesuffix("}")
-    return text.startswith(start) or start.startswith(text)
+    starts = [json.dumps({**BEGINNING, "format": name}).removesuffix("}") for name in (FORMAT, UNSEALED)]
+    return any(text.startswith(start) or start.startswith(text) for start in starts)
 
 
 def keys_of(path: Path) -> Iterator[Key]:

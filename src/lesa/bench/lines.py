@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from lesa.predictors.disk import DAMAGED
+
 DRIFT = "drift"
 """The score of last latents, `metrics.drift`, in dB: it goes on where PSNR ends, at its cap."""
 FLOAT_PSNR = "float PSNR"
@@ -125,7 +127,39 @@ def from_text(text: str) -> Line:
     """
     try:
         entries = json.loads(text)
+        entries.pop("batch", None)  # the seal of those that end with it
         kind: Any = KINDS[entries.pop("kind")]
-        return kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in entries.items()})
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        line = kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in entries.items()})
+        _check(line)
+        return line
+    except DAMAGED as error:
         raise ValueError(f"it is no record ({error!r})") from error
+
+
+_NUMBER = (int, float)
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("method", "schedule", "prompt", "error"), (str,)),
+    **dict.fromkeys(("psnr", "ssim", "loop", "call"), _NUMBER),
+    **dict.fromkeys(("skipped", "share"), (*_NUMBER, type(None))),
+    **dict.fromkeys(("flops", "bytes_held", "resident_growth", "cuda_peak"), (*_NUMBER, type(None))),
+    **dict.fromkeys(("scores", "plans", "machine", "lacking"), (dict,)),
+    **dict.fromkeys(("full", "feature_error", "methods"), (tuple,)),
+    "seed": (int,),
+    "prompted": (bool, type(None)),
+}
+"""The types of the fields of lines."""
+
+
+def _check(line: Line) -> None:
+    """Raise ValueError unless the fields are of their types."""
+    for name, value in vars(line).items():
+        if type(value) not in _TYPES[name]:
+            raise ValueError(f"its {name} is a {' or '.join(one.__name__ for one in _TYPES[name])}, got {value!r:.60}")
+    parts = {"full": (int,), "feature_error": (*_NUMBER, type(None)), "methods": (dict,)}
+    for name, kinds in parts.items():
+        if any(type(part) not in kinds for part in getattr(line, name, ())):
+            raise ValueError(f"its {name} are made of {' or '.join(one.__name__ for one in kinds)}")
+    if any(type(score) not in _NUMBER for score in getattr(line, "scores", {}).values()):
+        raise ValueError("its scores are numbers")
+    if any(type(one.get(name)) is not str for one in getattr(line, "methods", ()) for name in ("name", "schedule")):
+        raise ValueError("its methods have a name and a schedule")

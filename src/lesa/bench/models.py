@@ -5,18 +5,16 @@ Nothing here needs weights.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lesa.host.pipelines import CALL_FILE, check_call
+from lesa.host.pipelines import call_of, check_call
 from lesa.rows import grid as grids
 from lesa.rows.schedule import Schedule, check_steps
 
@@ -125,8 +123,7 @@ def read(
     if kind not in known:
         raise ValueError(f"a pipeline is described here if it is on {', '.join(known)}, got {kind}; name one of those.")
     load_config = getattr(diffusers, kind).load_config
-    own = Path(source) / CALL_FILE
-    call = {**(json.loads(own.read_text()) if own.exists() else {}), **(call or {})}
+    call = {**call_of(source), **(call or {})}
     check_call(call)
     scale = _scale(load_config(source, subfolder="vae"))
     usual = 128 * scale[0]

@@ -2,12 +2,14 @@
 
 A run is a folder. Each process writes one file of it, `records.jsonl` or `records-1.jsonl`, ..., and reads all. The
 first line says what all records have in common: the model and its weights, the call, the pairs and how they are
-batched. A start follows for every time that a process went to work: on which machine, with which methods. Then come
-the records. Whatever a table or a plot says is worked out from these lines.
+batched; the lines after it are sealed in batches (`lesa.bench.ledger`). A start follows for every time that a process
+went to work: on which machine, with which methods. Then come the records. Whatever a table or a plot says is worked out
+from these lines.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,21 +27,25 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lesa.bench import files
+from lesa.bench import files, ledger
+from lesa.bench.ledger import lines_of
 from lesa.bench.lines import FLOAT_PSNR, Cost, Failure, Key, Line, Pair, Record, Start, Time, from_text, to_text
+from lesa.bench.planned import PLANNED, planned
 from lesa.learn import metrics
 from lesa.learn.metrics import Interval
 from lesa.predictors import disk
 from lesa.predictors.disk import write_atomically
 
-FORMAT = files.FORMAT
-FILES, PICTURES, FRAMES, PLANNED = files.FILES, "pictures", "frames", "planned.json"
+FORMAT, UNSEALED = files.FORMAT, files.UNSEALED
+FILES, PICTURES, FRAMES, MARK = files.FILES, "pictures", "frames", "sha256"
 REPORT, SHEET, MOVING = "report.md", "pictures.png", "clips.gif"
 PLOTS = ("psnr-over-ratio.png", "psnr-over-speedup.png", "error-per-step.png", "rows.png")
 WRITTEN = (REPORT, SHEET, MOVING, *PLOTS, PLANNED, f"{PICTURES}/*/{'[0-9]' * 5}.png")
 """What a run writes beside its records, as patterns."""
 REFERENCE = ("all full", "every:1")
 """The run that all others are measured against."""
+MOST_PIXELS = 1 << 26
+"""Of a picture that is kept: one of more is none of ours, or meant to take all memory."""
 
 
 # --- all of them
@@ -161,6 +167,13 @@ class Comparison:
         """The least of each method's times."""
         return {key: _least(times) for key, times in self.times.items()}
 
+    @property
+    def waiting(self) -> list[Key]:
+        """The methods of the newest start that have neither a record nor failed."""
+        known = {*self.records, *self.failures}
+        newest = self.starts[-1].methods if self.starts else ()
+        return [key for one in newest if (key := (one["name"], one["schedule"])) not in known]
+
     def entry(self, key: Key) -> Mapping[str, Any]:
         """Return what the newest start says of a method.
 
@@ -262,8 +275,8 @@ class Log:
 
     def add(self, *lines: Line) -> None:
         """Append lines to the file, all with one write, and take them in."""
-        if self.path is not None:
-            files.append(self.path, "".join(to_text(line) + "\n" for line in lines))
+        if self.path is not None and lines:
+            ledger.append(self.path, [to_text(line) for line in lines])
         for line in lines:
             self.comparison.add(line)
 
@@ -273,7 +286,7 @@ class Log:
         if self.folder is not None:
             path, file = picture_path(self.folder, key, number), BytesIO()
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write_picture(picture, file)
+            _write_picture(picture, file, _mark(self.comparison.setting, key, number, picture))
             write_atomically(path, file.getvalue())
 
     def refresh(self) -> None:
@@ -301,9 +314,9 @@ def writing(folder: str | Path, setting: Mapping[str, Any], shard: int = 0) -> I
         if not any([files.check_same(path, setting) for path in sorted(folder.glob(FILES))]):
             disk.check_free(folder, WRITTEN, "a run of its own")
         planned(folder)
-        files.repair(log.path)
+        ledger.repair(log.path)
         if not log.path.exists():
-            files.append(log.path, files.header(setting))
+            ledger.write(log.path, files.header(setting))
         log.refresh()
         yield log
 
@@ -343,44 +356,24 @@ def _alone(folder: Path, shard: int) -> Iterator[None]:
         raise RuntimeError(f"another process measures into {path}; wait for it, or end it.") from error
 
 
-def planned(folder: str | Path) -> dict[str, Any]:
-    """Read the schedules that were planned for a run, by what they were planned for, with their `grid`.
-
-    Raises: ValueError if the file holds something else.
-    """
-    path = Path(folder) / PLANNED
-    if not path.exists():
-        return {}
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(value, list if name == "grid" else str) for name, value in known.items()):
-            raise ValueError("it holds something else")
-        return {"grid": known.pop("grid"), **known}
-    except (ValueError, LookupError, AttributeError) as error:
-        raise ValueError(f"{path} holds no planned schedules ({error!r}); measure into another folder.") from error
-
-
 def load(folder: str | Path) -> Comparison:
     """Read all that was measured into a folder, while a process measures or afterwards.
 
     Raises: FileNotFoundError if it holds no records; ValueError if a file is damaged, or they are of different runs.
     """
-    paths = sorted(path for path in Path(folder).glob(FILES) if files.lines_of(path))
+    paths = sorted(path for path in Path(folder).glob(FILES) if lines_of(path))
     if not paths:
         raise FileNotFoundError(f"{folder} holds no records ({FILES}); run lesa bench.")
     comparison = Comparison(files.setting_of(paths[0]))
     for path in paths:
         files.check_same(path, comparison.setting)
-        for number, text in enumerate(files.lines_of(path)[1:], start=2):
-            try:
-                comparison.add(from_text(text))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}; remove the line, and measure it again.") from error
+        for line in ledger.read(path):
+            comparison.add(line)
     comparison.sort()
     for key in comparison.records:
         numbers = range(len(comparison.setting.get("pairs", ())))
-        pictures = [picture_path(Path(folder), key, number) for number in numbers]
-        if kept := [_read_picture(path) for path in pictures if path.exists()]:
+        paths = {number: path for number in numbers if (path := picture_path(Path(folder), key, number)).exists()}
+        if kept := [_read_picture(path, comparison.setting, key, number) for number, path in paths.items()]:
             comparison.pictures[key] = kept
     return comparison
 
@@ -391,7 +384,7 @@ def at_line(path: str | Path, number: int) -> tuple[Record, Mapping[str, Any], M
     Raises: FileNotFoundError as `load` does; ValueError if the line holds no picture's record; LookupError if no method
         that was run made it.
     """
-    comparison, lines = load(Path(path).parent), files.lines_of(Path(path))
+    comparison, lines = load(Path(path).parent), lines_of(Path(path))
     line = from_text(lines[number - 1]) if 1 < number <= len(lines) else None
     if not isinstance(line, Record):
         raise ValueError(f"line {number} of {path} (it has {len(lines)}) holds no picture's record; take another.")
@@ -403,17 +396,37 @@ def picture_path(folder: Path, key: Key, number: int) -> Path:
     return folder / PICTURES / quote(" ".join(key), safe=" (),+") / f"{number:05d}.png"
 
 
-def _write_picture(picture: np.ndarray, file: BytesIO) -> None:
+def _mark(setting: Mapping[str, Any], key: Key, number: int, picture: np.ndarray) -> str:
+    """Return a digest of a picture, and of the run, the method and the pair that it is of."""
+    shared = {name: value for name, value in setting.items() if name not in ("format", "kind")}
+    total = hashlib.sha256(json.dumps([shared, key, number, picture.shape], sort_keys=True).encode())
+    total.update(np.ascontiguousarray(picture).tobytes())
+    return total.hexdigest()
+
+
+def _write_picture(picture: np.ndarray, file: BytesIO, mark: str) -> None:
     """Write a picture as PNG, and a clip as one picture of its frames from top to bottom, with their number."""
     facts = PngInfo()
+    facts.add_text(MARK, mark)
     if picture.ndim == 4:
         facts.add_text(FRAMES, str(len(picture)))
         picture = np.concatenate(picture)
     Image.fromarray(picture).save(file, "PNG", pnginfo=facts)
 
 
-def _read_picture(path: Path) -> np.ndarray:
-    """Read what `_write_picture` wrote."""
-    with Image.open(path) as image:
-        picture, frames = np.asarray(image.convert("RGB")), image.info.get(FRAMES)
-    return picture if frames is None else np.stack(np.split(picture, int(frames)))
+def _read_picture(path: Path, setting: Mapping[str, Any], key: Key, number: int) -> np.ndarray:
+    """Read what `_write_picture` wrote; files of before have no mark.
+
+    Raises: ValueError if it is something else.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"it claims {image.width} x {image.height} pixels")
+            picture, frames, mark = np.asarray(image.convert("RGB")), image.info.get(FRAMES), image.info.get(MARK)
+        picture = picture if frames is None else np.stack(np.split(picture, int(frames)))
+        if mark not in (None, _mark(setting, key, number, picture)):
+            raise ValueError("it is not as it was drawn, or of another run")
+        return picture
+    except (OSError, SyntaxError, Image.DecompressionBombError, *disk.DAMAGED) as error:
+        raise ValueError(f"{path} is no whole picture of this run ({error}); delete it.") from error

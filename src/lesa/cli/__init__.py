@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 USER_ERRORS = (ValueError, LookupError, OSError, RuntimeError, ImportError)
 
@@ -13,20 +15,32 @@ USER_ERRORS = (ValueError, LookupError, OSError, RuntimeError, ImportError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; errors that a user can cause end as one line, and 2. Two commands answer a question by 0 or 1, and
     3 is a training that was of no use."""
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        print("lesa: stopped", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     from lesa.cli.parser import parser
 
     options = parser().parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        return options.command(options) or 0
-    except KeyboardInterrupt:
-        print("lesa: stopped", file=sys.stderr)
-        return 130
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return options.command(options) or 0
     except USER_ERRORS as error:
         if options.traceback or isinstance(error, (KeyError, IndexError)):
             raise
         print(f"lesa: {_as_typed(' '.join(str(error).split()), vars(options))}", file=sys.stderr)
         return 2
+
+
+def _warn(message: Warning | str, *_where: Any, **_more: Any) -> None:
+    """Say a warning in one line: where in the code it comes from is of no use to whoever typed a command."""
+    print(f"lesa: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _as_typed(text: str, options: Sequence[str] | dict) -> str:

@@ -18,6 +18,7 @@ from lesa.host.tap import PLACES, tap_of
 from lesa.predictors import Predictor
 from lesa.predictors import convert as conversion
 from lesa.predictors.base import check_place
+from lesa.predictors.disk import DAMAGED
 from lesa.rows.plan import compile
 from lesa.rows.schedule import Schedule
 
@@ -86,8 +87,15 @@ def _grid(text: str, model: models.Model) -> Any:
             raise ValueError(
                 f"--grid is a number of steps, all times, or a JSON file of them, got {text!r}."
             ) from error
-    entries = json.loads(Path(text).read_text())
-    return entries["grid"] if isinstance(entries, dict) else entries
+    try:
+        entries = json.loads(Path(text).read_text(encoding="utf-8"))
+        times = entries["grid"] if isinstance(entries, dict) else entries
+        if not isinstance(times, list) or not times:
+            raise ValueError("it is no list of times")
+        return [float(time) for time in times]
+    except DAMAGED as error:
+        words = "holds a grid as a JSON list of times, or under 'grid'"
+        raise ValueError(f"{text} {words} ({error}); repair it.") from error
 
 
 def add(commands: Any) -> None:

@@ -92,6 +92,12 @@ def runs_of(prompts: str | Path | None, calls: str | None, limit: int | None = N
 def held_out(options: argparse.Namespace, limit: int | None) -> tuple[Path, list[Call]]:
     """Read the prompts named, or those that the model comes with and was not trained on; and say where they are."""
     source = Path(options.prompts or Path(options.model) / "prompts" / "heldout.txt")
+    if not options.prompts and not source.exists():
+        there = "has no held-out prompts" if Path(options.model).is_dir() else "is no folder here with held-out prompts"
+        raise FileNotFoundError(
+            f"{options.model} {there} (prompts/heldout.txt); check its name, or, if that is right, name a file of "
+            "prompts, one a line: --prompts FILE."
+        )
     return source, runs_of(source, None, limit)
 
 
@@ -193,7 +199,10 @@ def read_seeds(text: str) -> list[int]:
 
 @_told
 def read_call(text: str) -> dict[str, Any]:
-    arguments = json.loads(text)
+    try:
+        arguments = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("a JSON object of arguments is needed, got one that nests too deeply") from error
     if not isinstance(arguments, dict):
         raise ValueError(f"a JSON object of arguments is needed, got {text!r}")
     return arguments

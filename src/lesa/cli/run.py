@@ -10,7 +10,7 @@ from lesa.cli import options
 from lesa.host import needs
 from lesa.host.loading import loaded
 from lesa.host.pipelines import is_mp4, pictures_of, save_picture
-from lesa.host.runtime import accelerate
+from lesa.host.runtime import Run, accelerate
 
 
 def generate(given: Namespace) -> None:
@@ -27,17 +27,31 @@ def generate(given: Namespace) -> None:
     if given.full:
         drawn = pictures_of(pipe(given.prompt, **seeded))
     else:
-        with accelerate(pipe, options.forecaster_of(given), schedule=given.schedule, **_asked(given)) as run:
+        with _accelerated(pipe, given) as run:
             drawn = pictures_of(pipe(given.prompt, **seeded))
         print(run.summary())
     save_picture(drawn[0], given.out)
     options.say(given.out)
 
 
-def _asked(given: Namespace) -> dict[str, Any]:
-    """Return what is asked of a predictor that is to be found."""
+def _accelerated(pipe: Any, given: Namespace) -> Run:
+    """Accelerate a pipeline as asked.
+
+    Raises: LookupError if a schedule is named alone, and no predictor is shipped for it with the model.
+    """
+    forecaster = options.forecaster_of(given)
     asked = dict(budget=given.budget, quality=given.quality, fallback=given.fallback)
-    return {name: value for name, value in asked.items() if value is not None}
+    try:
+        named = {name: value for name, value in asked.items() if value is not None}
+        return accelerate(pipe, forecaster, schedule=given.schedule, **named)
+    except LookupError as error:
+        if forecaster is not None:
+            raise
+        raise LookupError(
+            f"no predictor is shipped with {given.lora or given.model} that fits; name one (--predictor FOLDER), make "
+            "one of a few prompts (lesa calibrate), or draw without training: --forecaster lagrange:1 --schedule "
+            "every:3."
+        ) from error
 
 
 def add(commands: Any) -> None:

@@ -100,6 +100,7 @@ class PipelineClock:
         self._pipe = pipe
         self._opens = _is_set(pipe.scheduler)
         self._caller: int | None = None  # the thread that is in the pipeline's call
+        self._entering = threading.Lock()
         self._detach: Callable[[], None] = lambda: None
         self._scheduler: Any = None
         self.moment: Moment | None = None
@@ -126,14 +127,17 @@ class PipelineClock:
 
         Raises: RuntimeError if the run is another thread's.
         """
+        me = threading.get_ident()
+        if self._caller not in (None, me):  # another pipeline's, on the same weights: it opens no run of this one
+            return None
         self._calls += 1
         if self._opens:
             self.end()
             self._opens = False
             begin = getattr(self._scheduler, "begin_index", None)
             self.moment = Moment(times_of(self._scheduler), begin or 0, told=begin is not None)
-        moment, me = self.moment, threading.get_ident()
-        if moment is None or moment.over or (self._caller not in (None, me)):
+        moment = self.moment
+        if moment is None or moment.over:
             return None
         if moment.thread != me:
             raise RuntimeError(
@@ -170,17 +174,19 @@ class PipelineClock:
 
     def _call(self, go_on: Callable, _pipe: Any, *args: Any, **kwargs: Any) -> Any:
         me = threading.get_ident()
-        if self._caller not in (None, me):
-            raise RuntimeError(
-                "an accelerated pipeline is in one call at a time, got another one from a second thread; give each "
-                "thread a pipeline, with a transformer, of its own."
-            )
-        self.end()
-        self._follow()
-        self.on_call()
-        self._caller, self._opens = me, False
-        self._calls = self._ticks = 0
+        with self._entering:  # two threads may come at once
+            if self._caller not in (None, me):
+                raise RuntimeError(
+                    "an accelerated pipeline is in one call at a time, got another one from a second thread; give each "
+                    "thread a pipeline, with a transformer, of its own."
+                )
+            self._caller = me
         try:
+            self.end()
+            self._follow()
+            self.on_call()
+            self._opens = False
+            self._calls = self._ticks = 0
             result = go_on(*args, **kwargs)
             if self._calls and not self._ticks:
                 self.on_unheard()

@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from packaging.version import Version
+
 from lesa.host import offload
 from lesa.host.pipelines import SOURCE, call_of, load, source_of, with_call
 
 CPU, STEPS = "cpu", 50
 """The device and the number of steps where neither the model nor its caller names one."""
+DTYPE_SINCE = "0.42"
+"""The release of diffusers that warns of `torch_dtype`."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def loaded(options: LoadOptions) -> Any:
 
     logging.disable_progress_bar()  # of the weights of each component; that of the components stays
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    how = dict(torch_dtype=dtype, variant=options.variant, revision=options.revision)
+    how = {_dtype_name(): dtype, "variant": options.variant, "revision": options.revision}
     pipe = load(options.model, lora=options.lora, **{name: value for name, value in how.items() if value})
     if options.scheduler:
         pipe.scheduler = type(pipe.scheduler).from_config({**pipe.scheduler.config, **options.scheduler})
@@ -72,6 +76,13 @@ def loaded(options: LoadOptions) -> Any:
     setattr(pipe, SOURCE, replace(source_of(pipe), scheduler=options.scheduler, device=options.device or CPU))
     steps = call_of(options.model, options.lora).get("num_inference_steps", STEPS)
     return with_call(pipe, {**options.call, "num_inference_steps": options.asked.get("num_inference_steps") or steps})
+
+
+def _dtype_name() -> str:
+    """Return what diffusers calls the argument; its newer releases warn of the older name."""
+    import diffusers
+
+    return "dtype" if Version(diffusers.__version__) >= Version(DTYPE_SINCE) else "torch_dtype"
 
 
 def _place(pipe: Any, options: LoadOptions) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lesa.host import needs
+from lesa.predictors import hub
+from lesa.predictors.disk import DAMAGED, named
 from lesa.predictors.shipped import HOME
 from lesa.rows.schedule import check_steps
 
@@ -76,14 +78,22 @@ def load(path: str | Path, *, lora: str | Path | None = None, **options: Any) ->
     `scheduler` in that folder win over the model's, as a LoRA for few steps needs, and the predictors shipped for the
     pipeline are those that lie there.
 
-    Raises: ValueError if a file holds no arguments of this pipeline's call; ImportError if a LoRA needs peft and that
-        is not installed.
+    Raises: ValueError if a file is damaged, or holds no arguments of this pipeline's call; OSError if there is no such
+        pipeline; ImportError if a LoRA needs peft and that is not installed.
     """
     if lora is not None:
         needs.check("a LoRA", "lora")
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(str(path), **options)
+    where = hub.how(str(path), "a pipeline") if hub.is_elsewhere(path) else {}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(str(path), **{**where, **options})
+    except DAMAGED as error:
+        raise ValueError(f"{path} cannot be loaded as a pipeline of diffusers: {error}") from error
+    except OSError as error:
+        if not where:
+            raise
+        raise FileNotFoundError(f"there is no folder {path}, and the hub cannot be reached from here.") from error
     if lora is not None:
         _add_lora(pipe, lora)
     setattr(pipe, SOURCE, Source(str(path), None if lora is None else str(lora)))
@@ -101,11 +111,18 @@ def call_of(path: str | Path, lora: str | Path | None = None) -> dict[str, Any]:
     """
     arguments: dict[str, Any] = {}
     for file in _call_files(path, lora):
-        try:
-            arguments |= dict(json.loads(file.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{file} holds the arguments of a call as a JSON object: {error}") from error
+        arguments |= _arguments(file)
     return arguments
+
+
+def _arguments(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"got a {type(found).__name__}")
+        return found
+    except DAMAGED as error:
+        raise ValueError(f"{file} holds the arguments of a call as a JSON object: {error}") from error
 
 
 def _call_files(path: str | Path, lora: str | Path | None) -> list[Path]:
@@ -149,10 +166,24 @@ def with_call(pipe: Any, arguments: dict[str, Any]) -> Any:
         missing = {k: v for k, v in arguments.items() if k not in given}
         return kind.__call__(self, *args, **for_each(given.get("prompt"), missing), **kwargs)
 
+    def __reduce_ex__(self: Any, _protocol: Any) -> tuple:
+        return _again, (known_class(type(self)), arguments_of(self)), dict(self.__dict__)
+
     # a subclass of the same name, which diffusers writes when it saves the pipeline
-    known = {"__call__": __call__, "__module__": kind.__module__, ARGUMENTS: {**arguments_of(pipe), **arguments}}
+    known = {"__call__": __call__, "__module__": kind.__module__, "__reduce_ex__": __reduce_ex__}
+    known |= {ARGUMENTS: {**arguments_of(pipe), **arguments}}
     pipe.__class__ = type(kind.__name__, (kind,), known)
     return pipe
+
+
+def known_class(kind: type) -> type:
+    """Return the class of a pipeline's class that has arguments of calls: one that pickle finds by its name."""
+    return next(parent for parent in kind.__mro__ if ARGUMENTS not in vars(parent))
+
+
+def _again(kind: type, arguments: dict[str, Any]) -> Any:
+    """Make a pipeline without its parts that is of a class with these arguments: pickle fills it."""
+    return with_call(kind.__new__(kind), arguments)
 
 
 def check_call(arguments: Mapping[str, Any]) -> None:
@@ -194,8 +225,10 @@ def save_picture(picture: Any, path: str | Path) -> None:
 
         frames = list(picture) if isinstance(picture, (list, tuple)) else [picture]
         export_to_video(frames, str(path), fps=FRAMES_A_SECOND)
-    elif not isinstance(picture, (list, tuple)):
-        picture.save(path)
-    else:
+        return
+    with named(Path(path)):
+        if not isinstance(picture, (list, tuple)):
+            picture.save(path)
+            return
         first, *others = picture
         first.save(path, save_all=True, append_images=others, duration=1000 // FRAMES_A_SECOND, loop=0)

@@ -159,6 +159,12 @@ class Run:
         if self._closed:
             raise RuntimeError("this acceleration has ended; call lesa.accelerate anew.")
 
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        raise TypeError(
+            "an acceleration holds hooks of this process, and is neither copied nor pickled; copy or pickle the "
+            "pipeline, which comes without, and accelerate that."
+        )
+
     def __enter__(self) -> Run:
         self._check_open()
         return self

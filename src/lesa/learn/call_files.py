@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from lesa.learn.calls import Call
+from lesa.predictors.disk import DAMAGED
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -25,7 +26,7 @@ def read_calls(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     calls: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         arguments = _object(line, f"line {number} of {path}")
@@ -38,10 +39,17 @@ def read_calls(path: str | Path) -> list[dict[str, Any]]:
     return list(calls.values())
 
 
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is a text in UTF-8, got other bytes ({error}); write it anew.") from error
+
+
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
         arguments = json.loads(line)
-    except ValueError as error:
+    except DAMAGED as error:
         raise ValueError(f"a call is a JSON object on a line, got {line[:60]!r} in {where} ({error}).") from error
     if not isinstance(arguments, dict) or not arguments:
         raise ValueError(f"a call is a JSON object of arguments, got {line[:60]!r} in {where}; write {{...}}.")
@@ -63,7 +71,7 @@ def _opened(name: str, value: Any, folder: Path) -> Any:
             return picture
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the picture {name}={value!r} is not there: {file} does not exist.") from error
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError, *DAMAGED) as error:
         raise ValueError(f"{file} is no whole picture ({error}); replace it.") from error
 
 
@@ -92,7 +100,7 @@ def read_prompts(path: str | Path) -> list[str]:
     Raises: ValueError if there is none, or one twice.
     """
     prompts: dict[str, int] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), start=1):
+    for number, line in enumerate(_lines(Path(path)), start=1):
         prompt = line.strip()
         if prompt in prompts:
             raise ValueError(f"{path} has {prompt!r} in line {prompts[prompt]} and again in line {number}; remove one.")

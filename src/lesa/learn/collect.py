@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -29,7 +28,8 @@ from lesa.learn.alone import alone_in
 from lesa.learn.calls import NO_PROMPT, Call, Calls, arguments, described, label, listed, seeded, takes
 from lesa.learn.ranks import ALONE, Ranks
 from lesa.learn.seam import SeamRecorder, checked, refuse_noise
-from lesa.learn.trajectory import COLLECTION, Collection, Store, Trajectory, draw_numbers, draw_tokens
+from lesa.learn.stored import add, begun, is_there
+from lesa.learn.trajectory import Store, Trajectory, draw_numbers, draw_tokens
 from lesa.predictors.fingerprint import pipeline_fingerprint
 from lesa.rows import grid as grids
 from lesa.rows.sampler import Sampler
@@ -71,10 +71,25 @@ def record(
     classes is recorded the latter way if it is given prompts, and all others at the sampler.
 
     Raises: ValueError if the calls and seeds do not pair up, if an argument is the recording's own, if the pipeline
-        does not walk its whole grid, or per stream not once, if it is accelerated at another tap, or if its sampler
-        adds noise.
+        does not walk its whole grid, or per stream not once, if it is accelerated at another tap, if its sampler adds
+        noise, or if a run with every step full has numbers that are not finite.
     """
     _check_pairs(prompts, seeds)
+    found = _record(pipe, prompts, seeds, tokens, tap, seam, call)
+    for run in found:
+        run.check_finite()
+    return found
+
+
+def _record(
+    pipe: Any,
+    prompts: Sequence[Call],
+    seeds: Sequence[int],
+    tokens: Tensor | Callable[[int], Tensor] | None,
+    tap: Tap | None,
+    seam: bool | None,
+    call: dict[str, Any],
+) -> list[Trajectory]:
     if not is_at_sampler(pipe, prompts, tap, seam):
         given = draw_tokens if tokens is None else tokens
         return _record_tokens(pipe, _only_prompts(prompts), seeds, given, tap, call)
@@ -325,7 +340,8 @@ def collect(
     """Record each prompt, or call, with the seed beside it, every step full, into a store on disk.
 
     Called again after it was stopped, at whatever moment, it goes on and ends with the same bytes as if it had not been
-    stopped: its batches are fixed by number, and a batch that is partly there is run again as a whole. `prompts` are
+    stopped: its batches are fixed by number, and a batch that is partly there is run again as a whole; a run that is
+    damaged is recorded again. More prompts, after those that are there, let a collection grow. `prompts` are
     prompts, calls (see `record`), or a function from a number to one. `model` is the name that the store remembers;
     `tokens` how many tokens, or at the sampler numbers, are kept (see `draw_tokens`); `tap` where the features are
     taken, by default at the class's usual tap; `seam` is that of `record`; the rest goes to the pipeline. Several
@@ -352,40 +368,17 @@ def collect(
         return drawn
 
     with alone_in(folder, at.rank):
-        store = Store.open(folder) if (folder / COLLECTION).exists() else None
-        if store is not None:
-            _check_same(store, wanted)
+        store = begun(folder, wanted)
         pairs = list(enumerate(seeds))
         batches = at.share([pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)])
         runs = sum(map(len, batches))
         with _quiet(pipe), tqdm(total=runs, desc="collect", unit="run", disable=not at.leads) as bar:
             for batch in batches:
-                if store is None or not all(store.path(*pair).exists() for pair in batch):
-                    store = _add(store, batch, recorded(batch), folder, wanted)
+                if store is None or not all([is_there(store, *pair) for pair in batch]):
+                    store = add(store, batch, recorded(batch), folder, wanted)
                 bar.update(len(batch))
     at.wait()
     return Store.open(folder)
-
-
-def _add(
-    store: Store | None,
-    batch: list[tuple[int, int]],
-    trajectories: Sequence[Trajectory],
-    folder: Path,
-    wanted: dict[str, Any],
-) -> Store:
-    """Write what the store lacks of a recorded batch; the first one begins the store."""
-    first = trajectories[0]
-    found: dict[str, Any] = {"grid": tuple(first.grid.tolist()), "tokens": tuple(first.tokens.tolist())}
-    with FileLock(folder / ".lock-begin"):  # several processes may come to it at once
-        if store is None and not (folder / COLLECTION).exists():
-            store = Store.create(folder, Collection(**wanted, **found))
-    store = store or Store.open(folder)
-    _check_same(store, {**wanted, **found})
-    for pair, trajectory in zip(batch, trajectories, strict=True):
-        if not store.path(*pair).exists():
-            trajectory.save(store.path(*pair))
-    return store
 
 
 def record_kept(
@@ -410,13 +403,13 @@ def record_kept(
         batch = slice(start, start + batch_size)
         paths = kept_paths(folder, seeds)[batch]
         try:
-            runs = [Trajectory.load(path) for path in paths]
+            runs = [Trajectory.load(path, Path(folder).name) for path in paths]
         except (FileNotFoundError, ValueError):
             runs = []
         if [run.prompt for run in runs] != [label(one) for one in prompts[batch]]:
             runs = record(pipe, prompts[batch], seeds[batch], tokens, tap, seam=seam, **call)
             for path, run in zip(paths, runs, strict=True):
-                run.save(path)
+                run.save(path, Path(folder).name)
         found += runs
     return found
 
@@ -458,26 +451,6 @@ def _describe(
         "seeds": tuple(seeds),
         **({"seam": True} if seam else {}),
     }
-
-
-def _check_same(store: Store, wanted: dict[str, Any]) -> None:
-    """Raise a ValueError that says what differs if the store was collected otherwise."""
-    for name, here in wanted.items():
-        there = getattr(store.collection, name)
-        if there != here:
-            raise ValueError(
-                f"{store.folder} holds a collection with other {name}: {_shown(there, here)}; "
-                "collect into another folder, or with what it was begun with."
-            )
-
-
-def _shown(there: Any, here: Any) -> str:
-    """Show two different values, of sequences only where they part."""
-    if isinstance(there, tuple):
-        k = next((k for k, (a, b) in enumerate(zip(there, here, strict=False)) if a != b), min(len(there), len(here)))
-        parts = ["missing" if k >= len(x) else repr(x[k]) for x in (there, here)]
-        return f"number {k} is {parts[0]} there, {parts[1]} here"
-    return f"{there!r} there, {here!r} here"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -82,8 +83,14 @@ def tap_for(pipe: Any, calls: Sequence[Call], place: str) -> Tap | None:
 
 
 def opened(data: Store | str | Path) -> Store:
-    """Open a store of recorded runs, unless it is one."""
-    return data if isinstance(data, Store) else Store.open(data)
+    """Open a store of recorded runs, unless it is one; says so if runs of it are not there (yet)."""
+    if isinstance(data, Store):
+        return data
+    store = Store.open(data)
+    if len(store) < (wanted := len(store.collection.seeds)):
+        words = "others were not collected yet, or are lost: lesa collect adds them"
+        warnings.warn(f"{store.folder} holds {len(store)} of {wanted} runs; {words}.", stacklevel=2)
+    return store
 
 
 def as_collected(options: LoadOptions, store: Store) -> LoadOptions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import Any
 from lesa.learn.lessons import Config, Curve, Lesson
 from lesa.predictors import Predictor, disk
 from lesa.predictors.base import CARD_FILE, FILES
-from lesa.predictors.disk import write_atomically
+from lesa.predictors.disk import DAMAGED, write_atomically
 
 CURVE_FILE, SETTINGS_FILE, PART = "curve.json", "training.json", "part"
 
@@ -35,10 +36,11 @@ class Rounds:
             return False
         place = self._place(round_)
         try:
-            entries = json.loads((place / CURVE_FILE).read_text(encoding="utf-8"))
-            predictor.load_state_dict(Predictor.from_pretrained(place).state_dict())
+            there = Predictor.from_pretrained(place)
+            entries = _entries((place / CURVE_FILE).read_bytes(), round_, there)
+            predictor.load_state_dict(there.state_dict())
             curve.entries = entries
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, *DAMAGED):
             self._remove(self._place(round_ + 1))  # what follows is of no use
             return False
         return True
@@ -51,7 +53,8 @@ class Rounds:
         for place in (part, self._place(round_)):
             self._remove(place)
         predictor.save_pretrained(part)
-        write_atomically(part / CURVE_FILE, json.dumps(curve.entries).encode())
+        signed = {"sha256": _digest(curve.entries, round_, predictor), "entries": curve.entries}
+        write_atomically(part / CURVE_FILE, json.dumps(signed).encode())
         part.rename(self._place(round_))
 
     def _remove(self, place: Path) -> None:
@@ -68,6 +71,23 @@ class Rounds:
         return self._folder / f"round-{round_}"
 
 
+def _entries(data: bytes, round_: int, predictor: Predictor) -> list[dict[str, Any]]:
+    """Read the curve up to a round.
+
+    Raises: ValueError if it is not as it was kept, of another round or beside another predictor.
+    """
+    found = json.loads(data)
+    if isinstance(found, list):  # of before, without a digest
+        return found
+    if found["sha256"] != _digest(found["entries"], round_, predictor):
+        raise ValueError(f"the curve of round {round_} is not as it was kept")
+    return found["entries"]
+
+
+def _digest(entries: list[dict[str, Any]], round_: int, predictor: Predictor) -> str:
+    return hashlib.sha256(json.dumps([entries, round_, predictor.digest()]).encode()).hexdigest()
+
+
 def begun(folder: Path) -> dict[str, Any] | None:
     """Read the settings of the training whose rounds a folder holds; None if it holds none yet.
 
@@ -80,7 +100,7 @@ def begun(folder: Path) -> dict[str, Any] | None:
             raise ValueError("they are no JSON object")
     except FileNotFoundError:
         return disk.check_free(folder, [PART, "round-*"], "the rounds of a training")
-    except ValueError as error:
+    except DAMAGED as error:
         raise ValueError(f"{file} holds no settings of a training ({error}); name another folder.") from error
     return settings
 

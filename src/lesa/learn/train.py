@@ -17,6 +17,7 @@ from lesa.host.pipelines import source_of
 from lesa.host.runtime import denoisers_of
 from lesa.host.tap import tap_of
 from lesa.learn import training
+from lesa.learn.alone import alone_in
 from lesa.learn.beginning import Say, quiet, remember, staged, untrained
 from lesa.learn.calls import Call, plain
 from lesa.learn.collecting import opened
@@ -71,14 +72,21 @@ def train(
         trained = lesa.train(pipe, "runs", prompts, "my-predictor", lesa.TrainOptions(method="l2p", budgets=[8]))
 
     Raises: ValueError if data, options and folder do not go together, or the folder holds something else;
-        FileNotFoundError if there are no recorded runs.
+        FileNotFoundError if there are no recorded runs; RuntimeError if another process trains into the folder.
     """
-    began = monotonic()
     place_for(folder)
     stores = [opened(one) for one in ([data] if isinstance(data, (Store, str, Path)) else data)]
     options.check_lessons(len(stores))
     _check_runs(pipe, stores)
-    folder, denoiser, sampled = Path(folder), getattr(pipe, denoisers_of(pipe)[0]), stores[0].load(0).at_sampler
+    with alone_in(Path(folder), doing="training", again="train again"):
+        return _train(pipe, stores, prompts, Path(folder), options, say)
+
+
+def _train(
+    pipe: Any, stores: Sequence[Store], prompts: Sequence[Call], folder: Path, options: TrainOptions, say: Say
+) -> Trained:
+    began = monotonic()
+    denoiser, sampled = getattr(pipe, denoisers_of(pipe)[0]), stores[0].load(0).at_sampler
     tap = Tap() if sampled else tap_of(denoiser, options.place)
     if options.predictor is not None:
         options.predictor.check_model(denoiser, tap)

@@ -464,6 +464,7 @@ def _full_of(run: Trajectory) -> tuple[int, ...]:
 
 def _check_alike(runs: Sequence[Trajectory], first: Trajectory, streams: Sequence[str]) -> None:
     for other in runs:
+        other.check_finite()
         if not (matches(first.grid, other.grid) and torch.equal(first.tokens, other.tokens)):
             raise ValueError(f"all runs share grid and tokens, {other!r} differs from {first!r}; collect them alike.")
         if missing := [stream for stream in streams if stream not in other.features]:

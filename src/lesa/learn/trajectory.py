@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from lesa.predictors.disk import write_atomically
+from lesa.predictors.disk import DAMAGED, write_atomically
 from lesa.rows.grid import times_in_order
 from lesa.rows.guidance import ALL
 from lesa.rows.sampler import Sampler
@@ -61,6 +62,8 @@ class Trajectory:
     """Why it was not, if it was tried."""
     call: Mapping[str, Any] | None = field(default=None, repr=False)
     """The arguments of a call that is no prompt alone; of a stored one, if all of them are kept."""
+    signed: bool = field(default=True, repr=False)
+    """Whether its numbers are known to be those recorded; files of before have no digest."""
 
     @property
     def at_sampler(self) -> bool:
@@ -89,46 +92,73 @@ class Trajectory:
             f"{len(self.tokens)} tokens, streams {', '.join(self.streams)})"
         )
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file, whole or not at all; the same trajectory gives the same bytes."""
-        # one metadata entry, since safetensors writes several in no fixed order
-        facts = json.dumps(self._facts())
+    @property
+    def is_finite(self) -> bool:
+        """Tell whether no number is infinite or NaN."""
+        return all(bool(x.isfinite().all()) for x in self._tensors().values())
+
+    def save(self, path: str | Path, of: str = "") -> None:
+        """Write one safetensors file, whole or not at all; the same trajectory gives the same bytes.
+
+        It holds a digest, which `load` verifies, and names what it is a run `of`.
+        """
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
-        write_atomically(Path(path), to_bytes(tensors, {"trajectory": facts}))
+        facts = self._facts() | ({"of": of} if of else {})
+        facts["sha256"] = _digest(facts, tensors)
+        # one metadata entry, since safetensors writes several in no fixed order
+        write_atomically(Path(path), to_bytes(tensors, {"trajectory": json.dumps(facts)}))
 
     @classmethod
-    def load(cls, path: str | Path) -> Trajectory:
+    def load(cls, path: str | Path, of: str = "") -> Trajectory:
         """Read a trajectory that `save` wrote.
 
-        Raises: FileNotFoundError if there is none; ValueError if the file is damaged or holds something else.
+        Raises: FileNotFoundError if there is none; ValueError if the file is damaged, changed or holds something else,
+            a run `of` something else included, or if a reference run's numbers are not all finite.
         """
         try:
             with safe_open(str(path), framework="pt") as file:
                 facts = json.loads(file.metadata()["trajectory"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            streams = facts["streams"]
-            if tuple(streams) == (ALL,):
-                tensors[f"features.{ALL}"] = tensors[f"outputs.{ALL}"]
-            loaded = cls(
-                prompt=facts["prompt"],
-                seed=facts["seed"],
-                grid=tensors["grid"],
-                full=tuple(facts["full"]),
-                tokens=tensors["tokens"],
-                latents=tensors["latents"],
-                **{group: {name: tensors[f"{group}.{name}"] for name in streams} for group in _GROUPS},
-                begins=tuple(facts.get("begins", (0,))),
-                sampler=_sampler(tensors),
-                refusal=facts.get("refusal", ""),
-                call=facts.get("call"),
-            )
-            loaded._check()
-            return loaded
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            signed = facts.pop("sha256", None)
+            if signed not in (None, _digest(facts, tensors)):
+                raise ValueError("it is not as it was recorded")
+            if of and signed and facts.get("of", of) != of:
+                raise ValueError("it is a run of another collection")
+            return cls._of(facts, tensors, signed is not None)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise OSError(f"{path} cannot be read: {error}") from error
+        except DAMAGED as error:
             raise ValueError(f"{path} is no whole trajectory ({error}); delete it and collect again.") from error
+
+    @classmethod
+    def _of(cls, facts: dict[str, Any], tensors: dict[str, Tensor], signed: bool) -> Trajectory:
+        """Make a trajectory of what a file holds."""
+        streams = facts["streams"]
+        if tuple(streams) == (ALL,):
+            tensors[f"features.{ALL}"] = tensors[f"outputs.{ALL}"]
+        loaded = cls(
+            prompt=facts["prompt"],
+            seed=facts["seed"],
+            grid=tensors["grid"],
+            full=tuple(facts["full"]),
+            tokens=tensors["tokens"],
+            latents=tensors["latents"],
+            **{group: {name: tensors[f"{group}.{name}"] for name in streams} for group in _GROUPS},
+            begins=tuple(facts.get("begins", (0,))),
+            sampler=_sampler(tensors),
+            refusal=facts.get("refusal", ""),
+            call=facts.get("call"),
+            signed=signed,
+        )
+        loaded._check()
+        return loaded
 
     def _check(self) -> None:
         """Raise ValueError unless all tensors are of the same steps and tokens: what is made of one fits the others."""
+        if not isinstance(self.prompt, str) or type(self.seed) is not int:
+            raise ValueError(f"a run has a prompt and a seed, got {self.prompt!r:.60} and {self.seed!r:.60}")
         steps, tokens = len(times_in_order(self.grid)) - 1, len(self.tokens)
         if not tokens or not set(self.full) <= set(range(steps)):
             raise ValueError(f"its {steps} steps have tokens, and full ones, got {tokens} and {self.full[:8]}")
@@ -137,6 +167,19 @@ class Trajectory:
             shape = wanted.get(name.partition(".")[0], (steps, tokens))
             if name.partition(".")[0] in ("latents", *_GROUPS) and tensor.shape[:-1] != shape:
                 raise ValueError(f"{name} is {shape} and its channels, got {tuple(tensor.shape)}")
+        self.check_finite()
+
+    def check_finite(self) -> None:
+        """Raise ValueError if a reference run has numbers that are not finite: nothing is planned or fitted by such.
+
+        A run with forecasts may end in them, which its drift tells.
+        """
+        if self.whole and not self.is_finite:
+            bad = next(name for name, x in self._tensors().items() if not x.isfinite().all())
+            raise ValueError(
+                f"the {bad} of a reference run ({self.prompt!r:.60}, seed {self.seed}) are finite numbers, got NaN or "
+                "infinity; see that the pipeline draws this without lesa, in a dtype that holds its numbers."
+            )
 
     def _facts(self) -> dict[str, Any]:
         """Return what is no tensor; what a run of a plain prompt has not is left out."""
@@ -160,11 +203,38 @@ class Trajectory:
         return {"grid": self.grid, "tokens": self.tokens, "latents": self.latents, **grouped}
 
 
+def _digest(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of what a run's file holds, however it is laid out."""
+    total = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, x in sorted(tensors.items()):
+        total.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        total.update(x.contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
 def _sampler(tensors: Mapping[str, Tensor]) -> Sampler | None:
     latents = tensors.get("sampler.latents")
     if latents is None:
         return None
     return Sampler(latents, tensors["sampler.outputs"], latents.new_zeros(len(latents), 0))
+
+
+_LISTS = ("prompts", "seeds", "grid", "tokens")
+_KINDS: dict[str, tuple[type, ...]] = {
+    "model": (str,),
+    "pipeline": (str,),
+    "weights": (str,),
+    "tap": (str, type(None)),
+    "call": (dict,),
+    "batch_size": (int,),
+    "sample": (int, type(None)),
+    "prompts": (str,),
+    "seeds": (int,),
+    "grid": (float, int),
+    "tokens": (int,),
+    "seam": (bool,),
+}
+"""The types of a collection's fields, or of what its lists hold."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +273,28 @@ class Collection:
     def from_json(cls, text: str) -> Collection:
         fields: dict[str, Any] = json.loads(text)
         fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        return cls(**fields)
+        found = cls(**fields)
+        found._check()
+        return found
+
+    def _check(self) -> None:
+        """Raise ValueError unless the fields are of their types: a name of a file is made of them."""
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            parts = value if name in _LISTS and isinstance(value, tuple) else [value] if name not in _LISTS else [...]
+            if not all(type(part) in kinds for part in parts):
+                wanted = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"its {name} is made of {wanted}, got {value!r:.60}")
+        if len(self.prompts) != len(self.seeds):
+            raise ValueError(f"each prompt has a seed, got {len(self.prompts)} and {len(self.seeds)}")
+        times_in_order(self.grid)
+
+    @property
+    def mark(self) -> str:
+        """Name what all of its runs have in common, which each of their files repeats."""
+        varying = ("model", "prompts", "seeds", "batch_size", "sample")  # it may grow, and folders move
+        shared = {name: value for name, value in vars(self).items() if name not in varying}
+        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Store:
@@ -216,6 +307,7 @@ class Store:
         self.folder = folder
         self.collection = collection
         self.paths = [path for path in (self.path(*pair) for pair in collection.pairs) if path.exists()]
+        self._told = False
 
     @classmethod
     def open(cls, folder: str | Path) -> Store:
@@ -228,7 +320,7 @@ class Store:
             return cls(Path(folder), Collection.from_json(file.read_text(encoding="utf-8")))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{folder} holds no trajectories (no {COLLECTION}); run lesa collect.") from error
-        except (ValueError, TypeError, AttributeError) as error:
+        except DAMAGED as error:
             raise ValueError(f"{file} is damaged ({error}); delete the folder and collect again.") from error
 
     @classmethod
@@ -246,14 +338,42 @@ class Store:
         return len(self.paths)
 
     def __iter__(self) -> Iterator[Trajectory]:
-        return map(Trajectory.load, self.paths)
+        return map(self.load, range(len(self.paths)))
 
     def load(self, k: int) -> Trajectory:
         """Read the `k`-th trajectory.
 
-        Raises: IndexError if there are not so many; ValueError if its file is damaged.
+        Raises: IndexError if there are not so many; ValueError if its file is damaged, or of another run.
         """
-        return Trajectory.load(self.paths[k])
+        path = self.paths[k]
+        run = Trajectory.load(path, self.collection.mark)
+        number = int(path.name.partition("-")[0])
+        if (run.prompt, run.seed) != (self.collection.prompts[number], self.collection.seeds[number]):
+            raise ValueError(
+                f"{path} is the run of {self.collection.prompts[number]!r:.60} and its seed, got that of "
+                f"{run.prompt!r:.60}, seed {run.seed}; delete it and collect again."
+            )
+        if not run.signed and not self._told:
+            self._told = True
+            warnings.warn(f"runs in {self.folder} have no digest, as those of before: unverified.", stacklevel=2)
+        return run
+
+    def is_whole(self, number: int, seed: int) -> bool:
+        """Tell whether the trajectory of a prompt is there as it was recorded."""
+        path = self.path(number, seed)
+        if not path.exists():
+            return False
+        if path not in self.paths:
+            self.paths = [other for pair in self.collection.pairs if (other := self.path(*pair)).exists()]
+        try:
+            self.load(self.paths.index(path))
+        except ValueError:
+            return False
+        return True
+
+    def add(self, number: int, seed: int, run: Trajectory) -> None:
+        """Write the trajectory of a prompt."""
+        run.save(self.path(number, seed), self.collection.mark)
 
     def digest(self) -> str:
         """Return the SHA-256 of what is stored: the collection and, in order, every trajectory with its file's name."""

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from lesa.predictors import disk
-from lesa.predictors.disk import write_atomically
+from lesa.predictors import disk, hub
+from lesa.predictors.disk import DAMAGED, write_atomically
 from lesa.predictors.origin import Origin, configuration
 from lesa.rows.forecasters import Forecaster
 from lesa.rows.grid import in_words, matches, times_in_order
@@ -330,15 +329,7 @@ def _read(source: str, config: bytes, weights: bytes) -> Predictor:
         options = entries.pop("options")
         del entries["format"]
         predictor = _around(from_bytes(weights), kind, Origin.from_dict(entries), options)
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
+    except DAMAGED as error:
         raise ValueError(f"{source} holds no whole predictor of lesa ({error}); fetch or train it again.") from error
     return predictor.eval()
 
@@ -363,6 +354,8 @@ def _around(
         raise ValueError(
             f"its options say that the weights of {name!r} are of shape {said.get(name)}, they are of {found.get(name)}"
         )
+    if other := sorted(name for name, tensor in weights.items() if not tensor.isfinite().all()):
+        raise ValueError(f"the weights of {other[0]!r} are finite numbers, got NaN or infinity")
     kinds = {name: tensor.dtype for name, tensor in predictor.state_dict().items()}
     predictor.load_state_dict({name: tensor.to(kinds[name]) for name, tensor in weights.items()}, assign=True)
     return predictor
@@ -375,11 +368,13 @@ def _fetch(source: str, name: str, options: Mapping[str, Any]) -> Path:
                 f"{source} holds no {name}, so no predictor of lesa; name its folder, or train one."
             )
         return Path(source) / name
+    where = hub.how(source, "a predictor")
     try:
-        return Path(hf_hub_download(source, name, **options))
+        return Path(hf_hub_download(source, name, **{**where, **options}))
     except (OSError, ValueError) as error:
+        why = "which cannot be reached from here" if where else f"{error}"
         raise FileNotFoundError(
-            f"{source} is neither a folder here nor a predictor on the hub ({error}); check its name."
+            f"{source} is neither a folder here nor a predictor on the hub ({why}); check its name."
         ) from error
 
 

@@ -78,6 +78,7 @@ class Weights(NamedTuple):
 
     tensors: dict[str, Tensor]
     digest: str
+    file: str = ""
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -105,9 +106,7 @@ def read(path: str | Path) -> Weights:
     _check_packed(path, data)
     try:
         with torch.serialization.safe_globals(allowed):
-            entries = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+            entries = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a file may be damaged, or hostile, in any way
         named = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"one that names {named[1]}" if named else f"{type(error).__name__}: {str(error).splitlines()[:1]}"
@@ -119,24 +118,35 @@ def read(path: str | Path) -> Weights:
     if not isinstance(found, Mapping) or not found:
         raise ValueError(f"{path} has its weights under 'model', got {_kind(entries)}; name a whole checkpoint.")
     _check_size(path, found, len(data))
-    weights = Weights(dict(_renamed(name, tensor) for name, tensor in found.items()), hashlib.sha256(data).hexdigest())
+    try:
+        tensors = dict(_renamed(name, tensor) for name, tensor in found.items())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    weights = Weights(tensors, hashlib.sha256(data).hexdigest(), str(path))
     if len(weights.tensors) != len(found) or "cond" not in weights.streams:
         raise ValueError(f"{path} has one stream, without a name, or both cond and uncond, got others beside or alone.")
     return weights
 
 
 def _check_packed(path: str | Path, data: bytes) -> None:
-    """Raise ValueError if a file would unpack to more than it is: torch compresses nothing."""
+    """Raise ValueError if a file would unpack to more than it is, as torch compresses nothing, or is damaged."""
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as packed:
-            unpacked = sum(part.file_size for part in packed.infolist())
-    except zipfile.BadZipFile:  # an older format of torch, or another file
+        packed = zipfile.ZipFile(io.BytesIO(data))
+    except Exception:  # an older format of torch, another file, or a damaged one: torch tells
         return
-    if unpacked > len(data):
-        raise ValueError(
-            f"{path} is refused, and nothing in it was run: a checkpoint is stored as it is, got {len(data)} bytes "
-            f"that unpack to {unpacked}."
-        )
+    with packed:
+        unpacked = sum(part.file_size for part in packed.infolist())
+        if unpacked > len(data):
+            raise ValueError(
+                f"{path} is refused, and nothing in it was run: a checkpoint is stored as it is, got {len(data)} bytes "
+                f"that unpack to {unpacked}."
+            )
+        try:
+            damaged = packed.testzip()
+        except Exception as error:
+            damaged = str(error)
+    if damaged:
+        raise ValueError(f"{path} is damaged, in {damaged}: its checksums say so; fetch it again.")
 
 
 def _check_size(path: str | Path, tensors: Mapping[Any, Any], size: int) -> None:
@@ -190,6 +200,23 @@ def convert(
     """
     if order not in ORDERS:
         raise ValueError(f"an order is one of {', '.join(ORDERS)}, got {order!r}; name one of these.")
+    try:
+        return _converted(weights, model, tap, grid, schedule, bounds, order, training or {}, versions or {})
+    except ValueError as error:
+        raise (ValueError(f"{weights.file}: {error}") if weights.file else error) from error
+
+
+def _converted(
+    weights: Weights,
+    model: Described,
+    tap: Tap,
+    grid: Sequence[float] | Tensor,
+    schedule: Schedule,
+    bounds: Sequence[float] | None,
+    order: str,
+    training: Mapping[str, Any],
+    versions: Mapping[str, str],
+) -> LESA:
     times = validate(grid)
     shape = _kan_shape(weights)
     tensors = {k: _fitted(k, tensor, order, len(times), shape.inputs) for k, tensor in weights.tensors.items()}
@@ -203,8 +230,8 @@ def convert(
         grid=tuple(times.tolist()),
         schedule=str(schedule),
         streams=weights.streams,
-        training={**(training or {}), "converted": weights.digest, "order": order},
-        versions=dict(versions or {}),
+        training={**training, "converted": weights.digest, "order": order},
+        versions=dict(versions),
     )
     options = dict(hidden=shape.hidden, grid_size=shape.grid_size, span=shape.span)
     with torch.device("meta"):  # made of no memory until its weights are known to be there

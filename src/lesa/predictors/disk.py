@@ -7,11 +7,16 @@ configuration of a predictor. In any other folder the names of what a run would 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 PARTIAL = ".partial"
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, SafetensorError)
+"""What reading a file may raise that is damaged, or was made to be: deep JSON is a RuntimeError, a huge number one of
+arithmetic."""
 
 
 def check_free(folder: str | Path, patterns: Iterable[str], what: str) -> None:
@@ -48,20 +53,32 @@ def remove(files: Iterable[Path], within: Path) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file that is there whole or not at all, whatever happens meanwhile.
 
-    Raises: OSError if it cannot be written; nothing of it is left then.
+    Raises: OSError if it cannot be written, which names the file; nothing of it is left then.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with named(path):
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
     except BaseException:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Let an error of the disk say what could not be written: a full one does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _sync(folder: Path) -> None:

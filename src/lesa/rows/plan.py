@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,12 +124,13 @@ class Plan:
         return LinearRows(self.times, self.rows, memory=self.memory, remembers_forecasts=self.remembers_forecasts)
 
     def to_json(self) -> str:
-        """Write the plan as JSON, without loss."""
+        """Write the plan as JSON, without loss, and with a digest that reading verifies."""
         rows = {step: row._asdict() for step, row in self.rows.items()}
         entries = {"format": FORMAT, **asdict(self), "rows": rows}
         if not self.begins:
             del entries["begins"]  # as it always was
-        return json.dumps(entries)
+        entries = json.loads(json.dumps(entries))
+        return json.dumps({**entries, "sha256": _digest(entries)})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -137,6 +140,8 @@ class Plan:
         """
         try:
             data = json.loads(text)
+            if data.pop("sha256", digest := _digest(data)) != digest:
+                raise ValueError("it is not as it was written")
             if data.pop("format") != FORMAT:
                 raise ValueError("its format is another")
             for name in ("times", "full", "truncated", "begins"):
@@ -146,9 +151,9 @@ class Plan:
                 for step, row in data["rows"].items()
             }
             return cls(**data)
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(
-                f"a plan is the JSON of format {FORMAT!r}, got other text ({error!r}); write it again."
+                f"a plan is the JSON of format {FORMAT!r}, got other text ({error!r:.300}); write it again."
             ) from error
 
     def __repr__(self) -> str:
@@ -221,6 +226,12 @@ def histories(
             yield step, tuple(history)
         if remembers_forecasts or not skipped:
             history.append(step)
+
+
+def _digest(entries: Any) -> str:
+    """Return the SHA-256 of a plan's entries but for that itself."""
+    plain = {name: value for name, value in entries.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _check(step: int, past: tuple[int, ...], row: PlannedRow) -> None:
