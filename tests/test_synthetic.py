@@ -1,5 +1,6 @@
 """The benchmark of synthetic fields: velocities are exact, and their sizes go as recorded ones do."""
 
+import importlib
 import runpy
 import sys
 from pathlib import Path
@@ -20,9 +21,7 @@ RATIOS = FLUX_MAG_RATIOS.tolist()
 def script():
     sys.path.insert(0, str(SCRIPT.parent))
     try:
-        import synthetic
-
-        yield synthetic
+        yield importlib.import_module("synthetic")
     finally:
         sys.path.remove(str(SCRIPT.parent))
 
