@@ -80,25 +80,14 @@ def test_a_hub_that_is_away_is_asked_for_once(away):
 
 
 def test_drawing_without_a_predictor_says_which_options_there_are(capfd, model):
-    line = line_of(capfd, "generate", str(model), "small red apple", "--out", str(model / "x.png"))
+    """On a schedule alone; without one there is a default, which says so."""
+    out = ["--out", str(model / "x.png")]
+    line = line_of(capfd, "generate", str(model), "small red apple", "--schedule", "every:2", *out)
     assert "--predictor FOLDER" in line and "--forecaster lagrange:1 --schedule every:3" in line and "(" in line
     assert "lesa.accelerate(" not in line
-    assert (
-        main(
-            [
-                "generate",
-                str(model),
-                "x",
-                "--forecaster",
-                "lagrange:1",
-                "--schedule",
-                "every:3",
-                "--out",
-                str(model / "x.png"),
-            ]
-        )
-        == 0
-    )
+    assert main(["generate", str(model), "x", "--forecaster", "lagrange:1", "--schedule", "every:3", *out]) == 0
+    with pytest.warns(UserWarning, match=r"lesa\.calibrate"):
+        assert main(["generate", str(model), "x", *out]) == 0
 
 
 def test_a_dtype_is_asked_for_without_a_warning(model):
