@@ -86,8 +86,9 @@ def test_drawing_without_a_predictor_says_which_options_there_are(capfd, model):
     assert "--predictor FOLDER" in line and "--forecaster lagrange:1 --schedule every:3" in line and "(" in line
     assert "lesa.accelerate(" not in line
     assert main(["generate", str(model), "x", "--forecaster", "lagrange:1", "--schedule", "every:3", *out]) == 0
-    with pytest.warns(UserWarning, match=r"lesa\.calibrate"):
-        assert main(["generate", str(model), "x", *out]) == 0
+    capfd.readouterr()
+    assert main(["generate", str(model), "x", *out]) == 0
+    assert "lesa.calibrate(pipe, prompts" in capfd.readouterr().err
 
 
 def test_a_dtype_is_asked_for_without_a_warning(model):
