@@ -165,8 +165,9 @@ class Problem(References):
         for number, wanted in enumerate(self.reference):
             run = found.recordings[number] if found else wanted
             columns = self.columns(run, gaps.full)
-            missing = self._missing(gaps, wanted) if found is None else None
-            if missing is None:
+            if found is None:
+                missing = self._missing(gaps, wanted)
+            else:
                 moved = torch.einsum("ek,pkn->pen", gaps.ways(found.rows), columns)
                 missing = wanted.latents(gaps.ends) - run.latents(gaps.ends) + moved
             gram.append(self._weighed(wanted, columns))
