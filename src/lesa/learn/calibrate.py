@@ -64,7 +64,7 @@ class CalibrateOptions:
     checked: int | None = None
     seed: int = 0
     refine: int = 2
-    most: int = 200
+    most: int = 60
     batch_size: int | None = None
     pictures: bool = True
     rivals: bool = True

@@ -1,22 +1,29 @@
-"""Search which steps are full, for solved rows: by algebra on the reference runs first, then by real runs."""
+"""Search which steps are full, for solved rows: by algebra on the reference runs first, then by real runs.
+
+Algebra does not know how the denoiser answers what rows leave, but for one number that says how much less early errors
+count. So its best schedules, for several such numbers, are run; the search goes on from the best of them, and real runs
+try first what algebra finds nearly as good: where its cost is flat, the real one may fall.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
-from lesa.learn.gaps import Algebra, descend
+from lesa.learn.gaps import Algebra, moves
 from lesa.learn.solving import Full, Problem
 
-FORGIVENESS = (0.0, 4.0, 8.0, 16.0, 24.0)
+FORGIVENESS = (0.0, 4.0, 8.0, 12.0, 16.0, 24.0)
 """By what powers of a run's share early errors may count less in the plans by algebra that real runs choose from."""
 OF = "search"
-
-
-TRIED_ON = 4
+TRIED_ON = 8
 """On how many calls schedules are tried; the best ones are run on all of them."""
-FINALISTS = 3
+FINALISTS, PATIENCE = 3, 16
+"""How many of the best are run on all calls, and how many moves are tried before a schedule is the best one."""
+STARTS = 2
+"""From how many schedules the search goes on, the best ones."""
 
 
 class Searched(NamedTuple):
@@ -55,12 +62,25 @@ class Search:
                 self.known[full] = self._tried(self._few, full)
             return self.known[full]
 
-        found = {*starts, *(self.algebra.best(budget, forgiveness) for forgiveness in FORGIVENESS)}
-        first, *others = sorted(sorted(found), key=real)
-        ends = [descend(first, real, ticks, begins)]
-        ends += [descend(start, real, ticks, begins) for start in others[:1] if real(start) < math.inf]
+        found = {self.algebra.best(budget, forgiveness): forgiveness for forgiveness in FORGIVENESS}
+        usual = found[min(sorted(found), key=real)]
+        found = {**dict.fromkeys(starts, usual), **found}
+        first, *others = sorted(sorted(found), key=real)[:STARTS]
+        ends = [
+            self._descend(one, partial(self.algebra.cost, forgiveness=found[one]), real) for one in (first, *others)
+        ]
         best, drift = self._chosen({first, *ends})
         return Searched(best, [(first, real(first)), (best, drift)], len(self.known) - before)
+
+    def _descend(self, full: Full, cost: Callable[[Full], float], real: Callable[[Full], float]) -> Full:
+        """Take the first move that is better in real runs, in the order of what algebra has against it."""
+        while True:
+            around = set(moves(full, self.problem.ticks, self.problem.begins)) - set(self.known)
+            better = (one for one in sorted(around, key=cost)[:PATIENCE] if real(one) < real(full))
+            moved = next(better, None)
+            if moved is None:
+                return full
+            full = moved
 
     def _chosen(self, ends: set[Full]) -> tuple[Full, float]:
         """Return the best on all calls of these schedules and of the best others tried of so many full steps."""

@@ -111,7 +111,7 @@ class Solver(Problem):
         *,
         rounds: int = 6,
         refine: int = 2,
-        most: int = 200,
+        most: int = 60,
         near: Sequence[Solved | Schedule] = (),
     ) -> Solution:
         """Solve for the rows of a schedule; with a `budget`, of the best schedule of so many full steps.
@@ -182,7 +182,7 @@ def solve(
     schedule: Schedule | None = None,
     rounds: int = 6,
     refine: int = 2,
-    most: int = 200,
+    most: int = 60,
     batch_size: int = BATCH,
     **call: Any,
 ) -> Solution:
