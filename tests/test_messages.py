@@ -66,7 +66,9 @@ def away(monkeypatch):
 @pytest.mark.parametrize("name", ["nope", "./nope", "/nowhere/x", "a/b/c", "../x", "~/x"])
 def test_what_is_no_name_of_a_repository_is_not_looked_for_on_the_hub(away, name):
     for load in (Predictor.from_pretrained, lesa.load):
-        with pytest.raises(FileNotFoundError, match=r"there is no folder .* it is no name on the hub"):
+        with pytest.raises(
+            FileNotFoundError, match=r"is neither a folder here nor .* on the hub, where names are OWNER/NAME"
+        ):
             load(name)
     assert not away
 

@@ -46,7 +46,8 @@ Written by `make faults`, which tries what is told here; `make test` tries a sam
 - One process at a time collects into a folder, trains into it, or measures into a file of it: a second one is refused
   in one line. A process that is gone holds nothing.
 - An accelerated pipeline is in one call at a time: a second thread is refused before its first step. Other pipelines,
-  those on the same weights with a scheduler of their own among them, run as if alone.
+  those on the same weights with a scheduler and tokenizers of their own among them, run as if alone. (Tokenizers are
+  changed by every call: two pipelines of diffusers that share them draw other pictures at times, with lesa or without.)
 
 Not promised: a file in the place of another whole one of its kind (a plan, a checkpoint) is that other one; and a
 records file cut at the end of a batch is that of a run which was stopped there, of which the report says what is not

@@ -28,8 +28,9 @@ def of_its_own(tiny_flux: Any) -> Any:
 
 
 def sharing(tiny_flux: Any) -> Any:
-    """A pipeline on the same weights, with a scheduler of its own."""
+    """A pipeline on the same weights, with a scheduler of its own; tokenizers too keep what the newest call set."""
     pipe = accelerable(tiny_flux)
+    pipe.tokenizer, pipe.tokenizer_2 = copy.deepcopy(pipe.tokenizer), copy.deepcopy(pipe.tokenizer_2)
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     return pipe
 

@@ -181,7 +181,7 @@ def known_class(kind: type) -> type:
     return next(parent for parent in kind.__mro__ if ARGUMENTS not in vars(parent))
 
 
-def _again(kind: type, arguments: dict[str, Any]) -> Any:
+def _again(kind: Any, arguments: dict[str, Any]) -> Any:
     """Make a pipeline without its parts that is of a class with these arguments: pickle fills it."""
     return with_call(kind.__new__(kind), arguments)
 

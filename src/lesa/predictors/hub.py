@@ -25,8 +25,7 @@ def how(source: str, what: str) -> dict[str, Any]:
     """
     if not NAME.fullmatch(source):
         raise FileNotFoundError(
-            f"there is no folder {source}, and it is no name on the hub, which is OWNER/NAME; name the folder or "
-            f"repository of {what}."
+            f"{source} is neither a folder here nor {what} on the hub, where names are OWNER/NAME; check its name."
         )
     return {} if reachable(constants.ENDPOINT) else {"local_files_only": True}
 
