@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 OLDEST := .venv-oldest
 
-.PHONY: setup demo test test-all test-oldest lint format clean gpu-report \
+.PHONY: setup demo test test-all test-oldest faults lint format clean gpu-report \
 	bench bench-claims bench-grids bench-histories bench-qwen bench-video support
 
 setup: $(STAMP)
@@ -23,6 +23,10 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m ""
+
+# Damaged files, kills, calls without end and threads, all that is tried of them; writes docs/reliability.md.
+faults: setup
+	$(BIN)/python tests/faults/campaign.py
 
 # With the oldest versions that pyproject.toml declares, in an environment of their own.
 test-oldest: $(OLDEST)/.installed

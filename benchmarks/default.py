@@ -38,7 +38,7 @@ from lesa.rows.plan import Plan, compile
 
 MODELS = Path("models")
 SEEDS = {"validation": 10_000, "heldout": 0}
-STEPS, FEW = (50, 28, 20, 8), (8, 7)
+STEPS, FEW = (50, 28, 20, 8), (8,)
 EULER = "Euler"
 MULTISTEP = {
     "UniPC": (UniPCMultistepScheduler, {}),
@@ -124,9 +124,16 @@ def draw(pipe: Any, prompts: Sequence[str], seed: int, steps: int, **call: Any) 
     return Drawn([np.stack([np.asarray(x.convert("RGB")) for x in one]) for one in frames], last[0])
 
 
+def times_of(run: Callable[[int], Drawn], pipe: Any, steps: int) -> Tensor:
+    """Return the grid of runs of so many steps, as an accelerated one meets it."""
+    with lesa.accelerate(pipe, lesa.Reuse(), schedule=lesa.Schedule.every(steps)) as acceleration:
+        run(steps)
+    return acceleration.plan(acceleration.streams[0]).grid
+
+
 def by_default(pipe: Any, run: Callable[[int], Drawn], steps: int) -> tuple[Drawn, int]:
     """Return what runs end in that take the default, and how many of their steps are full."""
-    schedule = Default().schedule_for(torch.linspace(1, 0, steps + 1))  # even in steps: the same on any grid
+    schedule = Default().schedule_for(times_of(run, pipe, steps))
     with lesa.accelerate(pipe, Default(), schedule=schedule) as acceleration:
         drawn = run(steps)
     return drawn, acceleration.summary()[acceleration.streams[0]].full_steps
@@ -174,7 +181,7 @@ def mixture(spread: float, width: float, fine: float = 0.0, kinds: int = KINDS) 
     return velocity
 
 
-def guided(scale: float, **settings: float) -> Field:
+def guided(scale: float, **settings: Any) -> Field:
     """Return the velocity of a mixture, guided towards another of a quarter of the kinds."""
     plain, wanted = mixture(**settings), mixture(**settings, kinds=KINDS // 4)
     return lambda x, time: plain(x, time) + scale * (wanted(x, time) - plain(x, time))
@@ -203,7 +210,9 @@ def walk(field: Field, grid: Tensor, plan: Plan | None = None) -> tuple[Tensor, 
             velocity = history[step] = field(latents, time)
         else:
             row = plan.rows[step]
-            velocity = sum(c * history[k] for k, c in zip(row.past, row.coefficients, strict=True))
+            velocity = torch.zeros_like(latents)
+            for k, coefficient in zip(row.past, row.coefficients, strict=True):
+                velocity = velocity + coefficient * history[k]
         sizes.append(float(velocity.norm()))
         latents = latents + (grid[step + 1] - grid[step]) * velocity
     return latents, sizes

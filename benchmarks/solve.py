@@ -1,14 +1,15 @@
 """Solve for rows in closed form on a few prompts, and measure them on held-out ones beside planned and trained rows.
 
     python benchmarks/solve.py
-    python benchmarks/solve.py --model models/emoji-qwen --budgets 10 --prompts 16 --stride 2
+    python benchmarks/solve.py --model models/emoji-qwen --budgets 10 8 --prompts 16 --most 40
 
 For every budget of full steps: Lagrange-3 on the schedule planned for it, rows solved on a schedule searched by real
 runs, these refined on the end of the run, and the predictor shipped for many grids where there is one. All act at the
 output. Rows are solved on the first prompts of train.txt, `drift on validation` is of prompts of validation.txt, and
 drift and PSNR (pictures capped at 60 dB) of those of heldout.txt, each against the model's own run with every step
-full. Transformer runs are those of one picture and stream, the reference runs of solving included; seconds are what
-solving, or planning, took.
+full. Transformer runs are those of one picture and stream, the reference runs of solving included, which are made once
+for all budgets; seconds are what searching and solving, or planning, took besides. Budgets go from high to low, as each
+search begins near the schedule found before.
 """
 
 import argparse
@@ -31,8 +32,9 @@ from lesa.learn.collect import record
 from lesa.learn.collecting import TRAINING_SEED, VALIDATION_SEED
 from lesa.learn.metrics import drift, psnr
 from lesa.learn.planning import PLANNED_ON, Planner
-from lesa.learn.solve import solve
+from lesa.learn.solve import Solver
 from lesa.learn.trajectory import draw_tokens
+from lesa.predictors.solved import Solved
 from lesa.rows.forecasters import Forecaster
 
 MODEL, SHIPPED = "models/emoji-flux", "lesa-many"
@@ -91,14 +93,13 @@ def planned(pipe: Any, planner: Planner, budget: int) -> Method:
     return Method("Lagrange-3, planned", lesa.Lagrange(3), schedule, "", f"{time.perf_counter() - began:.0f}")
 
 
-def solved(pipe: Any, prompts: Sequence[str], budget: int, options: argparse.Namespace) -> list[Method]:
+def solved(solver: Solver, budget: int, near: Sequence[Solved], options: argparse.Namespace) -> list[Method]:
     """Search a schedule and solve on it; then refine."""
-    seeds = range(TRAINING_SEED, TRAINING_SEED + len(prompts))
-    found, report = solve(pipe, prompts, seeds, budget=budget, refine=0, most=options.most)
+    found, report = solver.solve(budget, refine=0, most=options.most, near=near)
     print(f"{budget} full steps, solved: {report}", flush=True)
     methods = [Method("solved", found, found.schedule, str(report.transformer_runs), f"{report.seconds:.0f}")]
     if options.refine:
-        better, more = solve(pipe, prompts, seeds, schedule=found.schedule, refine=options.refine)
+        better, more = solver.solve(schedule=found.schedule, refine=options.refine)
         print(f"{budget} full steps, refined: {more}", flush=True)
         runs = report.transformer_runs + more.transformer_runs - more.reference_runs
         seconds = f"{report.seconds + more.seconds:.0f}"
@@ -145,8 +146,13 @@ def main() -> None:
     pairs = [batches(group, options.batch_size) for group in groups]
     reference = [draw(pipe, some) for some in pairs]
     planner, rows = planner_of(pipe, known[:PLANNED_ON]), []
-    for budget in options.budgets:
-        methods = [planned(pipe, planner, budget), *solved(pipe, known[: options.prompts], budget, options)]
+    solver = Solver(pipe, known[: options.prompts], range(TRAINING_SEED, TRAINING_SEED + options.prompts))
+    print(f"reference runs: {solver.seconds:.0f} s", flush=True)
+    near: list[Solved] = []
+    for budget in sorted(options.budgets, reverse=True):
+        ours = solved(solver, budget, near, options)
+        near = [method.forecaster for method in ours[:1] if isinstance(method.forecaster, Solved)]
+        methods = [planned(pipe, planner, budget), *ours]
         for method in [*methods, *shipped(options.model, planner.grid, budget)]:
             drawn = [draw(pipe, some, method) for some in pairs]
             drifts = [drift_of(*both) for both in zip(drawn, reference, strict=True)]

@@ -81,27 +81,27 @@ class Field:
         return torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def blocks(radii: Sequence[float], widths: Sequence[float], seed: int) -> Field:
-    """Turn a square for each radius; its mean is 0, as nothing is known of data at the beginning."""
-    turned = torch.rand(len(radii), 1, generator=torch.Generator().manual_seed(seed))
+def blocks(kinds: Sequence[tuple[float, float]], seed: int) -> Field:
+    """Turn a square for each kind (radius, spread); its mean is 0, as nothing is known of data at the beginning."""
+    turned = torch.rand(len(kinds), 1, generator=torch.Generator().manual_seed(seed))
     angles = 2 * math.pi * (turned + torch.arange(MODES) / MODES)
-    size = torch.tensor(radii).float()
+    size, widths = torch.tensor(kinds, dtype=torch.float64).float().T
     modes = size[:, None, None] * torch.stack([angles.cos(), angles.sin()], 2)
-    return Field(modes, size * torch.tensor(widths).float())
+    return Field(modes, size * widths)
 
 
 def following(ratios: Sequence[float], count: int, seed: int = 0) -> Field:
     """Return a field of so many blocks whose velocities' sizes go from step to step as nearly like `ratios` as any."""
     kinds = [(radius, width) for radius in RADII for width in SPREADS]
     each = 16
-    tried = blocks(*zip(*(kind for kind in kinds for _ in range(each)), strict=True), seed + 1)
+    tried = blocks([kind for kind in kinds for _ in range(each)], seed + 1)
     grid = grid_of(len(ratios))
     _, velocities = run(tried, tried.noise(range(16)), grid)
     sizes = velocities.double().square().unflatten(2, (len(kinds), -1)).sum(-1).mean(0).numpy() / each  # (S, kinds)
     chosen = [
         kind for kind, number in zip(kinds, numbers(sizes, np.array(ratios), count), strict=True) for _ in range(number)
     ]
-    return blocks(*zip(*chosen, strict=True), seed)
+    return blocks(chosen, seed)
 
 
 def numbers(sizes: np.ndarray, ratios: np.ndarray, count: int) -> np.ndarray:
@@ -131,7 +131,7 @@ def ratios_of(field: Field, steps: int, runs: int = 32) -> np.ndarray:
     return torch.cat([torch.ones(1), (sizes[:, 1:] / sizes[:, :-1]).mean(0)]).numpy()
 
 
-def thirds(ratios: Sequence[float]) -> list[float]:
+def thirds(ratios: Sequence[float] | np.ndarray) -> list[float]:
     """Return the sum of |ln ratio| over the first, the middle and the last third of the steps."""
     return [float(np.abs(np.log(part)).sum()) for part in np.array_split(np.asarray(ratios)[1:], 3)]
 

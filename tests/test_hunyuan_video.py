@@ -88,8 +88,10 @@ def test_swapped_prompts_swap_the_streams(tiny_hunyuan):
     def held(prompt: str, negative_prompt: str) -> dict[str, Tensor]:
         def force(_pipe, step, *_):
             if step == STEPS - 2:  # later they are freed
-                voices = run._executor._voices.values()
-                found.update((voice.name, voice.parts[0][1][0]._features.clone()) for voice in voices)
+                stream_runs = run._executor._stream_runs.values()
+                found.update(
+                    (stream_run.name, stream_run.parts[0][1][0]._features.clone()) for stream_run in stream_runs
+                )
             return {"latents": given[step]}
 
         found: dict[str, Tensor] = {}

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 
 import lesa
 from lesa.cli import learn, main
 from lesa.cli import parser as parsers
 from lesa.host import loading
 from lesa.host.pipelines import arguments_of, save_picture, with_call
+from lesa.learn.trajectory import Trajectory
 from lesa.predictors import Predictor, hub
 
 CALL = dict(height=32, width=32, num_inference_steps=4, max_sequence_length=16)
@@ -78,25 +80,15 @@ def test_a_hub_that_is_away_is_asked_for_once(away):
 
 
 def test_drawing_without_a_predictor_says_which_options_there_are(capfd, model):
-    line = line_of(capfd, "generate", str(model), "small red apple", "--out", str(model / "x.png"))
+    """On a schedule alone; without one there is a default, which says so."""
+    out = ["--out", str(model / "x.png")]
+    line = line_of(capfd, "generate", str(model), "small red apple", "--schedule", "every:2", *out)
     assert "--predictor FOLDER" in line and "--forecaster lagrange:1 --schedule every:3" in line and "(" in line
     assert "lesa.accelerate(" not in line
-    assert (
-        main(
-            [
-                "generate",
-                str(model),
-                "x",
-                "--forecaster",
-                "lagrange:1",
-                "--schedule",
-                "every:3",
-                "--out",
-                str(model / "x.png"),
-            ]
-        )
-        == 0
-    )
+    assert main(["generate", str(model), "x", "--forecaster", "lagrange:1", "--schedule", "every:3", *out]) == 0
+    capfd.readouterr()
+    assert main(["generate", str(model), "x", *out]) == 0
+    assert "lesa.calibrate(pipe, prompts" in capfd.readouterr().err
 
 
 def test_a_dtype_is_asked_for_without_a_warning(model):
@@ -178,6 +170,45 @@ def test_an_acceleration_is_not_copied(tiny_flux, make):
 
 def stop(*_args, **_more):
     raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> str:
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("small red apple on white, left\nlarge blue fish on grey, right\n")
+    return str(file)
+
+
+@pytest.mark.parametrize("after", [0, 3])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate MODEL x --full --out OUT/x.png",
+        "collect MODEL --prompts PROMPTS --batch-size 1 --out OUT/runs",
+        "bench MODEL --prompts PROMPTS --pairs 2 --batch-size 1 --budgets , --no-bound --timed 0 --out OUT/bench",
+        "demo --model MODEL --prompts PROMPTS --pairs 2 --batch-size 1 --budgets , --timed 0 --out OUT/demo",
+        "calibrate MODEL --prompts PROMPTS --batch-size 1 --budget 2 --out OUT/p",
+    ],
+    ids=lambda command: command.split()[0],
+)
+def test_a_stop_in_a_command_is_one_line_and_leaves_nothing_half(
+    command, after, model, prompts, tmp_path, monkeypatch, capfd
+):
+    kind, count = FluxTransformer2DModel, []
+    forward = kind.forward
+
+    def stopping(*args, **kwargs):
+        count.append(1)
+        return stop() if len(count) > after else forward(*args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", stopping)
+    names = {"MODEL": str(model), "PROMPTS": prompts}
+    arguments = [names.get(word, word.replace("OUT", str(tmp_path))) for word in command.split()]
+    assert main(arguments) == 130
+    said = capfd.readouterr().err
+    assert [line for line in said.splitlines() if line.startswith("lesa: ")][-1:] == ["lesa: stopped"]
+    assert "Traceback" not in said and not list(tmp_path.rglob("*.partial"))
+    assert all(Trajectory.load(path) for path in tmp_path.rglob("runs/*.safetensors"))
 
 
 def test_a_stop_while_arguments_are_read_is_one_line(monkeypatch, capsys):

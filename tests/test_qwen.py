@@ -56,7 +56,9 @@ def test_swapped_prompts_swap_the_histories(tiny_qwen, place):
     def histories(prompt: str, negative_prompt: str) -> tuple[dict, dict]:
         def force(_pipe, step, *_):
             if step == STEPS - 2:  # later they are freed
-                histories = {voice.name: voice.parts[0][1][0] for voice in run._executor._voices.values()}
+                histories = {
+                    stream_run.name: stream_run.parts[0][1][0] for stream_run in run._executor._stream_runs.values()
+                }
                 assert histories["cond"]._shape[-1] == (16 if tap.module is None else 24)
                 held.update((name, history._features.clone()) for name, history in histories.items())
             return {"latents": given[step]}

@@ -560,7 +560,9 @@ def test_an_ended_acceleration_does_not_end_the_next(pipe):
 
 def held_by(run) -> list:
     """The histories that are held, each by a weak reference."""
-    held = [histories for voice in run._executor._voices.values() for _, histories in voice.parts.values()]
+    held = [
+        histories for stream_run in run._executor._stream_runs.values() for _, histories in stream_run.parts.values()
+    ]
     return [weakref.ref(history) for histories in held for history in histories]
 
 
@@ -1445,3 +1447,25 @@ def test_copies_and_pickles_of_an_accelerated_pipeline_are_plain(pipe, reference
             assert type(other.transformer.transformer_blocks) is nn.ModuleList
         assert torch.equal(draw(pipe), expected)
         assert run.summary()["cond"].runs == 2
+
+
+def test_calls_of_no_run_are_told(tiny_flux, call):
+    """A denoiser that a pipeline calls before its loop, as where another scheduler steps a loop of its own."""
+    pipe = type(tiny_flux)(**tiny_flux.components)
+
+    seen = {}
+    with pytest.MonkeyPatch.context() as patch:
+        kind, forward = type(pipe.transformer), type(pipe.transformer).forward
+        patch.setattr(kind, "forward", lambda self, **kwargs: seen.update(kwargs) or forward(self, **kwargs))
+        pipe("x", **call)
+    prepare = pipe.prepare_latents
+
+    def prepared(*args, **kwargs):
+        pipe.transformer(**seen)
+        return prepare(*args, **kwargs)
+
+    pipe.prepare_latents = prepared
+    with accelerate(pipe, Reuse(), schedule=Schedule.every(2)) as run:
+        pipe("x", **call)
+    assert run.summary().passed_by == 1 and "1 calls of a denoiser were of no run" in str(run.summary())
+    assert run.summary()["cond"].full_steps == 4

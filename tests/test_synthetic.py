@@ -1,5 +1,6 @@
 """The benchmark of synthetic fields: velocities are exact, and their sizes go as recorded ones do."""
 
+import importlib
 import runpy
 import sys
 from pathlib import Path
@@ -20,9 +21,7 @@ RATIOS = FLUX_MAG_RATIOS.tolist()
 def script():
     sys.path.insert(0, str(SCRIPT.parent))
     try:
-        import synthetic
-
-        yield synthetic
+        yield importlib.import_module("synthetic")
     finally:
         sys.path.remove(str(SCRIPT.parent))
 
@@ -35,7 +34,7 @@ def world(script):
 @pytest.mark.parametrize("time", [0.9, 0.5, 0.1])
 def test_velocities_are_those_of_the_mixtures_score(script, time):
     """E[noise | x] = -t grad log p_t(x), and x = (1 - t) data + t noise."""
-    field = script.blocks([0.5, 2.0, 3.0], [0.1, 0.4, 1.5], seed=0)
+    field = script.blocks([(0.5, 0.1), (2.0, 0.4), (3.0, 1.5)], seed=0)
     x = torch.randn(5, 6, requires_grad=True, generator=torch.Generator().manual_seed(0))
     variance = ((1 - time) ** 2 * field.spreads**2 + time**2)[:, None]
     away = x.unflatten(1, (3, 2))[:, :, None] - (1 - time) * field.modes

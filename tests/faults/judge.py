@@ -26,8 +26,8 @@ SECONDS = 60
 """A reading that takes longer hangs."""
 HARMLESS, REFUSED, TOLD, AGAIN = "harmless", "refused", "told", "made again"
 FINE = (HARMLESS, REFUSED, TOLD, AGAIN)
-"""What may come of a fault: the same as without; one line and nothing else; a warning and the rest; or what a stop
-would have left, which goes on from there."""
+"""What may come of a fault: the same as without; one line and nothing else; a warning and the rest; or what a
+stop would have left, which goes on from there."""
 AROUND = [sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), str(Path(lesa.__file__).parents[2])]
 AROUND += ["/dev/null", "/dev/urandom", "/proc", "/sys", "/etc/mime.types", "/etc/apache2", "/etc/httpd"]
 RUN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "socket.getaddrinfo")

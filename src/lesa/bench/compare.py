@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,10 @@ def _planned(
     lined_up = methods.line_up_planned(_budgets(pipe, options), grid, plan, predictors, **more, only=options.only)
     wanted = options.only is None or not set(options.only).isdisjoint(samplers.KINDS)
     if wanted and not options.demo and samplers.fits(pipe):
-        at_output = partial(plan, place=OUTPUT)
+
+        def at_output(forecaster: Forecaster, budget: int) -> Schedule:
+            return plan(forecaster, budget, OUTPUT)
+
         lined_up += samplers.line_up(pipe, grid, _budgets(pipe, options), at_output, _training_pairs(pipe))
     return lined_up
 

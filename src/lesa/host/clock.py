@@ -112,7 +112,7 @@ class PipelineClock:
         self.on_tick: Callable[[], None] = lambda: None
         self.on_unheard: Callable[[], None] = lambda: None
         self._calls = self._ticks = 0  # within the pipeline's call
-        self.passed_by = 0  # calls of a denoiser during a run, that were not the run's
+        self.passed_by = 0  # calls of a denoiser within the pipeline's, that were of no run of it
 
     def attach(self) -> Callable[[], None]:
         with ExitStack() as undo:
@@ -138,6 +138,7 @@ class PipelineClock:
             self.moment = Moment(times_of(self._scheduler), begin or 0, told=begin is not None)
         moment = self.moment
         if moment is None or moment.over:
+            self.passed_by += self._caller is not None
             return None
         if moment.thread != me:
             raise RuntimeError(

@@ -56,21 +56,21 @@ class Known(NamedTuple):
 UNKNOWN = Known(math.nan, math.nan)
 
 
-Voice = TypeVar("Voice")
+StreamRun = TypeVar("StreamRun")
 
 
-class DataRun(Generic[Voice]):
+class DataRun(Generic[StreamRun]):
     """What one run's calls of `step` say of the data: a part for each such call within a tick, known by its place.
 
-    `first` holds the data predictions of the first tick; after it there are the run's `schedule`, and the `voice` that
-    holds the later ones.
+    `first` holds the data predictions of the first tick; after it there are the run's `schedule`, and `stream_run`,
+    which holds the later ones.
     """
 
     def __init__(self) -> None:
         self._parts: list[tuple[int, Levels]] = []  # its first tick, its levels from there
         self.first: list[Tensor] = []
         self.schedule: Schedule | None = None
-        self.voice: Voice | None = None
+        self.stream_run: StreamRun | None = None
 
     def __len__(self) -> int:
         return len(self._parts)

@@ -35,7 +35,7 @@ class _Slot(NamedTuple):
     dtype: torch.dtype
 
 
-class Voice:
+class StreamRun:
     """One stream in the present run: its plan, and the histories of the tensors that make its feature.
 
     A feature is any structure of tensors: what a denoiser returned, or what entered each of its final modules (its
@@ -172,10 +172,10 @@ class Executor:
         self._stream_of, self._heard = stream_of, Heard()
         self.data: StreamSummary | None = None
         self.data_reason = ""
-        self._data_run: DataRun[Voice] | None = None
+        self._data_run: DataRun[StreamRun] | None = None
         self._name = threading.local()
         self._lock = threading.Lock()
-        self._voices: dict[Stream, Voice] = {}
+        self._stream_runs: dict[Stream, StreamRun] = {}
         self._moment: Moment | None = None
         self._runs: dict[str, Moment] = {}
         self._judged, self._taken = 0, None
@@ -207,9 +207,9 @@ class Executor:
                 self._chosen, self._heard = self.choice.begin(moment.times.tolist()), Heard()
             if moment.step != self._at:
                 self._places, self._at = {}, moment.step
-            if self._data_run is not None and moment.ticks and self._data_run.voice is None:
+            if self._data_run is not None and moment.ticks and self._data_run.stream_run is None:
                 self._plan_data(moment, self._data_run)
-            return _Passing(self, self._voice(moment, self._call_of(denoiser, args, kwargs)), kwargs)
+            return _Passing(self, self._stream_run(moment, self._call_of(denoiser, args, kwargs)), kwargs)
 
     def _call_of(self, denoiser: str, args: tuple, kwargs: dict) -> Call:
         name = getattr(self._name, "now", None)
@@ -218,50 +218,54 @@ class Executor:
         place = self._places[denoiser] = self._places.get(denoiser, -1) + 1
         return Call(denoiser, name, args, kwargs, place, told=isinstance(self.clock, LoopClock))
 
-    def _voice(self, moment: Moment, call: Call) -> Voice:
+    def _stream_run(self, moment: Moment, call: Call) -> StreamRun:
         step = moment.step
         if isinstance(self.clock, LoopClock):
             self._check_loop(call.name, step)
         stream = self._streams.find(call, moment.ticks)
-        self._voices = {one: voice for one, voice in self._voices.items() if one in self._streams}  # others are freed
-        if stream not in self._voices:
+        self._stream_runs = {
+            one: stream_run for one, stream_run in self._stream_runs.items() if one in self._streams
+        }  # others are freed
+        if stream not in self._stream_runs:
             name = name_of(call.denoiser, call.name, call.place)
-            voice = self._voices[stream] = Voice(name, self.storage, self.done.setdefault(name, StreamSummary()), step)
+            stream_run = self._stream_runs[stream] = StreamRun(
+                name, self.storage, self.done.setdefault(name, StreamSummary()), step
+            )
             if self._runs.get(name) is not moment:
-                voice.done.runs += 1
+                stream_run.done.runs += 1
                 self._runs[name] = moment
-            self._plan(voice, moment)
-        voice = self._voices[stream]
-        voice.enter(step)
-        return voice
+            self._plan(stream_run, moment)
+        stream_run = self._stream_runs[stream]
+        stream_run.enter(step)
+        return stream_run
 
     def _check_loop(self, name: str | None, step: int) -> None:
         """Raise unless a loop that names its streams goes on with each of them step by step."""
-        mine = [voice for voice in self._voices.values() if voice.name == name]
-        voice = max(mine, key=lambda voice: voice.step, default=None)
-        if voice is not None and voice.step == step:
+        mine = [stream_run for stream_run in self._stream_runs.values() if stream_run.name == name]
+        stream_run = max(mine, key=lambda stream_run: stream_run.step, default=None)
+        if stream_run is not None and stream_run.step == step:
             raise RuntimeError(
                 f"the transformer was called twice at step {step} of stream {name!r}; calls of one step are told apart "
                 "by names: run.at(step, name)."
             )
-        if voice is not None and step != voice.step + 1:
-            raise RuntimeError(f"stream {name!r} must go on at step {voice.step + 1}, got step {step}.")
+        if stream_run is not None and step != stream_run.step + 1:
+            raise RuntimeError(f"stream {name!r} must go on at step {stream_run.step + 1}, got step {step}.")
 
-    def _plan(self, voice: Voice, moment: Moment, detour: Detour | None = None) -> None:
-        voice.follow(*self._plans_of(voice, moment, detour))
+    def _plan(self, stream_run: StreamRun, moment: Moment, detour: Detour | None = None) -> None:
+        stream_run.follow(*self._plans_of(stream_run, moment, detour))
 
-    def _plans_of(self, voice: Voice, moment: Moment, detour: Detour | None = None) -> tuple[Plan, list[Plan]]:
+    def _plans_of(self, stream_run: StreamRun, moment: Moment, detour: Detour | None = None) -> tuple[Plan, list[Plan]]:
         """Return a stream's plan in a run, and those that it may go on with."""
-        chosen, where = self.chosen, (voice.name, moment.start, voice.began, tuple(moment.times.tolist()))
+        chosen, where = self.chosen, (stream_run.name, moment.start, stream_run.began, tuple(moment.times.tolist()))
         others = [] if detour else [chosen.plan(*where, other.schedule) for other in self.detours.values()]
         if self._begins_later(moment):
-            plan = chosen.plan(*where, Schedule.at([voice.began]), reuse=True)
+            plan = chosen.plan(*where, Schedule.at([stream_run.began]), reuse=True)
         elif self._data_run is not None and self._data_run.schedule is not None:
-            plan = chosen.plan(*where, self._data_run.schedule, reuse=voice is not self._data_run.voice)
+            plan = chosen.plan(*where, self._data_run.schedule, reuse=stream_run is not self._data_run.stream_run)
         else:
             plan = chosen.plan(*where, detour.schedule if detour else None)
             others += [chosen.plan(*where, reuse=True)] if chosen.data else []
-        self.plans[voice.name] = plan
+        self.plans[stream_run.name] = plan
         return plan, others
 
     def _begins_later(self, moment: Moment) -> bool:
@@ -278,10 +282,10 @@ class Executor:
         if moment is None or moment.ticks != 1:
             return
         begins = self.chosen.forecaster.begins
-        for voice in self._voices.values():
-            if voice.began != moment.start or (begins and begins[0] > moment.start and not moment.told):
-                voice.began = moment.start
-                voice.move(moment.start, *self._plans_of(voice, moment))
+        for stream_run in self._stream_runs.values():
+            if stream_run.began != moment.start or (begins and begins[0] > moment.start and not moment.told):
+                stream_run.began = moment.start
+                stream_run.move(moment.start, *self._plans_of(stream_run, moment))
 
     def _first_step(self, scheduler: Any, args: tuple, kwargs: dict) -> None:
         """Decide what the run is forecast with, and judge whether that is right for it."""
@@ -293,7 +297,7 @@ class Executor:
         self.found[chosen] = self.found.get(chosen, 0) + 1
         if chosen is not self.chosen:
             self._turn_to(chosen, moment, first.start)
-        followed = [voice.plan for voice in self._voices.values()]
+        followed = [stream_run.plan for stream_run in self._stream_runs.values()]
         skips = any(plan.rows for plan in followed)
         if chosen.data is not None and skips and chosen.data.wanted(scheduler, args, kwargs):
             self._data_run = DataRun()
@@ -306,9 +310,9 @@ class Executor:
         """Go on with what was chosen after the run began; nothing was skipped yet."""
         self._chosen = chosen
         moment.start, moment.told = start, True
-        for voice in self._voices.values():
-            voice.began = start
-            voice.move(start, *self._plans_of(voice, moment))
+        for stream_run in self._stream_runs.values():
+            stream_run.began = start
+            stream_run.move(start, *self._plans_of(stream_run, moment))
 
     def _step(self, scheduler: Any, args: tuple, kwargs: dict, tick: int, part: int) -> tuple[tuple, dict]:
         """Where the data prediction is forecast, keep it at a full step, and exchange the output at a skipped one."""
@@ -320,31 +324,31 @@ class Executor:
             run.add(tick, self.chosen.data.levels(scheduler, args, kwargs))
         latents, output = (argument(scheduler, name, args, kwargs) for name in ("sample", "model_output"))
         known, step = run.known(part, tick), moment.start + tick
-        if run.voice is None:  # the first tick: what is skipped is not known yet
+        if run.stream_run is None:  # the first tick: what is skipped is not known yet
             run.first.append(known.data(latents, output))
             return args, kwargs
-        run.voice.enter(step)
-        if run.voice.full:
-            if known.is_finite and step >= run.voice.began:
-                self._keep_data(run.voice, known.data(latents, output), part)
+        run.stream_run.enter(step)
+        if run.stream_run.full:
+            if known.is_finite and step >= run.stream_run.began:
+                self._keep_data(run.stream_run, known.data(latents, output), part)
             return args, kwargs
-        data = self._forecast_data(run.voice, latents, part)
+        data = self._forecast_data(run.stream_run, latents, part)
         return with_argument(scheduler, "model_output", known.output(latents, data, output), args, kwargs)
 
-    def _keep_data(self, voice: Voice, data: Tensor, part: int) -> None:
-        if not voice.fits(data, part):
-            self.restart(voice)
-        voice.keep(data, part)
+    def _keep_data(self, stream_run: StreamRun, data: Tensor, part: int) -> None:
+        if not stream_run.fits(data, part):
+            self.restart(stream_run)
+        stream_run.keep(data, part)
 
-    def _forecast_data(self, voice: Voice, latents: Tensor, part: int) -> Tensor:
-        if part in voice.parts and voice.fits(latents, part):
-            return voice.forecast(part)
+    def _forecast_data(self, stream_run: StreamRun, latents: Tensor, part: int) -> Tensor:
+        if part in stream_run.parts and stream_run.fits(latents, part):
+            return stream_run.forecast(part)
         raise RuntimeError(
             f"the data prediction is forecast for latents that a full step had, got some of {tuple(latents.shape)} at "
-            f"step {voice.step}, which is skipped; make it full, or pass of='output'."
+            f"step {stream_run.step}, which is skipped; make it full, or pass of='output'."
         )
 
-    def _plan_data(self, moment: Moment, run: DataRun[Voice]) -> None:
+    def _plan_data(self, moment: Moment, run: DataRun[StreamRun]) -> None:
         """After the first step, plan the data prediction's rows, and let the denoisers repeat their newest outputs."""
         assert self.data is not None
         times, start = tuple(moment.times.tolist()), moment.start
@@ -352,45 +356,45 @@ class Executor:
         began = start + run.begin(ticks)
         full = {*self.chosen.schedule_for(times, start).full_steps(len(times) - 1, start), *range(start, began + 1)}
         run.schedule = Schedule.at(sorted(full.union(start + tick for tick in run.must_run(ticks))))
-        run.voice = Voice(DATA, self.storage, self.data, began)
-        for voice in (run.voice, *self._voices.values()):
-            self._plan(voice, moment)
+        run.stream_run = StreamRun(DATA, self.storage, self.data, began)
+        for stream_run in (run.stream_run, *self._stream_runs.values()):
+            self._plan(stream_run, moment)
         for part, data in enumerate(run.first):
             if began == start:
-                run.voice.keep(data, part)
+                run.stream_run.keep(data, part)
         run.first.clear()
 
-    def hear(self, voice: Voice, kwargs: dict, output: Any) -> None:
+    def hear(self, stream_run: StreamRun, kwargs: dict, output: Any) -> None:
         """Keep what a run is known by at its first step."""
         if self._moment is not None and self._moment.ticks == 0:
-            self._heard.hear(voice.name, kwargs, output)
+            self._heard.hear(stream_run.name, kwargs, output)
 
-    def detour(self, voice: Voice, feature: Any) -> None:
+    def detour(self, stream_run: StreamRun, feature: Any) -> None:
         """At a full step, send an unusual run on its detour; the first stream decides for all."""
-        moment, plan, step = self._moment, voice.plan, voice.step
+        moment, plan, step = self._moment, stream_run.plan, stream_run.step
         detour = self.detours.get(step)
         if moment is None:
             return
         if detour is not None and self._taken is None and step != self._judged:
             self._judged = step
             past = [k for k in plan.full if k < step][-plan.memory :]
-            row = self.chosen.forecaster.for_stream(voice.name).row(plan.grid, step, past)
-            if voice.error(row, past, feature) > detour.limit:
+            row = self.chosen.forecaster.for_stream(stream_run.name).row(plan.grid, step, past)
+            if stream_run.error(row, past, feature) > detour.limit:
                 self._taken = detour
         if self._taken is not None:
-            self._plan(voice, moment, self._taken)
-            voice.done.detours += voice.plan is not plan
+            self._plan(stream_run, moment, self._taken)
+            stream_run.done.detours += stream_run.plan is not plan
 
-    def restart(self, voice: Voice) -> None:
+    def restart(self, stream_run: StreamRun) -> None:
         """Let a stream begin with this step: its features have other shapes now (a first step may prefill tokens)."""
         assert self._moment is not None
-        voice.parts.clear()
-        voice.began = voice.step
-        self._plan(voice, self._moment)
+        stream_run.parts.clear()
+        stream_run.began = stream_run.step
+        self._plan(stream_run, self._moment)
 
     def forget(self) -> None:
         """End the run: its histories are freed."""
-        self._voices, self._moment, self._data_run = {}, None, None
+        self._stream_runs, self._moment, self._data_run = {}, None, None
         self._heard = Heard()
 
     @contextmanager
@@ -408,34 +412,34 @@ class Executor:
 
 
 class _Passing:
-    """A call's passage: its voice, and the detours that its run may take."""
+    """A call's passage: its stream_run, and the detours that its run may take."""
 
-    def __init__(self, executor: Executor, voice: Voice, kwargs: dict):
-        self._executor, self._voice, self._kwargs, self.full = executor, voice, kwargs, voice.full
+    def __init__(self, executor: Executor, stream_run: StreamRun, kwargs: dict):
+        self._executor, self._stream_run, self._kwargs, self.full = executor, stream_run, kwargs, stream_run.full
         self._kept: list[tuple[Any, int]] = []
         self._forecast = False
 
     def keep(self, feature: Any, part: int = 0) -> None:
-        voice = self._voice
+        stream_run = self._stream_run
         self._kept.append((feature, part))
         if part == 0:
-            voice.count_full(instead=self._forecast)
-        if self._forecast or not voice.fits(feature, part):
+            stream_run.count_full(instead=self._forecast)
+        if self._forecast or not stream_run.fits(feature, part):
             self._forecast = False
-            self._executor.restart(voice)
+            self._executor.restart(stream_run)
             for kept in self._kept:  # whichever part it is that changed its shape
-                voice.keep(*kept)
+                stream_run.keep(*kept)
             return
         if self._executor.detours and part == 0:
-            self._executor.detour(voice, feature)
-        voice.keep(feature, part)
+            self._executor.detour(stream_run, feature)
+        stream_run.keep(feature, part)
 
     def returned(self, output: Any) -> None:
-        self._executor.hear(self._voice, self._kwargs, output)
+        self._executor.hear(self._stream_run, self._kwargs, output)
 
     def fits(self, feature: Any, part: int = 0) -> bool:
-        return self._voice.fits(feature, part)
+        return self._stream_run.fits(feature, part)
 
     def forecast(self, part: int = 0) -> Any:
         self._forecast = True
-        return self._voice.forecast(part)
+        return self._stream_run.forecast(part)

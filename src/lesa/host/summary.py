@@ -37,7 +37,8 @@ class Summary(dict[str, StreamSummary]):
     """Stream name to `StreamSummary`; prints as a table.
 
     `data` is what was done for the data prediction, where that was forecast, and `reason` why it was. `passed_by`
-    counts calls of a denoiser that came while a run went on and were not the run's: they ran in full.
+    counts calls of a denoiser within a call of the pipeline that were of no run, as of a loop that another scheduler
+    steps: they ran in full.
 
     Where forecasts were made with what was found for each run, `chosen` says what that was, and in how many runs.
     `promise` is what was measured of those that were calibrated, and `fallbacks` counts the runs that none fitted.

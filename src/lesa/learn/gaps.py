@@ -72,30 +72,39 @@ class Gaps:
             spread[begin + 1 : end] = rows[:, j]
         return self.response[self.ends] @ spread.flatten(1)
 
-    def solve_row(self, rows: Tensor, j: int, gram: Tensor, target: Tensor) -> Tensor:
+    def solve_row(
+        self, rows: Tensor, j: int, gram: Tensor, target: Tensor, near: Tensor | None = None, hold: float = 0.0
+    ) -> Tensor:
         """Return the row of the gap after the j-th full step, (T, J), given the rows before it.
 
         `gram` is of all columns, (T J, T J), and `target` what the gap's end lacks, (T J,); those of later full steps
-        do not matter. A gap that skips nothing, or whose steps move nothing, reuses.
+        do not matter. A gap that skips nothing, or whose steps move nothing, reuses. It may be held `near` other rows
+        than reuse, (T, J, J), as the ridges do, by the share `hold`.
         """
         columns, moves, without = self.columns(j), self.moves(j), rows.clone()
         without[:, j] = self.reuse()[:, j]
         if abs(moves) < TINY:
             return without[:, j]
+        if near is not None:
+            without[:, j] = near[:, j]
         target = (target - gram @ self.ways(without)[j])[columns]
         gram = gram[columns][:, columns]
-        sizes = gram.diagonal().view(self.kinds, -1).mean(1, keepdim=True) * torch.tensor(self.ridges).double()[:, None]
+        sizes = gram.diagonal().view(self.kinds, -1).mean(1, keepdim=True) * self._held(near, hold)
         held = gram + torch.diag(sizes.expand(-1, len(columns) // self.kinds).flatten())
         found = torch.linalg.lstsq(held, target, driver="gelsd").solution / moves
         row = without[:, j].flatten()
         row[columns] += found
         return row.view(self.kinds, -1)
 
-    def solve_rows(self, equations: Equations) -> Tensor:
+    def _held(self, near: Tensor | None, hold: float) -> Tensor:
+        by = self.ridges if near is None else [hold] * self.kinds
+        return torch.tensor(by, dtype=torch.float64)[:, None]
+
+    def solve_rows(self, equations: Equations, near: Tensor | None = None, hold: float = 0.0) -> Tensor:
         """Return the rows of all gaps, (T, J, J), each given those before it."""
         rows = torch.zeros(self.kinds, len(self), len(self), dtype=torch.float64)
         for j in range(len(self)):
-            rows[:, j] = self.solve_row(rows, j, equations.gram, equations.target[j])
+            rows[:, j] = self.solve_row(rows, j, equations.gram, equations.target[j], near, hold)
         return rows
 
 

@@ -50,10 +50,14 @@ from lesa.rows.guidance import Guidance
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
 
-RANDOM_STARTS, TRIED_STARTS = 2, 4
+RANDOM_STARTS, TRIED_STARTS = 2, 2
 """How many of the search's starts are random, and from how many, the best ones, it goes on."""
 TOGETHER = (-1, 1, -2, 2, -4, 4)
 """By how many steps neighbouring full steps are moved together."""
+WARPS = (0.7, 0.85, 1.2)
+"""By what a good schedule's distances from its end are scaled, to look for a better one beyond single moves."""
+FAR = (-8, -5, -3, -2, -1, 1, 2, 3, 5, 8)
+"""By how many steps two neighbours are moved, each by its own, once nothing nearer helps."""
 PLANNED_ON, DISTURBED = 16, 8
 """How many recorded runs a pipeline's planner looks at, and how many it runs once more to see drifts answered."""
 CAUTIONS = (1.0, 2.0, 4.0, 8.0)
@@ -272,14 +276,14 @@ class Planner:
     def plan(self, forecaster: Forecaster, budget: int) -> Schedule:
         """Return the schedule whose real runs end nearest to their reference runs.
 
-        Those of `search` are run: without caution; with what was measured, and with twice as much while it is no worse.
+        Those of `search` are run: without caution; with the usual one, and with twice as much while it is no worse.
 
         Raises: ValueError as `real` and `search` do.
         """
         bold = self.search(forecaster, budget, caution=0.0)
         known = {bold: self.real(forecaster, bold)}
         near, least = None, math.inf
-        for caution in CAUTIONS:
+        for caution in ((self.caution or 1.0) * times for times in CAUTIONS):
             schedule = self.search(forecaster, budget, caution=caution, near=near)
             if schedule == near:
                 continue
@@ -312,9 +316,9 @@ class Planner:
     ) -> Schedule:
         """Return the best schedule found with `budget` full steps, by moving full steps until none is better elsewhere.
 
-        It starts from the best of several spreads of the full steps over the run, or from the schedule `near`. The
-        first full steps are those of `begin`, or the run's first. The same runs give the same schedule, however busy
-        the machine is. `caution` is that of `drift`.
+        It starts from the best of several spreads of the full steps over the run, or from the schedule `near`, and once
+        more from what it found, drawn together and apart. The first full steps are those of `begin`, or the run's
+        first. The same runs give the same schedule, however busy the machine is. `caution` is that of `drift`.
 
         Raises: ValueError if the budget is not from 1 to S, or has no room after `begin`, or as `drift` does.
         """
@@ -334,7 +338,11 @@ class Planner:
         if near:
             starts = [[step for step in near.full_steps(self.steps, self.begins[0]) if step not in later]]
         found = [_descend(start, cost, self.steps, len(begin)) for start in sorted(starts, key=cost)[:TRIED_STARTS]]
-        return Schedule.at(sorted({*min(found, key=cost), *later}))
+        found += [
+            _descend(warped, cost, self.steps, len(begin)) for warped in _warped(min(found, key=cost), len(begin))
+        ]
+        best = _descend(min(found, key=cost), cost, self.steps, len(begin), _far_moves)
+        return Schedule.at(sorted({*best, *later}))
 
 
 def _outputs(features: Tensor, _conditioning: Tensor) -> Tensor:
@@ -373,18 +381,6 @@ def _spreads(steps: int, budget: int) -> list[list[int]]:
     return [*starts, *([0, *sorted(some.tolist())] for some in drawn)]
 
 
-def _descend(full: list[int], cost: Callable[[Sequence[int]], float], steps: int, fixed: int) -> list[int]:
-    """Take every move that makes the cost smaller, until there is none."""
-    best, improved = cost(full), True
-    while improved:
-        improved = False
-        for moved in _moves(full, steps, fixed):
-            if (found := cost(moved)) < best - 1e-6:
-                full, best, improved = moved, found, True
-                break
-    return full
-
-
 def _moves(full: Sequence[int], steps: int, fixed: int) -> Iterator[list[int]]:
     """Yield the schedules with one full step elsewhere, the nearest first, then those with two of them moved by one,
     then those with a few neighbours moved together; the first `fixed` stay."""
@@ -407,3 +403,41 @@ def _shifted(full: Sequence[int], changes: Mapping[int, int], steps: int, fixed:
     moved = [step + changes.get(k, 0) for k, step in enumerate(full)]
     if moved == sorted(set(moved)) and moved[fixed] > full[fixed - 1] and moved[-1] < steps:
         yield moved
+
+
+def _warped(full: Sequence[int], fixed: int) -> Iterator[list[int]]:
+    """Yield the schedule with its later full steps drawn together towards the last one, less and more, or apart."""
+    last, first = full[-1], full[fixed - 1]
+    for factor in WARPS:
+        warped = list(full)
+        for k in range(len(full) - 2, fixed - 1, -1):
+            place = min(last - round((last - full[k]) * factor), warped[k + 1] - 1)
+            warped[k] = max(place, first + 1 + k - fixed)
+        if warped != full and warped == sorted(set(warped)):
+            yield warped
+
+
+def _far_moves(full: Sequence[int], steps: int, fixed: int) -> Iterator[list[int]]:
+    """Yield those of `_moves`, then those with two neighbours moved by different ways: where gaps are long, a better
+    place for one of them is seen only with the other one moved."""
+    yield from _moves(full, steps, fixed)
+    for k in range(fixed, len(full) - 1):
+        for change, another in product(FAR, repeat=2):
+            yield from _shifted(full, {k: change, k + 1: another}, steps, fixed)
+
+
+Moves = Callable[[Sequence[int], int, int], Iterator[list[int]]]
+
+
+def _descend(
+    full: list[int], cost: Callable[[Sequence[int]], float], steps: int, fixed: int, moves: Moves = _moves
+) -> list[int]:
+    """Take every move that makes the cost smaller, until there is none."""
+    best, improved = cost(full), True
+    while improved:
+        improved = False
+        for moved in moves(full, steps, fixed):
+            if (found := cost(moved)) < best - 1e-6:
+                full, best, improved = moved, found, True
+                break
+    return full

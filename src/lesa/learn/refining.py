@@ -12,6 +12,8 @@ NUDGE = 0.3
 """How far the latents are moved to measure a derivative, as a share of what they are off."""
 DAMPINGS = (1e-4, 1e-2, 1.0)
 """What Gauss-Newton steps are damped by, as shares of the curvature's diagonal; all are run, and the best one kept."""
+MOST = 21
+"""In how many directions rows are changed at most: all of them at 6 full steps; of more, those of newest outputs."""
 OF = "refinement"
 
 
@@ -54,12 +56,12 @@ def _best_step(problem: Problem, found: Found, changes: list[Tensor], gram: Tens
 def directions(problem: Problem, found: Found) -> list[Tensor]:
     """Return by what rows are changed to measure derivatives, (T, J, J) each.
 
-    They are well apart, though outputs are nearly alike.
+    They are well apart, though outputs are nearly alike. Of many those are left out that change the oldest outputs.
     """
     gaps, count = problem.gaps(found.full), len(found.full)
     gram = problem.equations(gaps, found).gram
     error = float(problem.errors(found.recordings).mean().sqrt())
-    result = []
+    result: list[tuple[int, Tensor]] = []
     for j, (begin, end) in enumerate(zip(found.full, gaps.ends, strict=True)):
         if end == begin + 1:
             continue
@@ -74,5 +76,5 @@ def directions(problem: Problem, found: Found) -> list[Tensor]:
                 size = float((flat @ gram @ flat).clamp_min(TINY).div(len(problem.weights)).sqrt()) * moves
                 change = torch.zeros_like(found.rows)
                 change[:, j] = row * (NUDGE * error / max(size, TINY))
-                result.append(change)
-    return result
+                result.append((j - k, change))
+    return [change for _, change in sorted(result, key=lambda one: one[0])[:MOST]]

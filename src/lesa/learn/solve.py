@@ -168,7 +168,7 @@ class Solver(Problem):
 
     def _not_below_reuse(self, found: Found, report: Report) -> Found:
         """Return what was found, or reuse if that ends nearer: what is best gap by gap may not be best at the end."""
-        reuse = self.run_rows(found.full, self.gaps(found.full).reuse(), of="rounds")
+        reuse = self.reuse(found.full)
         report.reuse = reuse.drift
         return found if found.drift <= reuse.drift else reuse
 

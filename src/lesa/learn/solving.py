@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +21,15 @@ from lesa.predictors.solved import STREAMS, Solved
 from lesa.rows.plan import PlannedRow
 from lesa.rows.schedule import Schedule
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 SETTLED = 0.01
 """Rounds end when new rows would move the latents by less than this share of what they are off."""
+NOTHING = 0.05
+"""Rounds end, too, where one is worse by less than this, in dB."""
+LEAST_HOLD, HOLDS = 1e-4, 100.0
+"""How near to the best rows new ones are held after a round that was worse, and by what factor more after the next."""
 
 Full = tuple[int, ...]
 """Full steps, counted from the run's first."""
@@ -58,6 +64,7 @@ class Problem(References):
     ):
         super().__init__(pipe, calls, seeds, call, batch_size=batch_size, pictures=pictures, on_run=on_run)
         self._check()
+        self._reused: Found | None = None
         ticks = range(self.ticks)
         self.begins = tuple(self.reference[0].begins)
         grams = [self._weighed(run, run.outputs(ticks)) for run in self.reference]
@@ -158,8 +165,9 @@ class Problem(References):
         for number, wanted in enumerate(self.reference):
             run = found.recordings[number] if found else wanted
             columns = self.columns(run, gaps.full)
-            missing = self._missing(gaps, wanted) if found is None else None
-            if missing is None:
+            if found is None:
+                missing = self._missing(gaps, wanted)
+            else:
                 moved = torch.einsum("ek,pkn->pen", gaps.ways(found.rows), columns)
                 missing = wanted.latents(gaps.ends) - run.latents(gaps.ends) + moved
             gram.append(self._weighed(wanted, columns))
@@ -213,26 +221,45 @@ class Problem(References):
         return columns.flatten(1, 2)
 
     def rounds(self, full: Full, most: int, of: str = "rounds") -> tuple[Found, list[float]]:
-        """Solve all gaps on what the last run gave and run again, until the rows settle.
+        """Solve all gaps on what the best run gave and run again, until the rows settle.
 
-        Returns the best run, and the drift of each round.
+        What cannot be solved in one run begins with reuse, and with what the reference runs say. Where new rows end
+        farther off than the best, the next ones are held nearer to these: there is more that answers to rows than their
+        algebra knows of. Returns the best run, and the drift of each round.
         """
-        gaps = self.gaps(full)
-        best = last = self.lockstep(full, of) if self.goes_together else None
-        drifts = [] if best is None else [best.drift]
-        equations = self.equations(gaps, last)
+        gaps, hold, drifts = self.gaps(full), 0.0, list[float]()
+        if self.goes_together:
+            best = self.lockstep(full, of)
+            drifts.append(best.drift)
+            equations = self.equations(gaps, best)
+        else:
+            best, equations = self.reuse(full, of), self.equations(gaps)
         while len(drifts) < max(most, 1):
-            rows = gaps.solve_rows(equations)
-            if last is not None and self._settled(gaps, equations, rows, last):
+            rows = gaps.solve_rows(equations, best.rows if hold else None, hold)
+            if drifts and self._settled(gaps, equations, rows, best):
                 break
             last = self.run_rows(full, rows, of=of)
             drifts.append(last.drift)
-            best = last if best is None or last.drift < best.drift else best
-            if not math.isfinite(last.drift):
+            if last.drift < best.drift:
+                best = last
+            elif self.goes_together or (len(drifts) > 1 and last.drift < best.drift + NOTHING):
                 break
-            equations = self.equations(gaps, last)
-        assert best is not None
+            else:
+                hold = max(HOLDS * hold, LEAST_HOLD)
+            equations = self.equations(gaps, best)
         return best, drifts
+
+    def first(self, calls: int) -> Self:
+        part = super().first(calls)
+        if part is not self:
+            part._reused = None
+        return part
+
+    def reuse(self, full: Full, of: str = "rounds") -> Found:
+        """Run all calls with the newest output reused; the last such run is remembered."""
+        if self._reused is None or self._reused.full != full:
+            self._reused = self.run_rows(full, self.gaps(full).reuse(), of=of)
+        return self._reused
 
     def _settled(self, gaps: Gaps, equations: Equations, rows: Tensor, last: Found) -> bool:
         """Tell whether new rows move the latents at any gap's end by little, over all calls."""

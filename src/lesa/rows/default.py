@@ -15,11 +15,11 @@ from lesa.rows.schedule import Schedule
 DATA = "data"
 """The name under which rows of the data prediction are asked for, which is forecast where a sampler adds noise."""
 SHARE, MORE = 4, 4
-"""Of S steps ceil(S / SHARE) + MORE are full: all of 6, 6 of 8, 9 of 20, 17 of 50."""
-FIRST, LAST = 2, 2
+"""Of S steps ceil(S / SHARE) + MORE are full: 6 of 8, 9 of 20, 17 of 50."""
+FEW = 7
+"""Runs of no more steps than this are full: each step is long, and one step skipped is worse than one step fewer."""
+FIRST, LAST = 2, 3
 """How many steps are full at a run's begin and at its end."""
-FEW = 12
-"""In a run of fewer steps than this, each of them long, one more is full at the begin."""
 CAUTION = 8.0
 """By e^-CAUTION would the slope be damped of a forecast that is the whole run ahead."""
 
@@ -33,7 +33,7 @@ class Default(Forecaster):
 
     Example:
         >>> print(Default().schedule_for([1 - k / 20 for k in range(21)]).draw(20))
-        ##..#..#..#.#..#..##
+        ##..#..#...#..#..###
     """
 
     memory = 2
@@ -59,7 +59,8 @@ class Default(Forecaster):
 
         Raises: ValueError if `times` are no grid, or it has no such step, or the run not so many.
         """
-        steps = len(times_in_order(times)) - 1
+        grid = times_in_order(times)
+        steps = len(grid) - 1
         if not 0 <= start < steps:
             raise ValueError(f"a run of {steps} steps begins at one of them, got start {start}; lower start.")
         length = steps - start
@@ -67,7 +68,7 @@ class Default(Forecaster):
             raise ValueError(
                 f"of a run of {length} steps 1 to {length} are full, got a budget of {budget}; pass one of these."
             )
-        return Schedule.at([start + step for step in full_steps(length, budget or count_for(length))])
+        return Schedule.at(full_steps(grid, budget or count_for(length), start))
 
     def __repr__(self) -> str:
         return "Default()"
@@ -81,18 +82,24 @@ def gap(grid: Tensor, newest: int, step: int) -> float:
 
 def count_for(length: int) -> int:
     """Return how many steps of a run are full."""
-    return min(length, -(-length // SHARE) + MORE)
+    return length if length <= FEW else -(-length // SHARE) + MORE
 
 
-def full_steps(length: int, count: int) -> list[int]:
-    """Return `count` steps of a run of `length`: the first and last ones, and between them evenly.
+def full_steps(grid: Tensor, count: int, start: int = 0) -> list[int]:
+    """Return `count` steps of a run that begins at step `start`: the first and last ones, and between them evenly.
 
-    Evenly in steps, as whoever made the grid has put more of them where the model changes faster.
+    Evenly as `gap` measures: grids are shifted to have more steps where little time passes, and where in either the
+    model changes faster is not known.
     """
     last = min(LAST, count - 1)
-    first = min(FIRST + (length < FEW), count - last)
+    first = min(FIRST, count - last)
     between = count - first - last
-    begin, end = first - 1, length - last
-    spread = 2 * between + 2
-    middle = [begin + ((end - begin) * 2 * (k + 1) + between + 1) // spread for k in range(between)]  # half goes up
-    return [*range(first), *middle, *range(end, length)]
+    begin, end = start + first - 1, len(grid) - 1 - last
+    chosen = [*range(start, begin + 1), *range(end, len(grid) - 1)]
+    free = {step: gap(grid, begin, step) for step in range(begin + 1, end)}
+    for k in range(between):
+        wanted = gap(grid, begin, end) * (k + 1) / (between + 1)
+        nearest = min(free, key=lambda step: (round(abs(free[step] - wanted), 9), -step))
+        chosen.append(nearest)
+        del free[nearest]
+    return sorted(chosen)
