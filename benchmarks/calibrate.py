@@ -93,7 +93,7 @@ def lines(point: Point, found: Sequence[Tried]) -> list[tuple[str, ...]]:
     best = min(others, key=lambda one: fmean(one.drift))
     rows = []
     for one in found:
-        psnr = str(metrics.interval(one.psnr)) if one.psnr else ""
+        psnr = f"{metrics.interval(one.psnr)}" if one.psnr else ""
         gain = f"{metrics.paired_interval(best.drift, one.drift)}" if one is ours else ""
         rows.append((str(point.full_steps), one.rows, one.schedule, psnr, f"{metrics.interval(one.drift)}", gain))
     return rows
