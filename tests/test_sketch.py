@@ -17,12 +17,13 @@ def runs() -> Runs:
 
 def test_of_outputs_every_sum_of_errors_keeps_its_size():
     given, weights = runs(), torch.tensor([0.7, -2.0, 1.3])
-    errors = sketched(given, lambda features, _: features, Guidance(), size=1)
+    errors, growth = sketched(given, lambda features, _: features, Guidance(), size=1)
     velocity = given.outputs[:, 0].flatten(2)
     summed = sum(w * (velocity[:, k] - velocity[:, 4]) for k, w in enumerate(weights))
     found = torch.einsum("k,kpd->pd", weights, errors[:3, 4])
     torch.testing.assert_close(found.norm(dim=1), summed.norm(dim=1), rtol=1e-4, atol=0)
-    assert errors.shape[-1] < STEPS and not errors[4, :5].any()
+    assert errors.shape[-1] == STEPS and not errors[4, :5].any()
+    torch.testing.assert_close(growth[2].norm(dim=1), velocity[:, 2].norm(dim=1), rtol=1e-4, atol=0)
 
 
 def test_behind_a_feature_tap_the_rest_is_drawn():
@@ -31,8 +32,8 @@ def test_behind_a_feature_tap_the_rest_is_drawn():
     def bent(features, conditioning):
         return features + 0.5 * features**2 * (conditioning[..., None] - 1)
 
-    errors = sketched(given, bent, Guidance(), size=64)
+    errors, _ = sketched(given, bent, Guidance(), size=64)
     reused = bent(given.features[:, 0, 1:2], given.conditioning[:, 0, 4:5])
     missed = (reused - given.outputs[:, 0, 4:5]).flatten(1)
-    assert errors.shape[-1] == STEPS - 1 + 64
+    assert errors.shape[-1] == STEPS + 64
     assert errors[1, 4].norm(dim=1).tolist() == pytest.approx(missed.norm(dim=1).tolist(), rel=0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from statistics import fmean
@@ -116,7 +117,10 @@ def _nearest(pipe: Any, tried: Sequence[Method], pairs: Sequence[Pair]) -> Metho
     exact = observe(pipe, REFERENCE, pairs).latents
 
     def drift(method: Method) -> float:
-        ends = observe(pipe, method, pairs).latents
+        try:
+            ends = observe(pipe, method, pairs).latents
+        except (ValueError, TypeError):  # a pipeline that takes no such sampler: it will say so where it is measured
+            return math.inf
         return fmean(metrics.drift(*both) for both in zip(ends, exact, strict=True))
 
     return min(tried, key=drift)

@@ -81,6 +81,11 @@ class Run:
         """The streams found so far, in the order in which they first came."""
         return tuple(self._executor.done)
 
+    @property
+    def taps(self) -> tuple[Tap | str, ...]:
+        """Where forecasts are made, or may be."""
+        return self._executor.choice.taps
+
     def summary(self) -> Summary:
         """Return, per stream, what was done since the acceleration began."""
         found = Summary({name: replace(done, clamped=int(done.clamped)) for name, done in self._executor.done.items()})

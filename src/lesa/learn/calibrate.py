@@ -115,8 +115,8 @@ def calibrate(
     wanted = _Wanted.of(budget, budgets, target)
     if folder is not None:
         check_place(folder)
-    bench = _Bench(pipe, calls, options, call, shelf or Shelf())
-    with bench.progress:
+    with Progress(options.progress) as progress:
+        bench = _Bench(pipe, calls, options, call, shelf or Shelf(), progress)
         curve, chosen = wanted.find(bench, on_point or (lambda _point, _pictures: None))
     bench.keep(curve, chosen.full_steps, wanted.target)
     predictor = bench.predictors[chosen.full_steps]
@@ -185,11 +185,19 @@ def _walk(found: Callable[[int], Point], target: Quality, steps: int) -> None:
 class _Bench:
     """What a calibration works with: calls to solve on and calls to check on, their runs, and what is done so far."""
 
-    def __init__(self, pipe: Any, calls: Sequence[Call], options: CalibrateOptions, call: dict[str, Any], shelf: Shelf):
+    def __init__(
+        self,
+        pipe: Any,
+        calls: Sequence[Call],
+        options: CalibrateOptions,
+        call: dict[str, Any],
+        shelf: Shelf,
+        progress: Progress,
+    ):
         if not len(calls):
             raise ValueError("a calibration needs prompts, or calls, got none; four to twelve are enough.")
         self._pipe, self._options, self._shelf = pipe, options, shelf
-        self.progress = Progress(options.progress)
+        self.progress = progress
         solved_on, checked_on = split([plain(one) for one in calls], options)
         self._fingerprint = fingerprint({name: getattr(pipe, name) for name in denoisers_of(pipe)})
         what = dict(

@@ -285,8 +285,8 @@ class SeamRecorder:
 def _check_output(denoiser: nn.Module) -> None:
     """Raise ValueError if a denoiser is accelerated at a feature tap: there it runs on skipped steps as well."""
     mark = mark_of(denoiser)
-    tap = getattr(mark.run, "_tap", None) if mark is not None and mark.run is not None else None
-    if tap is not None and (tap != "output" if isinstance(tap, str) else bool(tap.modules)):
+    taps = mark.run.taps if mark is not None and mark.run is not None else ()
+    for tap in (one for one in taps if (one != "output" if isinstance(one, str) else one.modules)):
         raise ValueError(
             f"runs that are recorded at the sampler are accelerated at the output, got the tap {tap!r}; accelerate "
             "with tap='output', or record at that tap (seam=False)."
