@@ -25,6 +25,7 @@ LIFT = 2.0  # keeps what passes the autoencoder's ReLU positive
 class PixelRecipe(Recipe):
     """A model whose latents are the pixels: its autoencoder hands them on."""
 
+    haste = 2.5
     splits: tuple[int, int, int]  # captions to train on, to validate with and held out
 
     @abstractmethod
