@@ -1,7 +1,7 @@
 """Train `unseen-flags`: a small PixArtSigmaPipeline that draws waving flags (see models/unseen-flags/README.md).
 
     python models/unseen_flags.py prompts models/unseen-flags
-    python models/unseen_flags.py pixart models/unseen-flags --minutes 50
+    python models/unseen_flags.py pixart models/unseen-flags --minutes 58
     python models/unseen_flags.py export models/unseen-flags
     python models/unseen_flags.py evaluate models/unseen-flags
 

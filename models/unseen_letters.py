@@ -1,7 +1,7 @@
 """Train `unseen-letters`: a small StableDiffusion3Pipeline that draws letters (see models/unseen-letters/README.md).
 
     python models/unseen_letters.py prompts models/unseen-letters
-    python models/unseen_letters.py sd3 models/unseen-letters --minutes 40
+    python models/unseen_letters.py sd3 models/unseen-letters --minutes 58
     python models/unseen_letters.py export models/unseen-letters
     python models/unseen_letters.py evaluate models/unseen-letters
 
