@@ -35,6 +35,7 @@ class Recipe(ABC):
     vae_batch = 16
     batch = 96
     muon = True  # it pays where bfloat16 products are fast
+    haste = 1.0  # factor of the learning rates: a short training takes longer strides
     columns = 10  # of the contact sheet
     shift = 2.0  # of the times trained on, as schedulers have it
 
@@ -237,14 +238,14 @@ def trained_state(recipe: Recipe, pipe: Any) -> dict[str, Tensor]:
 
 def optimisers(recipe: Recipe, pipe: Any) -> list[torch.optim.Optimizer]:
     """Muon on the blocks' matrices and AdamW on everything else, or AdamW alone."""
-    adam = dict(lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    adam = dict(lr=1.5e-3 * recipe.haste, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     if not recipe.muon:
         return [torch.optim.AdamW([p for m in trained_parts(recipe, pipe).values() for p in m.parameters()], **adam)]
     matrices = [p for name, p in pipe.transformer.named_parameters() if p.ndim == 2 and "transformer_blocks" in name]
     taken = {id(p) for p in matrices}
     others = [p for module in trained_parts(recipe, pipe).values() for p in module.parameters() if id(p) not in taken]
     return [
-        torch.optim.Muon(matrices, lr=2e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(matrices, lr=2e-3 * recipe.haste, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, **adam),
     ]
 

@@ -1,7 +1,7 @@
 """Train `unseen-flags`: a small PixArtSigmaPipeline that draws waving flags (see models/unseen-flags/README.md).
 
     python models/unseen_flags.py prompts models/unseen-flags
-    python models/unseen_flags.py pixart models/unseen-flags --minutes 50
+    python models/unseen_flags.py pixart models/unseen-flags --minutes 58
     python models/unseen_flags.py export models/unseen-flags
     python models/unseen_flags.py evaluate models/unseen-flags
 
@@ -12,8 +12,7 @@ import flags
 from diffusers import DDIMScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from emoji_flux import build_t5_tokenizer
 from emoji_training import all_prompts, start_at_identity
-from transformers import T5Config, T5EncoderModel
-from unseen_training import PixelRecipe, main
+from unseen_training import PixelRecipe, main, t5_encoder
 
 PATCH, TEXT_TOKENS = 4, 12
 
@@ -34,18 +33,7 @@ class PixArt(PixelRecipe):
 
     def build_pipeline(self, folder):
         tokenizer = build_t5_tokenizer(all_prompts(folder))
-        text_encoder = T5EncoderModel(
-            T5Config(
-                vocab_size=len(tokenizer),
-                d_model=128,
-                d_kv=32,
-                d_ff=256,
-                num_layers=2,
-                num_heads=4,
-                feed_forward_proj="gated-gelu",
-                dropout_rate=0.0,
-            )
-        )
+        text_encoder = t5_encoder(len(tokenizer))
         transformer = PixArtTransformer2DModel(
             sample_size=flags.WIDTH,
             patch_size=PATCH,

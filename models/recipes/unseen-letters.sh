@@ -5,6 +5,6 @@ cd "$(dirname "$0")/../.."
 
 model=models/unseen-letters
 .venv/bin/python models/unseen_letters.py prompts $model
-OMP_NUM_THREADS=1 .venv/bin/python models/unseen_letters.py sd3 $model --minutes 50
+OMP_NUM_THREADS=1 .venv/bin/python models/unseen_letters.py sd3 $model --minutes 58
 .venv/bin/python models/unseen_letters.py export $model
 .venv/bin/python models/unseen_letters.py evaluate $model
