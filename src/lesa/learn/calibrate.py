@@ -205,7 +205,8 @@ class _Bench:
         self._checks = Checks(
             pipe, *checked_on, call, pictures=options.pictures, batch_size=size, on_run=self.progress.counter()
         )
-        self._rivals = Rivals(pipe, *solved_on, call) if options.rivals else None
+        self._rivals = Rivals(pipe, *solved_on, call, batch_size=size) if options.rivals else None
+        self._references = self._solver.counts.reference + self._checks.transformer_runs
 
     @property
     def steps(self) -> int:
@@ -227,10 +228,11 @@ class _Bench:
 
     def _found(self, budget: int, known: Mapping[int, Point]) -> tuple[Point, Solved]:
         began, options = time.perf_counter(), self._options
+        checked, planned = self._checks.transformer_runs, self._planned
+        self._checks.forget()
         above = min((one for one in known if one > budget), default=None)
         near = [Schedule.parse(known[above].tried[0].schedule)] if above else []
         solution = self._solver.solve(budget, refine=options.refine, most=options.most, near=near)
-        checked = self._checks.transformer_runs
         tried = {self._checks.run(SOLVED, solution.predictor, solution.predictor.schedule): solution.predictor}
         rivals, left_out = self._rivals.of(solution.predictor.schedule, budget) if self._rivals else ([], "")
         for rival in rivals:
@@ -244,11 +246,21 @@ class _Bench:
             budget,
             solution.report.drift,
             tuple(tried),
-            {**vars(solution.report.counts), "checks": self._checks.transformer_runs - checked},
+            {
+                **vars(solution.report.counts),
+                "reference": self._references,
+                "rivals": self._planned - planned,
+                "checks": self._checks.transformer_runs - checked,
+            },
             time.perf_counter() - began,
             left_out,
         )
         return point, tried[point.kept]
+
+    @property
+    def _planned(self) -> int:
+        """Transformer runs so far to plan for rows without training."""
+        return self._rivals.transformer_runs if self._rivals else 0
 
     def keep(self, curve: Curve, chosen: int, target: Quality | None) -> None:
         """Put all predictors on the shelf, each with what is promised for it."""

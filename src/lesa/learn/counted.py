@@ -102,6 +102,25 @@ class Recording:
         return torch.stack([(self._latents | end)[tick] for tick in ticks], 1).double()
 
 
+@contextmanager
+def counting(pipe: Any) -> Iterator[Callable[[], int]]:
+    """Count the calls of a pipeline's denoisers that really run meanwhile, and return what tells how many there were.
+
+    A call for several pictures at once is one.
+    """
+    counted = 0
+
+    def count(go_on: Callable, _denoiser: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal counted
+        counted += 1
+        return go_on(*args, **kwargs)
+
+    with ExitStack() as undo:
+        for name in denoisers_of(pipe):
+            undo.callback(intercept(getattr(pipe, name), "__call__", count, inner=True))
+        yield lambda: counted
+
+
 class Recorder(PipelineClock):
     """Records the runs of one call of a pipeline at its sampler, accelerated or not, and counts transformer runs.
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
 from lesa.learn.calls import Call
 from lesa.learn.collect import record
-from lesa.learn.planning import PLANNED_ON, Planner
+from lesa.learn.counted import counting
+from lesa.learn.planning import DISTURBED, PLANNED_ON, Planner
+from lesa.learn.references import BATCH
 from lesa.predictors import Origin
 from lesa.predictors.solved import Solved
 from lesa.rows.forecasters import Forecaster, Lagrange, Reuse, Taylor
@@ -27,11 +30,26 @@ class Rival(NamedTuple):
 
 
 class Rivals:
-    """Plans for all rows without training, on runs of some calls that are recorded the first time that it is asked."""
+    """Plans for all rows without training, on runs of some calls that are recorded the first time that it is asked.
 
-    def __init__(self, pipe: Any, calls: Sequence[Call], seeds: Sequence[int], call: Mapping[str, Any]):
-        self._pipe, self._calls, self._seeds = pipe, list(calls)[:PLANNED_ON], list(seeds)[:PLANNED_ON]
-        self._call, self._planner = dict(call), None
+    They go in one call of the pipeline where `batch_size` has room for all, else one by one. `transformer_runs` says
+    how many these runs took so far, of one picture and stream each.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        calls: Sequence[Call],
+        seeds: Sequence[int],
+        call: Mapping[str, Any],
+        *,
+        batch_size: int = BATCH,
+    ):
+        self._calls, self._seeds = list(calls)[:PLANNED_ON], list(seeds)[:PLANNED_ON]
+        self._together = batch_size >= len(self._calls) and all(isinstance(one, str) for one in self._calls)
+        if not self._together:  # a call with its arguments by name goes alone
+            self._calls = [{"prompt": one} if isinstance(one, str) else one for one in self._calls]
+        self._pipe, self._call, self._planner, self.transformer_runs = pipe, dict(call), None, 0
 
     def of(self, schedule: Schedule, budget: int) -> tuple[list[Rival], str]:
         """Return each on a schedule of so many full steps planned for it, and on the one given; and why there are no
@@ -53,9 +71,19 @@ class Rivals:
 
     def _planned_by(self) -> Planner:
         if self._planner is None:
-            runs = record(self._pipe, self._calls, self._seeds, None, None, seam=True, **self._call)
-            self._planner = Planner.of(self._pipe, runs, Tap(), self._calls, **self._call)
+            with self._counted(len(self._calls)):
+                runs = record(self._pipe, self._calls, self._seeds, None, None, seam=True, **self._call)
+            with self._counted(len(runs[:DISTURBED])):
+                self._planner = Planner.of(self._pipe, runs, Tap(), self._calls, **self._call)
         return self._planner
+
+    @contextmanager
+    def _counted(self, calls: int) -> Iterator[None]:
+        with counting(self._pipe) as runs:
+            try:
+                yield
+            finally:
+                self.transformer_runs += runs() * (calls if self._together else 1)
 
 
 @torch.no_grad()
