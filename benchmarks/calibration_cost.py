@@ -46,7 +46,7 @@ CALLS, BUDGETS, ONE = 12, (10, 8, 6, 4), 10
 ROUNDS: int = inspect.signature(Solver.solve).parameters["rounds"].default
 OPTIONS = CalibrateOptions()
 KINDS = ("reference", "rounds", "search", "refinement", "rivals", "checks")
-HEADS = ("model", "full steps", "solved on: reference + rounds, a call and stream", *KINDS, "all")
+HEADS = ("model", "full steps", *KINDS, "all", "S + rounds, of one prompt and stream")
 SPACE = ("model", "full steps", "kept, MB", "at the peak, MB", "of it pictures, MB", "on disk, MB")
 
 
@@ -89,7 +89,7 @@ def most_runs(runs: Runs, budgets: Sequence[int], options: CalibrateOptions = OP
 
 def directions(budget: int) -> int:
     """Return in how many directions rows are changed at most to see what that does at the end."""
-    return min(budget * (budget + 1) // 2, getattr(refining, "MOST", budget * budget))
+    return min(budget * (budget + 1) // 2, refining.MOST)
 
 
 # --- memory and disk
@@ -119,9 +119,9 @@ def space(runs: Runs, budgets: Sequence[int], numbers: int, picture: tuple[int, 
     pictures = (runs.checked + 1) * eight_bit
     kept = runs.solved_on * whole + runs.checked * last + pictures + runs.steps**2 * 8
     columns = 2 * (2 * runs.steps + 3 * budget) * sampled // 2  # a velocity is half of a tick; doubles are twice that
-    moved = runs.solved_on * (directions(budget) * last + 3 * partly) + 3 * directions(budget) * last
+    moved = runs.solved_on * (directions(budget) * last + 4 * partly) + 3 * directions(budget) * last
     drawn = runs.checked * (eight_bit * (5 if len(picture) > 3 else 2) + last)
-    live = 2 * runs.solved_on * partly
+    live = 3 * runs.solved_on * partly
     peak = kept + max(columns + live, moved, drawn)
     return Space(kept, peak, pictures + (drawn if peak == kept + drawn else 0), on_disk(origin, budgets, picture))
 
@@ -185,7 +185,8 @@ def reals() -> list[Real]:
         latents = pipe.prepare_latents(*given)
         numbers = (latents[0] if isinstance(latents, tuple) else latents).numel()
         runs = Runs(model.steps, model.streams)
-        found.append(Real(f"{model.name}, {height} px", runs, numbers, (height, width, 3), pipe.transformer))
+        name = f"{model.name.rpartition('/')[2]}, {height} px"
+        found.append(Real(name, runs, numbers, (height, width, 3), pipe.transformer))
     return [*found, wan()]
 
 
@@ -222,9 +223,9 @@ def tables() -> str:
         for budgets in ((ONE,), BUDGETS):
             name = ", ".join(map(str, budgets))
             found = most_runs(real.runs, budgets)
-            greedy = real.runs.steps * len(budgets[:1]) + (1 + ROUNDS) * sum(budgets)
-            cells = [f"{found[kind]:,}" for kind in KINDS]
-            counts.append((real.name, name, f"{greedy}", *cells, f"{sum(found.values()):,}"))
+            greedy = real.runs.steps + (1 + ROUNDS) * sum(budgets)
+            cells = [f"{count:,}" for count in (*found.values(), sum(found.values()))]
+            counts.append((real.name, name, *cells, f"{greedy}"))
             room = space(real.runs, budgets, real.numbers, real.picture, real.origin)
             sizes.append((real.name, name, *(f"{x / 1e6:.1f}" for x in vars(room).values())))
     return f"{markdown(HEADS, counts, text=2)}\n\n{markdown(SPACE, sizes, text=2)}"
@@ -279,10 +280,10 @@ def measure(budget: int = 3, steps: int = 6, calls: int = 3, pixels: int = 256, 
     growth = "unknown without psutil" if memory.growth is None else f"{memory.growth / 1e6:.0f} MB"
     seconds = time.perf_counter() - began
     weights = sum(x.nbytes for x in pipe.transformer.parameters())
+    table = markdown(("transformer runs", *KINDS), rows, text=1)
     return (
-        f"{numbers}\n\n{markdown(('transformer runs', *KINDS), rows, text=1)}\n\nweights {weights / 1e6:.0f} MB; beside "
-        f"them the process grew by {growth}, activations of the transformer included; {disk / 1e3:.1f} kB on disk; "
-        f"{seconds:.0f} s, {made:.0f} of them to make the model"
+        f"{numbers}\n\n{table}\n\nweights {weights / 1e6:.0f} MB; beside them the process grew by {growth}, "
+        f"activations included; {disk / 1e3:.1f} kB on disk; {seconds:.0f} s, {made:.0f} of them to make the model"
     )
 
 

@@ -183,6 +183,17 @@ def test_everything_else_of_the_forward_runs_on_every_step(pipe):
         hook.remove()
 
 
+def test_a_transformer_that_others_watch_is_accelerated_again_after_a_run_was_closed(pipe):
+    """The mark of an instance stays while anybody watches it; the run on it does not."""
+    undo = intercept(pipe.transformer, "__call__", lambda go_on, _transformer, *args, **kwargs: go_on(*args, **kwargs))
+    try:
+        for _ in range(2):
+            with accelerate(pipe, Reuse(), schedule=EVERY):
+                pass
+    finally:
+        undo()
+
+
 @pytest.mark.parametrize("forecaster", FORECASTERS, ids=repr)
 def test_with_every_step_full_nothing_changes(pipe, reference, forecaster):
     with accelerate(pipe, forecaster, schedule=Schedule.every(1)) as run:

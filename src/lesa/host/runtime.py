@@ -132,6 +132,7 @@ class Run:
             mark = mark_of(module)
             assert mark is not None
             mark.run = self
+            undo.callback(setattr, mark, "run", None)  # the mark stays where others watch the module, too
             return undo.pop_all().close
 
     def _attach_at(self, tap: Tap | str, module: nn.Module, begin: Callable) -> Callable[[], None]:
