@@ -11,20 +11,19 @@ The training writes checkpoints to .runs/unseen-letters every four minutes and r
 import letters
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from emoji_flux import build_clip_tokenizer, build_t5_tokenizer
+from emoji_flux import build_clip_tokenizer
 from emoji_training import all_prompts, start_at_identity
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-from unseen_training import PixelRecipe, main, t5_encoder
+from unseen_training import PixelRecipe, main
 
 PATCH, TEXT_TOKENS = 4, 10
 
 
 class StableDiffusion3(PixelRecipe):
     name = "sd3"
-    text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    text_encoders = ("text_encoder", "text_encoder_2")
     dropped = 0.1
     batch = 32
-    shift = 3.0  # its scheduler's
     splits = (12000, 400, 1000)
 
     def captions(self):
@@ -34,8 +33,7 @@ class StableDiffusion3(PixelRecipe):
         return letters.draw(letters.parse(prompt), chance)
 
     def build_pipeline(self, folder):
-        captions = all_prompts(folder)
-        clip, t5 = build_clip_tokenizer(captions, TEXT_TOKENS), build_t5_tokenizer(captions)
+        clip = build_clip_tokenizer(all_prompts(folder), TEXT_TOKENS)
         transformer = SD3Transformer2DModel(
             sample_size=letters.PIXELS,
             patch_size=PATCH,
@@ -59,20 +57,21 @@ class StableDiffusion3(PixelRecipe):
             clip,
             clip_encoder(len(clip)),
             clip,
-            t5_encoder(len(t5)),
-            t5,
+            None,  # Stable Diffusion 3 does without its T5: zeros stand in
+            None,
         )
 
     def tokens(self, pipe, captions):
         padding = dict(padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
-        return tuple(tokenizer(captions, **padding).input_ids for tokenizer in (pipe.tokenizer, pipe.tokenizer_3))
+        return (pipe.tokenizer(captions, **padding).input_ids,)
 
-    def velocity(self, pipe, noised, sigma, clip, t5):
+    def velocity(self, pipe, noised, sigma, clip):
         read = [encoder(clip, output_hidden_states=True) for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
         joined = torch.cat([one.hidden_states[-2] for one in read], dim=-1)
+        no_t5 = joined.new_zeros(len(joined), 1, joined.shape[-1])  # max_sequence_length = 1
         return pipe.transformer(
             noised,
-            torch.cat([joined, pipe.text_encoder_3(t5)[0].to(joined.dtype)], dim=1),
+            torch.cat([joined, no_t5], dim=1),
             torch.cat([one.text_embeds for one in read], dim=-1),
             timestep=1000 * sigma,
             return_dict=False,

@@ -1,7 +1,6 @@
 """What the two models share on which a frozen recipe is judged: pixels in place of latents, prompts and a sheet."""
 
 import argparse
-import json
 import random
 from abc import abstractmethod
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from emoji_training import Recipe, contact_sheet, export, prompts, train_transformer
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel
 
 import lesa
 from lesa.bench.recogniser import recogniser
@@ -81,21 +79,6 @@ def _pass_on(kernel: nn.Conv2d, scale: float, offset: float) -> None:
     nn.init.constant_(kernel.bias, offset)
 
 
-def t5_encoder(words: int) -> T5EncoderModel:
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=words,
-            d_model=128,
-            d_kv=32,
-            d_ff=256,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-        )
-    )
-
-
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
     """Attend in three lines: for so few tokens faster on a CPU, forward and backward, than torch's own."""
     scores = (q * (options.get("scale") or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)
@@ -112,13 +95,6 @@ def write_prompts(recipe: PixelRecipe, folder: Path) -> None:
     for split, count in zip(("train", "validation", "heldout"), recipe.splits, strict=True):
         chosen, shuffled = shuffled[:count], shuffled[count:]
         (folder / "prompts" / f"{split}.txt").write_text("".join(f"{caption}\n" for caption in chosen))
-
-
-def forget(file: Path, key: str) -> None:
-    """Leave an entry out of a configuration: the class writes it of itself, and warns where it reads it."""
-    known = json.loads(file.read_text())
-    known.pop(key, None)
-    file.write_text(json.dumps(known, indent=2) + "\n")
 
 
 def evaluate(recipe: PixelRecipe, folder: Path, count: int = 200, batch: int = 50) -> None:
@@ -158,6 +134,5 @@ def main(recipe: PixelRecipe, description: str | None) -> None:
         train_transformer(recipe, options.folder, runs, options.minutes, options.float32)
     elif options.what == "export":
         export(recipe, options.folder, runs)
-        forget(options.folder / "vae" / "config.json", "block_out_channels")
     else:
         evaluate(recipe, options.folder)

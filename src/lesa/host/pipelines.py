@@ -87,7 +87,7 @@ def load(path: str | Path, *, lora: str | Path | None = None, **options: Any) ->
 
     where = hub.how(str(path), "a pipeline") if hub.is_elsewhere(path) else {}
     try:
-        pipe = DiffusionPipeline.from_pretrained(str(path), **{**where, **options})
+        pipe = DiffusionPipeline.from_pretrained(str(path), **{**where, **_left_out(path), **options})
     except DAMAGED as error:
         raise ValueError(f"{path} cannot be loaded as a pipeline of diffusers: {error}") from error
     except OSError as error:
@@ -102,6 +102,14 @@ def load(path: str | Path, *, lora: str | Path | None = None, **options: Any) ->
         return with_call(pipe, arguments) if arguments else pipe
     except ValueError as error:
         raise ValueError(f"{' and '.join(map(str, _call_files(path, lora)))}: {error}") from error
+
+
+def _left_out(path: str | Path) -> dict[str, None]:
+    """Name the parts that a saved pipeline was without, such as the third text encoder of Stable Diffusion 3: diffusers
+    loads it only if they are named."""
+    index = Path(path) / "model_index.json"
+    parts = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    return {name: None for name, part in parts.items() if part == [None, None]}
 
 
 def call_of(path: str | Path, lora: str | Path | None = None) -> dict[str, Any]:
