@@ -22,15 +22,16 @@ with open("calls", "a") as file:  # one line, which programs side by side do not
     file.write(json.dumps(sys.argv) + "\\n")
 if "train" in sys.argv:
     (Path(sys.argv[sys.argv.index("--out") + 1]) / "ground-truth").mkdir(parents=True, exist_ok=True)
+if {{"train", "calibrate"}} & set(sys.argv):
     sys.exit({status})
 """
 
 
 def calls_of(script: Path, root: Path, status: int) -> list[list[str]]:
-    """Run a script in a copy of the scripts, where the programs write down their calls and trainings end so."""
+    """Run a script in a copy of the scripts, where the programs write down their calls and what learns ends so."""
     for folder in ("models/recipes", "benchmarks"):
         shutil.copytree(ROOT / folder, root / folder)
-    (root / "out").mkdir()
+    (root / "out").mkdir(exist_ok=True)
     (root / ".venv" / "bin").mkdir(parents=True)
     for name in ("lesa", "python", "pip", "torchrun"):
         program = root / ".venv" / "bin" / name
@@ -43,7 +44,7 @@ def calls_of(script: Path, root: Path, status: int) -> list[list[str]]:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_calls_what_there_is(script, tmp_path):
-    """Trainings that are of no use, which exit with 3, do not end it."""
+    """Trainings and calibrations that are of no use, which exit with 3, do not end it."""
     assert os.access(script, os.X_OK) and re.match(r"#!.*\n# (Makes|Shows) ", script.read_text())
     calls = calls_of(script, tmp_path, status=3)
     assert calls
@@ -59,6 +60,18 @@ def test_a_training_that_fails_ends_its_script(tmp_path):
     (script,) = [path for path in SCRIPTS if path.stem == "flux-many"]
     trainings = [words for words in calls_of(script, tmp_path, status=1) if "train" in words]
     assert len(trainings) == 1
+
+
+def test_the_demo_begins_with_a_pipeline_without_predictors_that_is_calibrated_anew(tmp_path):
+    (script,) = [path for path in SCRIPTS if path.stem == "demo"]
+    (tmp_path / "out" / "demo" / "home").mkdir(parents=True)
+    calls = calls_of(script, tmp_path, status=3)
+    first, second = (calls[k][1:] for k in (0, 1))
+    assert first[0] == "calibrate" and second[:2] == ["benchmarks/side_by_side.py", first[1]]
+    assert not (ROOT / first[1] / "lesa").exists() and not (tmp_path / "out" / "demo" / "home").exists()
+    given = [parser().parse_args(words[1:]) for words in (calls[0], *calls[2:])]
+    assert given[0].budget == int(second[second.index("--budget") + 1])
+    assert len({one.out for one in given[1:]}) == len(given[1:]) == 3
 
 
 def test_a_benchmark_is_a_line_of_the_makefile():
