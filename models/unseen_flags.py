@@ -12,7 +12,8 @@ import flags
 from diffusers import DDIMScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from emoji_flux import build_t5_tokenizer
 from emoji_training import all_prompts, start_at_identity
-from unseen_training import PixelRecipe, main, t5_encoder
+from transformers import T5Config, T5EncoderModel
+from unseen_training import PixelRecipe, main
 
 PATCH, TEXT_TOKENS = 4, 12
 
@@ -33,7 +34,18 @@ class PixArt(PixelRecipe):
 
     def build_pipeline(self, folder):
         tokenizer = build_t5_tokenizer(all_prompts(folder))
-        text_encoder = t5_encoder(len(tokenizer))
+        text_encoder = T5EncoderModel(
+            T5Config(
+                vocab_size=len(tokenizer),
+                d_model=128,
+                d_kv=32,
+                d_ff=256,
+                num_layers=2,
+                num_heads=4,
+                feed_forward_proj="gated-gelu",
+                dropout_rate=0.0,
+            )
+        )
         transformer = PixArtTransformer2DModel(
             sample_size=flags.WIDTH,
             patch_size=PATCH,
