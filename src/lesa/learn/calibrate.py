@@ -288,11 +288,12 @@ def split(calls: Sequence[Call], options: CalibrateOptions) -> tuple[Pairs, Pair
     if held >= len(calls):
         raise ValueError(f"of {len(calls)} calls, {held} cannot be held out to check on; pass more, or checked= fewer.")
     solved_on, checked_on = list(calls[: len(calls) - held]), list(calls[len(calls) - held :]) or list(calls)
-    first = options.seed * APART
-    return tuple(
-        (some, list(range(seed + first, seed + first + len(some))))
-        for some, seed in ((solved_on, TRAINING_SEED), (checked_on, VALIDATION_SEED))
-    )
+    shift = options.seed * APART
+    return _seeded(solved_on, TRAINING_SEED + shift), _seeded(checked_on, VALIDATION_SEED + shift)
+
+
+def _seeded(calls: list[Call], first: int) -> Pairs:
+    return calls, list(range(first, first + len(calls)))
 
 
 def _batch_size(pipe: Any) -> int:

@@ -208,7 +208,7 @@ def _digest(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     total = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, x in sorted(tensors.items()):
         total.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        total.update(memoryview(x.contiguous().flatten().view(torch.uint8).numpy()))
+        total.update(x.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 
