@@ -88,10 +88,10 @@ def run_until(arguments: list[str], saved: int) -> None:
     """Run a command in this process, which is killed outright when it is about to keep one more run."""
     save, done = Trajectory.save, []
 
-    def fateful(self, path):
+    def fateful(self, path, *of):
         if len(done) == saved:
             os.kill(os.getpid(), signal.SIGKILL)
-        done.append(save(self, path))
+        done.append(save(self, path, *of))
 
     Trajectory.save = fateful
     main(arguments)
