@@ -39,7 +39,7 @@ def origin(pipe, times, schedule, tap=Tap(), streams=("all",), **training) -> Or
 def solved(pipe, times, *full) -> Solved:
     """Rows that are none of the untrained ones."""
     predictor = Solved(origin(pipe, times, "at:" + ",".join(map(str, full))))
-    predictor.set_gaps(torch.eye(len(full)).double() * 0.9)
+    predictor.set_gaps(torch.eye(len(full), len(full) + 1).double() * 0.9)
     return predictor
 
 

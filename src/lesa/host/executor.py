@@ -110,7 +110,8 @@ class StreamRun:
         return replace(template, _Slot, lambda slot: forecasts[slot.number])
 
     def _forecast(self, history: History, slot: _Slot) -> Tensor:
-        forecast = history.forecast(*self.plan.rows[self.step], slot.dtype)
+        past, coefficients, offset, _ = self.plan.rows[self.step]
+        forecast = history.forecast(past, coefficients, offset, slot.dtype)
         self.done.clamped = self.done.clamped + history.clamped  # of a GPU's: nobody waits for it here
         if self.plan.remembers_forecasts:
             self._remember(history, forecast)
@@ -173,6 +174,7 @@ class Executor:
         self.data: StreamSummary | None = None
         self.data_reason = ""
         self._data_run: DataRun[StreamRun] | None = None
+        self._latents: Tensor | None = None  # the run's first, where rows add some of them
         self._name = threading.local()
         self._lock = threading.Lock()
         self._stream_runs: dict[Stream, StreamRun] = {}
@@ -266,6 +268,11 @@ class Executor:
             plan = chosen.plan(*where, detour.schedule if detour else None)
             others += [chosen.plan(*where, reuse=True)] if chosen.data else []
         self.plans[stream_run.name] = plan
+        if plan.has_latents and (self._data_run is not None or not isinstance(self.clock, PipelineClock)):
+            raise ValueError(
+                "rows that add a part of the run's first latents act at a pipeline's sampler, on what the denoiser "
+                "returns; accelerate the pipeline, and leave of= out."
+            )
         return plan, others
 
     def _begins_later(self, moment: Moment) -> bool:
@@ -317,8 +324,10 @@ class Executor:
     def _step(self, scheduler: Any, args: tuple, kwargs: dict, tick: int, part: int) -> tuple[tuple, dict]:
         """Where the data prediction is forecast, keep it at a full step, and exchange the output at a skipped one."""
         moment, run = self._moment, self._data_run
-        if moment is None or run is None:
+        if moment is None:
             return args, kwargs
+        if run is None:
+            return self._with_latents(moment, tick, part, scheduler, args, kwargs)
         if part == len(run):
             assert self.chosen.data is not None
             run.add(tick, self.chosen.data.levels(scheduler, args, kwargs))
@@ -334,6 +343,30 @@ class Executor:
             return args, kwargs
         data = self._forecast_data(run.stream_run, latents, part)
         return with_argument(scheduler, "model_output", known.output(latents, data, output), args, kwargs)
+
+    def _with_latents(
+        self, moment: Moment, tick: int, part: int, scheduler: Any, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict]:
+        """At a skipped step, add to the output what its row says of the run's first latents.
+
+        Raises: RuntimeError if the latents are not those of one run, of one shape.
+        """
+        plan, step = next((one.plan for one in self._stream_runs.values()), None), moment.start + tick
+        if plan is None or not (plan.has_latents or self._begins_later(moment)):
+            return args, kwargs
+        latents, output = (argument(scheduler, name, args, kwargs) for name in ("sample", "model_output"))
+        if tick == part == 0:
+            self._latents = latents.detach().clone()
+        if part or self._latents is None or self._latents.shape != latents.shape:
+            first = None if self._latents is None else tuple(self._latents.shape)
+            raise RuntimeError(
+                f"rows that add a part of the run's first latents are for one set of latents that keeps its shape, got "
+                f"{tuple(latents.shape)} as set {part + 1} of step {step} after {first}; calibrate for these calls."
+            )
+        if step not in plan.rows:
+            return args, kwargs
+        more = torch.add(output, self._latents.to(output), alpha=plan.rows[step].latents)
+        return with_argument(scheduler, "model_output", more, args, kwargs)
 
     def _keep_data(self, stream_run: StreamRun, data: Tensor, part: int) -> None:
         if not stream_run.fits(data, part):
@@ -394,7 +427,7 @@ class Executor:
 
     def forget(self) -> None:
         """End the run: its histories are freed."""
-        self._stream_runs, self._moment, self._data_run = {}, None, None
+        self._stream_runs, self._moment, self._data_run, self._latents = {}, None, None, None
         self._heard = Heard()
 
     @contextmanager

@@ -18,7 +18,9 @@ from lesa.learn.solving import Full, Problem
 FORGIVENESS = (0.0, 4.0, 8.0, 12.0, 16.0, 24.0)
 """By what powers of a run's share early errors may count less in the plans by algebra that real runs choose from."""
 OF = "search"
-TRIED_ON = 8
+TOGETHER, APART = 60, 12
+"""How many schedules are tried at most, unless somebody says it, where calls go in one run and where they do not."""
+TRIED_ON, TRIED_ON_APART = 8, 4
 """On how many calls schedules are tried; the best ones are run on all of them."""
 FINALISTS, PATIENCE = 3, 16
 """How many of the best are run on all calls, and how many moves are tried before a schedule is the best one."""
@@ -38,11 +40,14 @@ class Search:
     """Tries schedules of one problem by real runs, on a few of its calls, and remembers what they gave."""
 
     def __init__(self, problem: Problem):
-        self.problem, self._few = problem, problem.first(TRIED_ON)
-        self.algebra = Algebra(problem.response, problem.gram, len(problem.weights), problem.begins)
+        few = problem.first(TRIED_ON)
+        self.problem, self._few = problem, few if few.goes_together else problem.first(TRIED_ON_APART)
+        self.algebra = Algebra(
+            problem.response, problem.gram, len(problem.weights), problem.begins, problem.latents
+        )
         self.known: dict[Full, float] = {}
 
-    def best(self, budget: int, most: int, starts: Sequence[Full] = ()) -> Searched:
+    def best(self, budget: int, most: int | None = None, starts: Sequence[Full] = ()) -> Searched:
         """Return the best schedule found of so many full steps, with at most so many tried.
 
         The search goes on from the two best of what algebra begins with and of other `starts`. What it ends with is
@@ -53,7 +58,8 @@ class Search:
         ticks, begins = self.problem.ticks, self.problem.begins
         if not len(begins) <= budget <= ticks:
             raise ValueError(f"a budget is from {len(begins)} to {ticks} full steps, got {budget}; change it.")
-        before = len(self.known)
+        before, usual = len(self.known), TOGETHER if self._few.goes_together else APART
+        most = usual if most is None else most
 
         def real(full: Full) -> float:
             if full not in self.known:
@@ -63,8 +69,8 @@ class Search:
             return self.known[full]
 
         found = {self.algebra.best(budget, forgiveness): forgiveness for forgiveness in FORGIVENESS}
-        usual = found[min(sorted(found), key=real)]
-        found = {**dict.fromkeys(starts, usual), **found}
+        best = found[min(sorted(found), key=real)]
+        found = {**dict.fromkeys(starts, best), **found}
         first, *others = sorted(sorted(found), key=real)[:STARTS]
         ends = [
             self._descend(one, partial(self.algebra.cost, forgiveness=found[one]), real) for one in (first, *others)
@@ -96,7 +102,7 @@ class Search:
     def _tried(self, problem: Problem, full: Full) -> float:
         if problem.goes_together:
             return problem.lockstep(full, OF).drift
-        return problem.rounds(full, 2, OF)[0].drift
+        return problem.tried(full, OF).drift
 
 
 def without_one(full: Full, begins: Sequence[int] = (0,)) -> list[Full]:

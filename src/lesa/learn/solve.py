@@ -1,7 +1,8 @@
 """Solve for rows in closed form, gap by gap in closed loop, on a few calls of a pipeline.
 
 With full steps f_1 .. f_J, and f_{J+1} the end, let the steps skipped between f_j and f_{j+1} share a row c_j over the
-outputs v_k of f_1 .. f_j. A sampler is affine, so in a run the latents at f_{j+1} are affine in c_j:
+outputs v_k of f_1 .. f_j and, with k = 0, the latents v_0 that the run began with. A sampler is affine, so in a run the
+latents at f_{j+1} are affine in c_j:
 
     x_{f_{j+1}} = (what the rows before give) + g_j sum_{k <= j} c_jk v_k,  g_j = sum of dx_{f_{j+1}} / dv_s there
 
@@ -12,7 +13,7 @@ the calls are run again. Row j is then exact after round j + 1. All that is lear
 guidance.
 
 What is greedy gap by gap is then refined on the end of the run: the derivatives of the last latents by the
-J (J + 1) / 2 numbers are differences of real runs, and Gauss-Newton steps are taken only where real runs end nearer.
+J (J + 3) / 2 numbers are differences of real runs, and Gauss-Newton steps are taken only where real runs end nearer.
 
 Which steps are full is found the same way: by algebra on the reference runs first, then by real runs.
 """
@@ -111,13 +112,13 @@ class Solver(Problem):
         *,
         rounds: int = 6,
         refine: int = 2,
-        most: int = 60,
+        most: int | None = None,
         near: Sequence[Solved | Schedule] = (),
     ) -> Solution:
         """Solve for the rows of a schedule; with a `budget`, of the best schedule of so many full steps.
 
-        The schedule is searched for with real runs of `most` schedules at most, also from those that are `near`:
-        predictors or schedules of so many full steps, or of one more. `rounds` is how many real runs of the calls
+        The schedule is searched for with real runs of `most` schedules at most (of 60, or of 12 where calls are run one
+        by one), also from those that are `near`: predictors or schedules of so many full steps, or of one more. `rounds` is how many real runs of the calls
         follow each other at most, `refine` how many Gauss-Newton steps are taken on the end of the runs.
 
         Raises: ValueError if not one of budget and schedule is given, or it does not fit.
@@ -133,11 +134,7 @@ class Solver(Problem):
             self.check_full(full)
         found, report.rounds = self.rounds(full, rounds)
         found = self._not_below_reuse(found, report)
-        for _ in range(refine):
-            better = refined(self, found)
-            if better is None:
-                break
-            found = better
+        for found in refined(self, found, refine):
             report.refined.append(found.drift)
         report.drift, report.seconds = found.drift, time.perf_counter() - began
         report.counts = self.counts - before
@@ -182,7 +179,7 @@ def solve(
     schedule: Schedule | None = None,
     rounds: int = 6,
     refine: int = 2,
-    most: int = 60,
+    most: int | None = None,
     batch_size: int = BATCH,
     **call: Any,
 ) -> Solution:
