@@ -84,9 +84,10 @@ def most_runs(runs: Runs, budgets: Sequence[int], options: CalibrateOptions = OP
     for budget in budgets:
         tries = most * few + (searching.FINALISTS * calls if calls > few else 0)
         steps = options.refine * len(refining.DAMPINGS) + (directions(budget) if options.refine else 0)
-        found["rounds"] += (1 + ROUNDS) * calls * budget
+        refined = searching.REFINED if together else 1
+        found["rounds"] += (1 + ROUNDS) * calls * budget * refined
         found["search"] += (1 if together else 2) * tries * budget
-        found["refinement"] += steps * calls * budget
+        found["refinement"] += steps * calls * budget * refined
         found["checks"] += (1 + 2 * len(UNTRAINED) * options.rivals) * runs.checked * budget
     return {kind: count * runs.streams for kind, count in found.items()}
 
@@ -113,8 +114,8 @@ def space(runs: Runs, budgets: Sequence[int], numbers: int, picture: tuple[int, 
     """Measure what is kept of runs whose latents have so many numbers, on objects of that size.
 
     Beside all that is kept the peak has the most of three moments: one call's equations in double precision; what is
-    held while rows are refined, parts of the last latents of one run for each direction; the pictures of checked runs before
-    they are 8-bit. Pictures that come as PIL's are 8-bit at once, and clips are floats.
+    held while rows are refined, parts of the last latents of one run for each direction; the pictures of checked runs
+    before they are 8-bit. Pictures that come as PIL's are 8-bit at once, and clips are floats.
     """
     budget, eight_bit = max(budgets), torch.Size(picture).numel()
     sampled = recorded(numbers, 1, 1)[0]

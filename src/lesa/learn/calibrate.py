@@ -54,9 +54,10 @@ class CalibrateOptions:
     `checked` of the calls are held out to check on, the last ones: by default a third of them, where there are four or
     more; of fewer all are solved on, and checked with other seeds. All noise depends on `seed`. Rows are refined on
     the end of runs by at most `refine` steps, and at most `most` schedules are run for each budget: 60, or 12 where
-    calls are run one by one. `batch_size` prompts go in one call of the pipeline: 16, or one where a denoiser has more than 5e8 parameters. With `pictures`
-    what checked runs draw is decoded and measured, by PSNR, and by SSIM where scikit-image is installed. `rivals` are
-    rows without training that solved ones are held against. `progress` shows a bar.
+    calls are run one by one. `batch_size` prompts go in one call of the pipeline: 16, or one where a denoiser has more
+    than 5e8 parameters. With `pictures` what checked runs draw is decoded and measured, by PSNR, and by SSIM where
+    scikit-image is installed. `rivals` are rows without training that solved ones are held against. `progress` shows a
+    bar.
 
     Raises: ValueError if a number is out of range.
     """

@@ -114,9 +114,7 @@ class Algebra:
     latter if they are `latents`.
     """
 
-    def __init__(
-        self, response: Tensor, gram: Tensor, calls: int, begins: Sequence[int] = (0,), latents: bool = True
-    ):
+    def __init__(self, response: Tensor, gram: Tensor, calls: int, begins: Sequence[int] = (0,), latents: bool = True):
         self.response, self.gram, self.calls, self.begins = response, gram, calls, begins
         self._more = [response.shape[1]] if latents else []
         self._gaps: dict[tuple, float] = {}

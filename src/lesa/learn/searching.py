@@ -22,16 +22,17 @@ TOGETHER, APART = 60, 12
 """How many schedules are tried at most, unless somebody says it, where calls go in one run and where they do not."""
 TRIED_ON, TRIED_ON_APART = 8, 4
 """On how many calls schedules are tried; the best ones are run on all of them."""
-FINALISTS, PATIENCE = 3, 16
-"""How many of the best are run on all calls, and how many moves are tried before a schedule is the best one."""
+FINALISTS, REFINED, PATIENCE = 3, 2, 16
+"""How many of the best are run on all calls, how many of these are refined, and how many moves are tried before a
+schedule is the best one."""
 STARTS = 2
 """From how many schedules the search goes on, the best ones."""
 
 
 class Searched(NamedTuple):
-    """The best schedule, what the search began and ended with, in dB, and how many it tried."""
+    """The best schedules, what the search began and ended with, in dB, and how many it tried."""
 
-    full: Full
+    best: list[Full]
     ways: list[tuple[Full, float]]
     tried: int
 
@@ -42,16 +43,14 @@ class Search:
     def __init__(self, problem: Problem):
         few = problem.first(TRIED_ON)
         self.problem, self._few = problem, few if few.goes_together else problem.first(TRIED_ON_APART)
-        self.algebra = Algebra(
-            problem.response, problem.gram, len(problem.weights), problem.begins, problem.latents
-        )
+        self.algebra = Algebra(problem.response, problem.gram, len(problem.weights), problem.begins, problem.latents)
         self.known: dict[Full, float] = {}
 
     def best(self, budget: int, most: int | None = None, starts: Sequence[Full] = ()) -> Searched:
-        """Return the best schedule found of so many full steps, with at most so many tried.
+        """Return the best schedules found of so many full steps, the best one first, with at most so many tried.
 
         The search goes on from the two best of what algebra begins with and of other `starts`. What it ends with is
-        chosen on all calls.
+        chosen on all calls. Where calls go one by one the best schedule is alone.
 
         Raises: ValueError if there are fewer steps, or more that have to be full.
         """
@@ -75,8 +74,10 @@ class Search:
         ends = [
             self._descend(one, partial(self.algebra.cost, forgiveness=found[one]), real) for one in (first, *others)
         ]
-        best, drift = self._chosen({first, *ends})
-        return Searched(best, [(first, real(first)), (best, drift)], len(self.known) - before)
+        best = self._chosen({first, *ends})
+        ways = [(first, real(first)), best[0]]
+        kept = REFINED if self._few.goes_together else 1
+        return Searched([full for full, _ in best[:kept]], ways, len(self.known) - before)
 
     def _descend(self, full: Full, cost: Callable[[Full], float], real: Callable[[Full], float]) -> Full:
         """Take the first move that is better in real runs, in the order of what algebra has against it."""
@@ -88,16 +89,15 @@ class Search:
                 return full
             full = moved
 
-    def _chosen(self, ends: set[Full]) -> tuple[Full, float]:
+    def _chosen(self, ends: set[Full]) -> list[tuple[Full, float]]:
         """Return the best on all calls of these schedules and of the best others tried of so many full steps."""
         count = len(next(iter(ends)))
         tried = sorted((full for full in self.known if len(full) == count), key=lambda full: self.known[full])
         finalists = tried[:FINALISTS] or sorted(ends)
         if self._few is self.problem:
-            return finalists[0], self.known.get(finalists[0], math.inf)
+            return [(full, self.known.get(full, math.inf)) for full in finalists]
         drifts = {full: self._tried(self.problem, full) for full in finalists}
-        best = min(finalists, key=lambda full: drifts[full])
-        return best, drifts[best]
+        return sorted(drifts.items(), key=lambda one: one[1])
 
     def _tried(self, problem: Problem, full: Full) -> float:
         if problem.goes_together:

@@ -45,7 +45,7 @@ class Default(Forecaster):
     def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
         """Return reuse's weights and a share of what sets the line's apart; of one past step, or time, reuse's."""
         reuse = self._reuse.row(grid, step, past).coefficients
-        line, offset = self._line.row(grid, step, past)
+        line, offset, _ = self._line.row(grid, step, past)
         ahead = float(line[-1]) - 1  # in distances between the newest two
         weight = math.exp(-CAUTION * gap(grid, past[-1], step)) / max(1.0, ahead)
         return Row(reuse + weight * (line - reuse), offset)

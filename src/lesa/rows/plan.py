@@ -257,10 +257,8 @@ def _check(step: int, past: tuple[int, ...], row: PlannedRow) -> None:
             f"{step}; put zeros where a past step is unused."
         )
     if not all(map(math.isfinite, (*row.coefficients, row.offset, row.latents))):
-        raise ValueError(
-            f"the numbers of a row are finite, got {row.coefficients} + {row.offset}, and {row.latents} of the first "
-            f"latents, at step {step}."
-        )
+        numbers = f"{row.coefficients} + {row.offset}" + (f" + {row.latents} of the latents" if row.latents else "")
+        raise ValueError(f"the numbers of a row are finite, got {numbers} at step {step}.")
 
 
 def _formula(row: PlannedRow) -> str:
