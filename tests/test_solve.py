@@ -333,12 +333,38 @@ def test_a_schedule_without_a_step_at_which_streams_change_is_refused():
         solver.solve(budget=1)
 
 
-def test_a_sampler_that_adds_noise_is_refused_before_a_run_is_paid_for():
-    subject = ZOO["stable_diffusion_euler_ancestral_guided"]()
-    done = []
-    with subject.around(), pytest.raises(ValueError, match="add no noise"):
-        Solver(subject.pipe, [subject.arguments], [0], on_run=done.append)
-    assert not done
+NOISY = ["stable_diffusion_euler_ancestral_guided", "stable_audio3_stochastic"]
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_rows_of_the_data_are_solved_where_a_sampler_adds_noise(tmp_path, name):
+    """Outputs jump with the noise; what is kept on disk runs as it was measured."""
+    subject = ZOO[name]()
+    with subject.around():
+        reference = torch.as_tensor(subject.call(0)[0])
+        solver = Solver(subject.pipe, [subject.arguments], [0])
+        schedule = Schedule.at([0, 2, 4])
+        solution = solver.solve(schedule=schedule, refine=0)
+        assert solution.predictor.of == "data" and len(solution.report.rounds) == 1, "lockstep found what a round would"
+        solution.predictor.save_pretrained(tmp_path)
+        drifts = {}
+        for one in (Predictor.from_pretrained(tmp_path), Solved(solution.predictor.origin, of="data")):
+            with accelerate(subject.pipe, one) as run:
+                drifts[one] = drift(torch.as_tensor(subject.call(0)[0]), reference)
+            assert run.forecasts_data and "as the predictor's rows do" in str(run.summary())
+        with accelerate(subject.pipe, Reuse(), schedule=schedule):
+            reused = drift(torch.as_tensor(subject.call(0)[0]), reference)
+    ours, reuse = drifts.values()
+    assert ours == pytest.approx(solution.report.drift, abs=0.01) and reuse == pytest.approx(reused, abs=0.01)
+    assert ours < reuse - 0.1
+
+
+def test_rows_of_the_data_are_for_no_other_forecast(tiny_flux):
+    predictor = Solved(origin(transformer=type(tiny_flux.transformer).__name__), of="data")
+    with pytest.raises(ValueError, match="leave of= out"):
+        accelerate(tiny_flux, predictor, of="output")
+    with pytest.raises(ValueError, match="which has no sampler"):
+        accelerate(tiny_flux.transformer, predictor, grid=GRID)
 
 
 def test_nothing_is_left_attached_where_a_run_fails(tiny_flux):

@@ -32,6 +32,7 @@ from lesa.rows.default import Default
 from lesa.rows.detour import Detours
 from lesa.rows.forecasters import Forecaster, Reuse
 from lesa.rows.grid import matches, times_in_order
+from lesa.rows.levels import DATA
 from lesa.rows.plan import Plan
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
@@ -97,9 +98,15 @@ class Terms:
         Raises: ValueError if the data prediction is asked for and cannot be forecast with it.
         """
         chosen = Chosen(forecaster, schedule_for, tap, self.strict)
-        trained, at_output = isinstance(forecaster, Predictor), tap in (OUTPUT, AT_OUTPUT)
-        may = data.check(self.of, trained=trained, alone=self.alone, at_output=at_output, detours=self.detours)
-        chosen.data = DataPrediction(self.of, self.noise) if may else None
+        trained, of = isinstance(forecaster, Predictor), self.of
+        at_output = tap == OUTPUT or (isinstance(tap, Tap) and not tap.modules)
+        if isinstance(forecaster, Predictor) and forecaster.of == DATA:
+            if of == OUTPUT:
+                raise ValueError(f"{forecaster!r} has rows of the data prediction, got of={of!r}; leave of= out.")
+            trained, of = False, DATA
+        may = data.check(of, trained=trained, alone=self.alone, at_output=at_output, detours=self.detours)
+        asked = "as asked for" if of == self.of else "as the predictor's rows do"
+        chosen.data = DataPrediction(of, self.noise, asked) if may else None
         chosen.judge = Judge(forecaster, self.noise) if self.check else None
         return chosen
 

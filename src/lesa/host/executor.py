@@ -13,13 +13,14 @@ from torch import Tensor
 
 from lesa.host.choice import Chosen, FirstStep, Found, Named
 from lesa.host.clock import LoopClock, Moment, PipelineClock, argument, with_argument
-from lesa.host.data import DATA, DataRun
+from lesa.host.data import DataRun
 from lesa.host.facts import Heard
 from lesa.host.streams import Call, Stream, Streams, name_of
 from lesa.host.structure import leaves, replace
 from lesa.host.summary import StreamSummary
 from lesa.rows.detour import Detour, Detours
-from lesa.rows.plan import Plan
+from lesa.rows.levels import DATA
+from lesa.rows.plan import Plan, PlannedRow
 from lesa.rows.row import History, Row, Storage
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
@@ -268,10 +269,10 @@ class Executor:
             plan = chosen.plan(*where, detour.schedule if detour else None)
             others += [chosen.plan(*where, reuse=True)] if chosen.data else []
         self.plans[stream_run.name] = plan
-        if plan.has_latents and (self._data_run is not None or not isinstance(self.clock, PipelineClock)):
+        if plan.has_latents and not isinstance(self.clock, PipelineClock):
             raise ValueError(
-                "rows that add a part of the run's first latents act at a pipeline's sampler, on what the denoiser "
-                "returns; accelerate the pipeline, and leave of= out."
+                "rows that add a part of the run's first latents act at a pipeline's sampler, got a module alone; "
+                "accelerate the pipeline."
             )
         return plan, others
 
@@ -334,6 +335,7 @@ class Executor:
         latents, output = (argument(scheduler, name, args, kwargs) for name in ("sample", "model_output"))
         known, step = run.known(part, tick), moment.start + tick
         if run.stream_run is None:  # the first tick: what is skipped is not known yet
+            self._latents = latents.detach().clone() if part == 0 else self._latents
             run.first.append(known.data(latents, output))
             return args, kwargs
         run.stream_run.enter(step)
@@ -342,31 +344,38 @@ class Executor:
                 self._keep_data(run.stream_run, known.data(latents, output), part)
             return args, kwargs
         data = self._forecast_data(run.stream_run, latents, part)
+        data = self._and_latents(data, run.stream_run.plan.rows[step], latents, part)
         return with_argument(scheduler, "model_output", known.output(latents, data, output), args, kwargs)
 
     def _with_latents(
         self, moment: Moment, tick: int, part: int, scheduler: Any, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict]:
-        """At a skipped step, add to the output what its row says of the run's first latents.
-
-        Raises: RuntimeError if the latents are not those of one run, of one shape.
-        """
+        """At a skipped step, add to the output what its row says of the run's first latents."""
         plan, step = next((one.plan for one in self._stream_runs.values()), None), moment.start + tick
         if plan is None or not (plan.has_latents or self._begins_later(moment)):
             return args, kwargs
         latents, output = (argument(scheduler, name, args, kwargs) for name in ("sample", "model_output"))
         if tick == part == 0:
             self._latents = latents.detach().clone()
+        if step not in plan.rows:
+            return args, kwargs
+        more = self._and_latents(output, plan.rows[step], latents, part)
+        return with_argument(scheduler, "model_output", more, args, kwargs)
+
+    def _and_latents(self, forecast: Tensor, row: PlannedRow, latents: Tensor, part: int) -> Tensor:
+        """Add to a forecast what its row says of the run's first latents.
+
+        Raises: RuntimeError if the latents are not those of one run, of one shape.
+        """
+        if not row.latents:
+            return forecast
         if part or self._latents is None or self._latents.shape != latents.shape:
             first = None if self._latents is None else tuple(self._latents.shape)
             raise RuntimeError(
                 f"rows that add a part of the run's first latents are for one set of latents that keeps its shape, got "
-                f"{tuple(latents.shape)} as set {part + 1} of step {step} after {first}; calibrate for these calls."
+                f"{tuple(latents.shape)} as set {part + 1} of a step after {first}; calibrate for these calls."
             )
-        if step not in plan.rows:
-            return args, kwargs
-        more = torch.add(output, self._latents.to(output), alpha=plan.rows[step].latents)
-        return with_argument(scheduler, "model_output", more, args, kwargs)
+        return torch.add(forecast, self._latents.to(forecast), alpha=row.latents)
 
     def _keep_data(self, stream_run: StreamRun, data: Tensor, part: int) -> None:
         if not stream_run.fits(data, part):

@@ -24,6 +24,7 @@ from lesa.host.summary import StreamSummary, Summary
 from lesa.host.tap import OUTPUT, tap_of
 from lesa.rows.detour import Detours
 from lesa.rows.forecasters import Forecaster
+from lesa.rows.levels import DATA
 from lesa.rows.plan import Plan
 from lesa.rows.row import Storage
 from lesa.rows.schedule import Schedule
@@ -75,6 +76,20 @@ class Run:
         if stream not in known:
             raise LookupError(f"plans are compiled as runs begin; so far of {sorted(known)}, not of {stream!r}.")
         return known[stream]
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The plans of the present run that a forecaster's rows are in: of the data prediction where that is forecast,
+        once it is planned, else of every stream."""
+        executor = self._executor
+        if self.forecasts_data:
+            return [executor.plans[DATA]] if DATA in executor.plans else []
+        return [executor.plans[stream] for stream in self.streams]
+
+    @property
+    def forecasts_data(self) -> bool:
+        """Tell whether the data prediction was forecast in a run so far."""
+        return self._executor.data is not None
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -232,8 +247,9 @@ def accelerate(
     `lesa.learn.planning.detours`). They need a forecaster that is not bound to one schedule.
 
     `of` is what rows combine: 'output', what the denoiser returns; 'data', what that says of the data, at the sampler;
-    or 'auto', the data prediction where the sampler adds noise, with which outputs jump, and else the output. A trained
-    predictor's rows, and those at a feature tap, with detours or of a module alone, are never of the data prediction.
+    or 'auto', the data prediction where the sampler adds noise, with which outputs jump, and else the output. A
+    predictor's rows are of what it was made for; those at a feature tap, with detours or of a module alone are never of
+    the data prediction.
     `run.summary()` says what was forecast, and `run.plan("data")` is the plan.
 
     Calls of one step are told apart by the names that a pipeline gives them, else by the conditioning that they bring;

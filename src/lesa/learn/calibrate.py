@@ -250,7 +250,8 @@ class _Bench:
             except ValueError as error:  # such as a grid that this forecaster is not for
                 left_out = f"{left_out} {rival.forecaster!r}: {error}".strip()
                 continue
-            tried[one] = baked(rival.forecaster, replace(solution.predictor.origin, schedule=str(rival.schedule)))
+            origin = replace(solution.predictor.origin, schedule=str(rival.schedule))
+            tried[one] = baked(rival.forecaster, origin, solution.predictor.of)
         point = Point(
             budget,
             solution.report.drift,

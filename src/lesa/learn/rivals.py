@@ -93,9 +93,9 @@ class Rivals:
 
 
 @torch.no_grad()
-def baked(forecaster: Forecaster, origin: Origin) -> Solved:
+def baked(forecaster: Forecaster, origin: Origin, of: str = "output") -> Solved:
     """Return a predictor whose rows are those that a forecaster has on the origin's grid and schedule."""
-    made = Solved(origin)
+    made, forecaster = Solved(origin, of=of), forecaster.for_stream(of)
     for step in range(len(made.grid) - 1):
         past = [k for k in made.full if k < step]
         if step in made.full or not past:

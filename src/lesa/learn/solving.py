@@ -18,6 +18,7 @@ from lesa.learn.gaps import Equations, Gaps
 from lesa.learn.references import BATCH, TINY, OnRun, References
 from lesa.predictors import Origin, configuration
 from lesa.predictors.solved import STREAMS, Solved
+from lesa.rows.levels import DATA
 from lesa.rows.plan import PlannedRow
 from lesa.rows.schedule import Schedule
 
@@ -49,8 +50,11 @@ class Problem(References):
 
     Rows have a term in the latents that a run began with, if there are `latents` of one kind alone.
 
-    Raises: ValueError as `References` does, or if the sampler is not affine or adds noise, or if the runs are not on
-        one grid, or do not walk it to its end.
+    Under a sampler that adds noise, rows combine the data predictions that follow from outputs, which do not jump with
+    it; velocities and outputs are these then.
+
+    Raises: ValueError as `References` does, or if the sampler is not affine, or if the runs are not on one grid, or do
+        not walk it to its end.
     """
 
     def __init__(
@@ -133,7 +137,9 @@ class Problem(References):
         grid, kind, tap = tuple(self.times.tolist()), type(first).__name__, tap_of(first, OUTPUT)
         facts = dict(training=training, versions=versions)
         made = Solved(
-            Origin(name, kind, configuration(first), tap, grid, schedule, STREAMS, **facts), latents=self.latents
+            Origin(name, kind, configuration(first), tap, grid, schedule, STREAMS, **facts),
+            latents=self.latents,
+            of="output" if self.levels is None else DATA,
         )
         made.set_gaps(rows)
         return made
@@ -195,29 +201,43 @@ class Problem(References):
         Where the rows' algebra is not exact, what it is off by at a full step is taken into the gap that begins there.
         """
         gaps, (wanted,) = self.gaps(full), self.reference
-        ends, rows = wanted.latents(gaps.ends), gaps.reuse()
+        ends, rows = wanted.latents(gaps.ends) - self._added(wanted, gaps.ends), gaps.reuse()
         noise, decay = wanted.latents([0]), self.numbers.decay if self.numbers is not None else torch.empty(0)
         held = torch.ones_like(rows).tril()  # a run holds what counts in the rows that it begins with
         held[:, -1] = float(self.latents)
+        made: list[PlannedRow] = []
 
-        def solve_gap(live: Run, run: Recording) -> None:
-            tick = run.ticks - 1
-            if tick not in full:
-                return
-            j = full.index(tick)
+        def go_on(live: Run, run: Recording) -> None:
+            if run.ticks - 1 in full:
+                made.append(solve_gap(full.index(run.ticks - 1), run))
+            for row in made:  # of the data prediction there is no plan before the second step
+                set_row(live, row)
+
+        def solve_gap(j: int, run: Recording) -> PlannedRow:
+            tick = full[j]
             columns = self._columns_so_far(run, full, j)
             gram = self._weighed(wanted, columns)
             missing = ends[:, j : j + 1] - decay[gaps.ends[j]] * noise
             if j:
                 expected = decay[tick] * noise + torch.einsum("k,pkn->pn", gaps.ways(rows)[j - 1], columns)[:, None]
                 kept = decay[gaps.ends[j]] / decay[tick] if abs(decay[tick]) > TINY else 1.0
-                missing = missing - kept * (run.latents([tick]) - expected)
+                missing = missing - kept * (run.latents([tick]) - self._added(wanted, [tick]) - expected)
             target = self._weighed(wanted, columns, missing)[0]
             rows[j] = gaps.solve_row(rows, j, gram, target)
-            past = [self.start + k for k in full[gaps.lows[j] : j + 1]]
-            set_row(live, past, rows[j, gaps.lows[j] : j + 1], float(rows[j, -1]))
+            coefficients = tuple(rows[j, gaps.lows[j] : j + 1].float().double().tolist())
+            past = tuple(self.start + k for k in full[gaps.lows[j] : j + 1])
+            return PlannedRow(past, coefficients, 0.0, float(rows[j, -1]))
 
-        return self.run_rows(full, held, of=of, on_record=solve_gap)._replace(rows=rows)
+        return self.run_rows(full, held, of=of, on_record=go_on)._replace(rows=rows)
+
+    def _added(self, wanted: Recording, ticks: Sequence[int]) -> Tensor:
+        """Return what the sampler's noise made of the latents at some ticks, (calls, ticks, elements): in all runs of a
+        call the same."""
+        if self.levels is None or self.numbers is None:
+            return torch.zeros(())
+        known = self.numbers.decay[ticks, None] * wanted.latents([0])
+        outputs = torch.einsum("es,psn->pen", self.response[ticks], wanted.outputs(range(self.ticks)))
+        return wanted.latents(ticks) - known - outputs
 
     def _columns_so_far(self, run: Recording, full: Full, j: int) -> Tensor:
         known = self.columns(run, full[: j + 1])
@@ -262,6 +282,8 @@ class Problem(References):
         return min(one, other, key=lambda found: found.drift)
 
     def first(self, calls: int) -> Self:
+        if self.levels is not None and calls < self.calls and max(len(some) for some, _ in self._batches) > 1:
+            return self  # a smaller batch would draw other noise
         part = super().first(calls)
         if part is not self:
             part._reused = None
@@ -280,9 +302,7 @@ class Problem(References):
         return moved < SETTLED * float(self.errors(last.recordings).sum().sqrt())
 
 
-def set_row(live: Run, past: Sequence[int], row: Tensor, latents: float = 0.0) -> None:
-    """Change the plan of a run that is going on: the row of the gap after these full steps, in every stream."""
-    made = PlannedRow(tuple(past), tuple(row.float().double().tolist()), 0.0, latents)
-    for stream in live.streams:
-        rows = live.plan(stream).rows
-        rows.update({step: made for step in rows if rows[step].past == made.past})
+def set_row(live: Run, row: PlannedRow) -> None:
+    """Change the plans of a run that is going on: the row of the gap after these full steps."""
+    for plan in live.plans:
+        plan.rows.update({step: row for step in plan.rows if plan.rows[step].past == row.past})

@@ -76,6 +76,8 @@ class Predictor(
     """
 
     method: ClassVar[str]
+    of: str = "output"
+    """What its rows combine: 'output', what denoisers return (at a tap: the feature), or 'data', what that says."""
     memory: int
     remembers_forecasts: bool
 

@@ -13,6 +13,7 @@ from lesa.predictors.curve import Curve
 from lesa.predictors.origin import Origin, configuration
 from lesa.rows.forecasters import Forecaster
 from lesa.rows.grid import times_in_order
+from lesa.rows.levels import DATA
 from lesa.rows.row import Row
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
@@ -29,7 +30,8 @@ class Solved(Predictor):
 
     The steps of one gap may share their row: all that a gap does to the latents at its end is one number for each held
     output, so J (J + 1) / 2 numbers are a run (`gaps`). With `latents`, (S,), a part of the latents that the run began
-    with is added at the sampler: one number more for each gap.
+    with is added at the sampler: one number more for each gap. `of` is what is combined: outputs, or the data
+    predictions that follow from them at the sampler.
     """
 
     method = "solved"
@@ -37,9 +39,11 @@ class Solved(Predictor):
     curve: Curve | None = None
     """What the calibration that made it found, for all numbers of full steps; known to the process that made it."""
 
-    def __init__(self, origin: Origin, latents: bool = False) -> None:
+    def __init__(self, origin: Origin, latents: bool = False, of: str = "output") -> None:
+        if of not in ("output", DATA):
+            raise ValueError(f"rows are of the output or of the data, got of={of!r}; name one of these.")
         nn.Module.__init__(self)  # a predictor's own wants times that fall, and this one runs on any
-        self.origin = origin
+        self.origin, self.of = origin, of
         self.grid = times_in_order(origin.grid)
         self.schedule = Schedule.parse(origin.schedule)
         self.begins = tuple(origin.training.get("begins", (0,)))
@@ -79,7 +83,8 @@ class Solved(Predictor):
         return sum(k < step for k in self.full) - 1
 
     def options(self) -> dict[str, Any]:
-        return {} if self.latents is None else {"latents": True}
+        of = {} if self.of == "output" else {"of": self.of}
+        return of if self.latents is None else {"latents": True, **of}
 
     def numbers(self, stream: str) -> list[nn.Parameter]:
         return [self.coefficients, *([] if self.latents is None else [self.latents])]

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from lesa.rows.forecasters import Forecaster, Lagrange, Reuse
 from lesa.rows.grid import times_in_order
+from lesa.rows.levels import DATA
 from lesa.rows.row import Row
 from lesa.rows.schedule import Schedule
 
-DATA = "data"
-"""The name under which rows of the data prediction are asked for, which is forecast where a sampler adds noise."""
 SHARE, MORE = 4, 4
 """Of S steps ceil(S / SHARE) + MORE are full: 6 of 8, 9 of 20, 17 of 50."""
 FEW = 7
