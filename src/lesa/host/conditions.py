@@ -98,8 +98,9 @@ def noise_error(scheduler: Any, what: str) -> ValueError:
     """Make the error of a scheduler that adds noise; `what` begins it, such as 'runs are recorded with'."""
     return ValueError(
         f"{what} samplers that add no noise, got a {type(scheduler).__name__} that does as it steps. Outputs jump with "
-        "the noise, and rows over them end far off. Accelerate with an untrained forecaster such as lesa.Reuse(), at "
-        "the output, without detours and with of='auto': it forecasts the data prediction there, which does not jump. "
+        "the noise, and rows over them end far off. Calibrate for it (lesa.calibrate), or accelerate with an untrained "
+        "forecaster such as lesa.Reuse(), at the output, without detours and with of='auto': these forecast the data "
+        "prediction there, which does not jump. "
         "Or take the sampler without noise (stochastic_sampling=False, eta=0, an algorithm_type without 'sde')."
     )
 
