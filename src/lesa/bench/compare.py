@@ -14,6 +14,7 @@ from torch import Tensor
 from lesa.bench import benchmark, bound, methods, peers, recogniser, records, samplers
 from lesa.bench.lines import Pair
 from lesa.bench.methods import Method
+from lesa.bench.named import BUDGETS, SCHEDULES
 from lesa.bench.planned import keep_planned, planned
 from lesa.bench.records import Comparison, Log
 from lesa.bench.scores import Score
@@ -34,8 +35,6 @@ from lesa.rows.forecasters import Forecaster
 from lesa.rows.grid import validate
 from lesa.rows.schedule import Schedule
 
-SCHEDULES, BUDGETS = ("paper:7", "paper:10"), (10, 8, 6, 5, 4)
-"""What is compared where nothing is named: the paper's schedules and planned ones; of few steps, those at 2x."""
 CHOSEN_ON = 8
 """On how many training prompts the times of better samplers are chosen."""
 
@@ -68,6 +67,7 @@ class CompareOptions:
     fine: int | None = None
     bound: bool = True
     only: Sequence[str] | None = None
+    rows: Mapping[str, Forecaster] | None = None
     batch_size: int = 16
     timed: int = 10
     scores: Mapping[str, Score] = field(default_factory=dict)
@@ -149,7 +149,7 @@ def line_up(pipe: Any, options: CompareOptions, folder: str | Path | None = None
     if options.methods:
         return list(options.methods)
     predictors = shipped(pipe, not options.demo) if options.predictors is None else options.predictors
-    more = dict(reuse=not options.demo, rivals=not options.demo)
+    more: Any = dict(reuse=not options.demo, rivals=not options.demo, rows=options.rows)
     lined_up = methods.line_up(_steps(pipe), _schedules(pipe, options), predictors, **more)
     if _budgets(pipe, options):
         if not at.leads:
@@ -192,10 +192,10 @@ def _planned(
     pipe: Any, options: CompareOptions, predictors: Sequence[Predictor], folder: str | Path | None
 ) -> list[Method]:
     grid, plan = _planning(pipe, options.data, folder)
-    more = dict(reuse=not options.demo, rivals=not options.demo)
+    more: Any = dict(reuse=not options.demo, rivals=not options.demo, rows=options.rows)
     lined_up = methods.line_up_planned(_budgets(pipe, options), grid, plan, predictors, **more, only=options.only)
     wanted = options.only is None or not set(options.only).isdisjoint(samplers.KINDS)
-    if wanted and not options.demo and samplers.fits(pipe):
+    if wanted and not options.demo and options.rows is None and samplers.fits(pipe):
 
         def at_output(forecaster: Forecaster, budget: int) -> Schedule:
             return plan(forecaster, budget, OUTPUT)

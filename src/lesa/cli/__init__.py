@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 USER_ERRORS = (ValueError, LookupError, OSError, RuntimeError, ImportError)
+COMPLETES = "_ARGCOMPLETE"
+"""What a shell sets where it asks how a line may go on."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; errors that a user can cause end as one line, and 2. Two commands answer a question by 0 or 1, and
-    3 is a training that was of no use."""
+    """Run a command; errors that a user can cause end as one line, and 2. Three commands answer a question by 0 or 1,
+    and 3 is a training that was of no use."""
     try:
         return _run(arguments)
     except KeyboardInterrupt:
@@ -25,7 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     from lesa.cli.parser import parser
 
-    options = parser().parse_args(arguments)
+    asked = parser()
+    if COMPLETES in os.environ:
+        _complete(asked)
+    options = asked.parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         with warnings.catch_warnings():
@@ -36,6 +43,14 @@ def _run(arguments: Sequence[str] | None) -> int:
             raise
         print(f"lesa: {_as_typed(' '.join(str(error).split()), vars(options))}", file=sys.stderr)
         return 2
+
+
+def _complete(asked: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks how a line may go on, which ends the process; without argcomplete say nothing."""
+    with suppress(ModuleNotFoundError):
+        import argcomplete
+
+        argcomplete.autocomplete(asked)
 
 
 def _warn(message: Warning | str, *_where: Any, **_more: Any) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
-from typing import Any
 
 from lesa.cli.options import say
 from lesa.predictors.calibration import Calibration
@@ -55,26 +53,3 @@ def export(given: Namespace) -> None:
 def push(given: Namespace) -> None:
     """Upload one to the hub."""
     say(Shelf().push(given.name, given.repo, private=given.private or None))
-
-
-def add(commands: Any) -> None:
-    """Add the command."""
-    words = "list, show, remove, export and push what was calibrated"
-    parser = commands.add_parser("shelf", help=words, description=words)
-    parser.set_defaults(command=listed)
-    what = parser.add_subparsers(metavar="WHAT")
-    what.add_parser("list", help="the names of what is kept").set_defaults(command=listed)
-    for name, run, help in (
-        ("show", show, "what one is for, and what was measured of it"),
-        ("remove", remove, "remove one, also one that cannot be read"),
-        ("export", export, "copy one into a folder, such as lesa/NAME beside a model"),
-        ("push", push, "upload one to the Hugging Face hub"),
-    ):
-        one = what.add_parser(name, help=help, description=help)
-        one.add_argument("name", metavar="NAME", help="as lesa shelf lists it")
-        one.set_defaults(command=run)
-        if run is export:
-            one.add_argument("folder", metavar="FOLDER", type=Path)
-        if run is push:
-            one.add_argument("repo", metavar="REPO", help="owner/name")
-            one.add_argument("--private", action="store_true")
