@@ -22,13 +22,17 @@ def of(comparison: Comparison, ours: str) -> str:
     begin with `ours`; these; and the same sampler with fewer steps.
     """
     results = comparison.results()
-    marks = {key_of(one): NEXT for one in best_of_each([one for one in results if not one.method.startswith(ours)])}
-    marks |= {key_of(one): BEST for one in best_of_each(results)}
-    worth = _worth(results)
+    marks, worth = marks_of(results, ours), _worth(results)
     lines = [one for one in results if key_of(one) in (REFERENCE, *marks) or stays(one, ours)]
     lines.sort(key=lambda one: (-round(one.full_steps), key_of(one) != REFERENCE, -worth[key_of(one)]))
     parts = [_table(lines, marks), _equal_cost(comparison, ours), report.notes(comparison)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def marks_of(results: Sequence[Result], ours: str) -> dict[Key, str]:
+    """Mark the best method of each number of full steps, and the best that is none of ours."""
+    marks = {key_of(one): NEXT for one in best_of_each([one for one in results if not one.method.startswith(ours)])}
+    return {**marks, **{key_of(one): BEST for one in best_of_each(results)}}
 
 
 def key_of(one: Result) -> Key:

@@ -48,7 +48,7 @@ class CompareOptions:
     full steps; `usual` are the budgets of long runs if none are named. It is planned on the runs of `data`, or on new
     ones of prompts that the model comes with. `peers` adds other projects' caches by their names (or 'all'), `fine` a
     run of so many steps that PSNR is measured against too, `bound` the bound of each schedule. `only` keeps the methods
-    of these names.
+    of these names; `rows` are compared in place of the usual ones without training, by their names in tables.
 
     Pictures are drawn `batch_size` at a time; the first `timed` are timed at batch 1. `scores` are measured besides
     PSNR and SSIM, and `lacking` says of others why not (see `lesa.bench.scores.load`). `anew` removes the folder's

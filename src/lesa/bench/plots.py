@@ -75,7 +75,7 @@ def psnr_over(results: Sequence[Result], path: str | Path, over: str = "full_ste
     _name_ends(axes, ends)
     if others := len(drawn) - len(ends):
         axes.plot([], [], color=GREY, marker=".", label=f"{others} others")
-        figure.legend(loc="lower right", fontsize=8, frameon=False)
+        figure.legend(loc=(0.71, 0.03), fontsize=8, frameon=False)
     _save(figure, path)
 
 
@@ -112,8 +112,8 @@ def spread(places: Sequence[float], apart: float) -> list[float]:
 def highlighted(results: Sequence[Result], ours: str = OURS) -> list[str]:
     """Choose the curves that a reader is to tell from each other, by their names, at most `SHOWN` of them.
 
-    The same sampler with fewer steps; ours; and of the others those that are the best somewhere, as measured by the
-    number of full steps, then those with the highest mean.
+    Ours, the same sampler with fewer steps, and of the others those that are the best at some number of full steps;
+    then those with the most points, and the highest.
     """
     score, drawn = scores_of(results)[1], curves(results)
 
@@ -129,9 +129,10 @@ def highlighted(results: Sequence[Result], ours: str = OURS) -> list[str]:
         most[round(one.full_steps)] = max(
             score[one.method, one.schedule].mean, most.get(round(one.full_steps), -math.inf)
         )
-    mine = sorted((name for name in drawn if name.startswith(ours)), key=lambda name: -worth(drawn[name]))[: SHOWN // 2]
+    mine = [name for name in drawn if name.startswith(ours)]
+    mine = sorted(mine, key=lambda name: (-len(drawn[name]), -worth(drawn[name])))[: SHOWN // 2]
     fewer = [name for name in drawn if name.startswith(FEWER)][:1]
-    others = sorted(rest, key=lambda name: (not best_somewhere(rest[name]), -worth(rest[name])))
+    others = sorted(rest, key=lambda name: (not best_somewhere(rest[name]), -len(rest[name]), -worth(rest[name])))
     return [*mine, *fewer, *others][:SHOWN]
 
 
@@ -190,7 +191,7 @@ def error_per_step(comparison: Comparison, path: str | Path) -> None:
     """
     errors = {key: mean_error(records) for key, records in comparison.records.items() if key != REFERENCE}
     errors = {key: error for key, error in errors.items() if len(error)}
-    results = [one for one in comparison.results() if (one.method, one.schedule) in errors]
+    results = [one for one in comparison.results() if (one.method, one.schedule) != REFERENCE]
     named = {(one.method, one.schedule): name for name, line in curves(results).items() for one in line}
     styles = styles_of(highlighted(results))
     full = {key: round(comparison.full_steps[key]) for key in errors}
@@ -199,7 +200,7 @@ def error_per_step(comparison: Comparison, path: str | Path) -> None:
     for budget, axes in zip(budgets, panels, strict=True):
         for key in sorted((key for key in errors if full[key] == budget), key=lambda key: named[key] in styles):
             style = styles.get(named[key]) or dict(color=GREY, linewidth=0.7, zorder=1)
-            axes.plot(errors[key], markersize=3, markevery=3, **style, label=named[key])
+            axes.plot(errors[key], markersize=2.5, **style, label=named[key])
         axes.set(title=f"{budget} full steps", xlabel="step", ylabel="relative error of the feature", yscale="log")
         axes.grid(alpha=0.3)
     _legend_below(figure, panels, styles)

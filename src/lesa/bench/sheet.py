@@ -36,12 +36,11 @@ def sheet(comparison: Comparison, frame: int | None = None, ours: str = OURS) ->
     """Draw kept pictures, prompts x methods, methods of as many full steps side by side; of clips one frame.
 
     Right of each picture is its difference from the reference's, `TIMES` as large, and under it its PSNR, in red and
-    'wrong' if it does not show what its prompt names. Of many methods those are shown that a short report has, at most
-    `ACROSS` in each of `BANDS` rows. Without a `frame` it is the middle one.
+    'wrong' if it does not show what its prompt names. Of many methods some are shown, first those of a short report, at
+    most `ACROSS` in each of `BANDS` rows. Without a `frame` it is the middle one.
     """
     results = {(result.method, result.schedule): result for result in comparison.results()}
-    keys = _chosen(comparison, results, ours)
-    bands = [keys[k : k + ACROSS] for k in range(0, len(keys), ACROSS)] or [[]]
+    bands = _chosen(comparison, results, ours)
     drawn = [_band(comparison, results, [REFERENCE, *band], frame) for band in bands]
     canvas = Image.new("RGB", (max(band.width for band in drawn), sum(band.height for band in drawn)), "white")
     top = 0
@@ -51,14 +50,21 @@ def sheet(comparison: Comparison, frame: int | None = None, ours: str = OURS) ->
     return canvas
 
 
-def _chosen(comparison: Comparison, results: Results, ours: str) -> list[Key]:
-    """Return the methods that are shown beside the reference, those with the most full steps first."""
-    keys = [key for key in comparison.pictures if key != REFERENCE]
-    if len(keys) > ACROSS * BANDS:
-        best = [(one.method, one.schedule) for one in brief.best_of_each([results[key] for key in keys])]
-        mine = [key for key in keys if key not in best and brief.stays(results[key], ours)]
-        keys = [*best, *mine][: ACROSS * BANDS]
-    return sorted(keys, key=lambda key: -results[key].full_steps)
+def _chosen(comparison: Comparison, results: Results, ours: str) -> list[list[Key]]:
+    """Return the methods that are shown beside the reference, in rows: all, or of many some of those with the most full
+    steps and of those with the fewest."""
+    keys = sorted((key for key in comparison.pictures if key != REFERENCE), key=lambda key: -results[key].full_steps)
+    if len(keys) <= ACROSS * BANDS:
+        return [keys[k : k + ACROSS] for k in range(0, len(keys), ACROSS)] or [[]]
+    budgets = {round(results[key].full_steps): None for key in keys}
+    marks, mine = brief.marks_of([results[key] for key in keys], ours), [key for key in keys if key[0].startswith(ours)]
+    ends = [*budgets][: BANDS - 1] + [*budgets][-1:]
+    bands = [[key for key in keys if round(results[key].full_steps) == budget] for budget in ends]
+
+    def merit(key: Key) -> tuple:
+        return key not in marks, key[0] != brief.FEWER, key not in mine, -results[key].psnr
+
+    return [sorted(band, key=merit)[:ACROSS] for band in bands]
 
 
 def _band(comparison: Comparison, results: Results, keys: Sequence[Key], frame: int | None) -> Image.Image:
@@ -111,7 +117,7 @@ def _lefts(results: Results, keys: Sequence[Key]) -> Iterator[int]:
 def _heading(result: Result) -> list[str]:
     reference = (result.method, result.schedule) == REFERENCE
     second = f"{result.full_steps:.3g} full steps, " + ("the reference" if reference else result.schedule)
-    mean = [] if reference else [f"mean {result.psnr:.1f} dB; right: {TIMES} times the difference"]
+    mean = [] if reference else [f"mean {result.psnr:.1f} dB; right: {TIMES} x difference"]
     return [line for text in (result.method, second, *mean) for line in textwrap.wrap(text, LETTERS[reference])]
 
 

@@ -109,7 +109,8 @@ class FirstStep:
 
     def __init__(self, moment: Moment, heard: Heard, noise: Noise, scheduler: Any, args: tuple, kwargs: dict):
         self.times, self.start = tuple(moment.times.tolist()), start_of(scheduler, args, kwargs, moment)
-        self._moment, self._heard, self._noise, self._step = moment, heard, noise, (scheduler, args, kwargs)
+        self._moment, self._heard, self._noise = moment, heard, noise
+        self.step: tuple[Any, tuple, dict] = scheduler, args, kwargs
         self._facts: Facts | None = None
         self.judged: Chosen | None = None
 
@@ -117,14 +118,14 @@ class FirstStep:
     def facts(self) -> Facts:
         """The run's facts, looked at once."""
         if self._facts is None:
-            self._facts = self._heard.facts(self._moment, self._noise, *self._step)
+            self._facts = self._heard.facts(self._moment, self._noise, *self.step)
         return self._facts
 
     def judge(self, chosen: Chosen) -> None:
         """Raise ValueError if the run does not fit what is chosen."""
         followed = [chosen.plan(name, self.start, self.start, self.times) for name in self._heard.outputs]
         if chosen.judge is not None:
-            chosen.judge.judge(followed, self._heard, *self._step)
+            chosen.judge.judge(followed, self._heard, *self.step)
         self.judged = chosen
 
 

@@ -16,4 +16,5 @@ def add(commands: Any) -> None:
     )
     examples = ("lesa doctor", "lesa doctor models/emoji-flux", "lesa doctor models/emoji-qwen --steps 20")
     parser = options.command(commands, "doctor", "doctor.doctor", words, examples, optional=True, more=more)
+    options.add_calls(parser)
     parser.add_argument("--prompt", default="a red apple", help="what it is called with ('a red apple')")
