@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 USER_ERRORS = (ValueError, LookupError, OSError, RuntimeError, ImportError)
@@ -48,9 +49,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 def _complete(asked: argparse.ArgumentParser) -> None:
     """Answer a shell that asks how a line may go on, which ends the process; without argcomplete say nothing."""
     with suppress(ModuleNotFoundError):
-        import argcomplete
-
-        argcomplete.autocomplete(asked)
+        import_module("argcomplete").autocomplete(asked)
 
 
 def _warn(message: Warning | str, *_where: Any, **_more: Any) -> None:

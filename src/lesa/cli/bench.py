@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lesa.bench import again, page, scores
@@ -103,6 +104,7 @@ def changes(given: Namespace) -> int:
     """Do two runs differ beyond noise?"""
     verdict = page.changes(given.first, given.second, given.score, given.tolerance)
     options.say(verdict.text)
+    options.say_next("report", given.second)
     return int(verdict.differs)
 
 
@@ -118,4 +120,5 @@ def reproduce(given: Namespace) -> int:
     if None not in floats:
         psnr += "; float PSNR {:.4f} dB then, {:.4f} dB now".format(*floats)
     options.say(f"{psnr}; SSIM {then.ssim:.6f} then, {now.ssim:.6f} now")
+    options.say_next("report", Path(given.records).parent)
     return int(found.off > given.tolerance)

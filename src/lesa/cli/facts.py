@@ -29,6 +29,7 @@ def rows(given: Namespace) -> None:
     predictor = Predictor.from_pretrained(given.predictor)
     stream = given.stream or predictor.origin.streams[0]
     print(compile(predictor.for_stream(stream), predictor.grid, predictor.schedule))
+    options.say_next("generate", "MODEL", "PROMPT", "--predictor", given.predictor)
 
 
 def flops(given: Namespace) -> None:
@@ -42,6 +43,7 @@ def flops(given: Namespace) -> None:
     print(f"{report.markdown(*counting.steps_table(chosen, costs), text=1)}\n")
     print(f"{report.markdown(*counting.runs_table(chosen, costs), text=3)}\n")
     print(report.markdown(*counting.memory_table(chosen, costs), text=1))
+    options.say_next("plan", given.model or "MODEL", "--budgets", "10,8,6")
 
 
 def convert(given: Namespace) -> None:
@@ -67,6 +69,7 @@ def convert(given: Namespace) -> None:
     memories = ", ".join(map(str, predictor.memories))
     print(f"{len(predictor.memories)} stages of {memories} past features, streams {', '.join(weights.streams)}")
     print(given.out)
+    options.say_next("rows", given.out)
 
 
 def _grid(text: str, model: models.Model) -> Any:

@@ -32,6 +32,18 @@ def generate(given: Namespace) -> None:
         print(run.summary())
     save_picture(drawn[0], given.out)
     options.say(given.out)
+    _hint(given)
+
+
+def _hint(given: Namespace) -> None:
+    """Say what may come next: the same in full to compare with, or fewer full steps than without training."""
+    if given.full:
+        options.say_next("generate", given.model, given.prompt, "--seed", given.seed)
+    elif given.forecaster:
+        options.say_next("calibrate", given.model, "--prompts", "FILE", "--budget", 8)
+    else:
+        beside = Path(given.out).with_stem(f"{Path(given.out).stem}-full")
+        options.say_next("generate", given.model, given.prompt, "--seed", given.seed, "--full", "--out", beside)
 
 
 def _accelerated(pipe: Any, given: Namespace) -> Run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from lesa.cli.options import say
+from lesa.cli.options import say, say_next
 from lesa.predictors.calibration import Calibration
 from lesa.predictors.shelf import Shelf
 
@@ -15,14 +15,18 @@ def listed(_given: Namespace) -> None:
     kept = shelf.all()
     for one in kept:
         say(f"{one.name}  {', '.join(map(str, one.budgets))} full of {one.facts.steps} steps  {one.when[:10]}")
-    if not kept:
-        say(f"nothing is calibrated yet in {shelf.folder}: lesa calibrate")
+    if kept:
+        say_next("shelf", "show", kept[0].name)
+    else:
+        say(f"nothing is calibrated yet in {shelf.folder}")
+        say_next("calibrate", "MODEL", "--prompts", "FILE", "--budget", 8)
 
 
 def show(given: Namespace) -> None:
     """Show what one is for, and what was measured of it."""
     for line in _told(Shelf().find(given.name)):
         say(line)
+    say_next("shelf", "export", given.name, "FOLDER")
 
 
 def _told(one: Calibration) -> list[str]:
@@ -43,13 +47,16 @@ def _told(one: Calibration) -> list[str]:
 def remove(given: Namespace) -> None:
     """Remove one."""
     say(f"removed {Shelf().remove(given.name)}")
+    say_next("shelf")
 
 
 def export(given: Namespace) -> None:
     """Copy one into a folder."""
     say(str(Shelf().export(given.name, given.folder)))
+    say_next("doctor", "MODEL")
 
 
 def push(given: Namespace) -> None:
     """Upload one to the hub."""
     say(Shelf().push(given.name, given.repo, private=given.private or None))
+    say_next("doctor", "MODEL")

@@ -170,7 +170,7 @@ class Predictor(
 
     def check_start(self, start: int) -> None:
         """Raise ValueError if runs that begin at this step of the grid have no full step there."""
-        if self.schedule.rule == "at" and start not in self.full:
+        if self.schedule.rule == "at" and start != self.full[0]:
             raise ValueError(
                 f"this predictor was trained for runs from step {self.full[0]} on, with the full steps "
                 f"{', '.join(map(str, self.full))}, got one that begins at step {start} (image to image, of another "
