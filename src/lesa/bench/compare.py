@@ -27,7 +27,7 @@ from lesa.learn.plan import FEW_STEPS, finder, planner_of, shipped_prompts
 from lesa.learn.planning import Planner
 from lesa.learn.ranks import ALONE, Ranks
 from lesa.learn.trajectory import Store
-from lesa.predictors import Predictor
+from lesa.predictors import ContinuousLESA, Predictor
 from lesa.predictors.base import CONFIG_FILE
 from lesa.predictors.fingerprint import pipeline_fingerprint
 from lesa.predictors.shipped import SHIPPED_FOLDER
@@ -158,11 +158,33 @@ def line_up(pipe: Any, options: CompareOptions, folder: str | Path | None = None
         lined_up += [one for one in _planned(pipe, options, predictors, folder) if one.key not in known]
         if at.leads:
             at.wait()
+    lined_up += _left_out(pipe, options, lined_up)
     if options.peers:
         names = list(peers.FAMILIES) if list(options.peers) == ["all"] else list(options.peers)
         prompt = read_prompts(Path(source_of(pipe).model) / "prompts" / "train.txt")[0]
         lined_up += peers.line_up(names, _steps(pipe), prompt)
     return _only(lined_up, options.only)
+
+
+def _left_out(pipe: Any, options: CompareOptions, lined_up: Sequence[Method]) -> list[Method]:
+    """Line up predictors that were named and are on none of the schedules so far: on their own, with rows without
+    training.
+
+    Raises: ValueError if one is for runs of another length.
+    """
+    there, known = {method.recipe.get("predictor") for method in lined_up}, {method.key for method in lined_up}
+    found: list[Method] = []
+    for one in options.predictors or ():
+        if one.digest() in there or isinstance(one, ContinuousLESA):
+            continue
+        if len(one.grid) - 1 != _steps(pipe):
+            raise ValueError(
+                f"a predictor is compared in runs as it was trained for, of {len(one.grid) - 1} steps, got runs of "
+                f"{_steps(pipe)} for {one!r}; name those steps (num_inference_steps), or leave it out."
+            )
+        more: Any = dict(reuse=not options.demo, rivals=not options.demo, rows=options.rows)
+        found += methods.line_up(_steps(pipe), [one.schedule], [one], **more)
+    return [method for method in {method.key: method for method in found}.values() if method.key not in known]
 
 
 def shipped(pipe: Any, variants: bool = True) -> list[Predictor]:

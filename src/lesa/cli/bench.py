@@ -40,7 +40,7 @@ def _compare(given: Namespace, name: str) -> None:
         load = options.load_options(given)
         out = options.folder(given.out)
         pipe = loaded(as_collected(load, chosen.data) if chosen.data else load)
-        chosen = replace(chosen, predictors=_predictors(pipe, given.predictors, not chosen.demo))
+        chosen = replace(chosen, predictors=_predictors(pipe, given.predictors))
         steps = compare(pipe, prompts, out, chosen, at=at).setting["call"]["num_inference_steps"]
         if at.leads:
             options.say(f"\n{len(prompts)} prompts of {source}, {steps} steps\n")
@@ -71,13 +71,14 @@ def _options(given: Namespace, at: Ranks) -> CompareOptions:
     )
 
 
-def _predictors(pipe: Any, named: list[str] | None, variants: bool) -> list[Predictor]:
-    """Load the predictors named, or those shipped with the model."""
-    found = shipped(pipe, variants) if named is None else [Predictor.from_pretrained(place) for place in named]
-    if not found:
+def _predictors(pipe: Any, named: list[str] | None) -> list[Predictor] | None:
+    """Load the predictors named; None are those shipped with the model, if there are any."""
+    if named is not None:
+        return [Predictor.from_pretrained(place) for place in named]
+    if not shipped(pipe):
         place = source_of(pipe).home / SHIPPED_FOLDER
         options.say_aside(f"no predictor lies in {place}: rows without training only")
-    return found
+    return None
 
 
 def _show(written: page.Page, given: Namespace) -> None:
@@ -88,7 +89,7 @@ def _show(written: page.Page, given: Namespace) -> None:
 def _hint(given: Namespace, name: str) -> None:
     """Say what may come next: the whole report of a short one, or a benchmark of more pairs."""
     if name == "demo":
-        options.say_next("bench", given.model, "--pairs", 100)
+        options.say_next("bench", *options.as_given(given), "--pairs", 100)
     else:
         options.say_next("report", given.out, "--all")
 

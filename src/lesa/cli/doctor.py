@@ -20,7 +20,7 @@ def doctor(given: Namespace) -> int:
     found = examine(loaded(options.load_options(given)), **(call if isinstance(call, dict) else {"prompt": call}))
     options.say(f"\n{found}")
     if found.accelerates:
-        options.say_next("generate", given.model, given.prompt)
+        options.say_next("generate", *options.as_given(given), given.prompt)
     else:
-        options.say_next("calibrate", given.model, "--prompts", "FILE")
+        options.say_next("calibrate", *options.as_given(given), "--prompts", "FILE")
     return 0 if found.accelerates else 1

@@ -30,7 +30,7 @@ def collect(given: Namespace) -> None:
         if at.leads:
             options.say(f"{len(store)} runs in {given.out}, digest {store.digest()}")
             more = ("--validation-prompts", "FILE", "--out", "FOLDER")
-            options.say_next("train", given.model, "--data", given.out, *more)
+            options.say_next("train", *options.as_given(given), "--data", given.out, *more)
 
 
 def plan(given: Namespace) -> None:
@@ -53,7 +53,7 @@ def plan(given: Namespace) -> None:
     if given.verify or given.plot:
         _verify(given, pipe, forecaster, found)
     rows = ("--predictor", given.predictor) if given.predictor else ("--forecaster", given.forecaster)
-    options.say_next("generate", given.model, "PROMPT", *rows, "--schedule", found[-1].schedule)
+    options.say_next("generate", *options.as_given(given), "PROMPT", *rows, "--schedule", found[-1].schedule)
 
 
 def _verify(given: Namespace, pipe: Any, forecaster: Any, found: list[planning.Planned]) -> None:
@@ -74,7 +74,7 @@ def train(given: Namespace) -> int:
     chosen.check_lessons(len(stores))
     prompts = options.runs_of(given.validation_prompts, given.validation_calls, given.validation)
     code = _told(training.train(loaded(load), stores, prompts, given.out, chosen, say=options.say), without)
-    options.say_next("generate", given.model, "PROMPT", "--predictor", given.out)
+    options.say_next("generate", *options.as_given(given), "PROMPT", "--predictor", given.out)
     return code
 
 
@@ -134,7 +134,7 @@ def _calibrated(given: Namespace, curve: Curve, budget: int, seconds: float) -> 
     """Say what a calibration came to, and what to do next."""
     point = curve.at(budget)
     options.say_aside(f"calibrated in {seconds:.1f} s, the runs included; the predictors are on the shelf (lesa shelf)")
-    options.say_next("generate", given.model, "another prompt", "--budget", budget)
+    options.say_next("generate", *options.as_given(given), "another prompt", "--budget", budget)
     for one in curve.points:
         if one.left_out:
             options.say_aside(f"lesa: at {one.full_steps} full steps, left out: {one.left_out}")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from lesa.rows.forecasters import Forecaster
 
 MOST_SEEDS = 1_000_000
+DEFAULTS = ("cpu", "none")
+"""Of the device and of offloading."""
 WIDTH = 100
 """Columns of a help's texts."""
 
@@ -71,8 +73,10 @@ def command(
         parser.add_argument("--model", default=model, help=f"folder of a diffusers pipeline ({model or 'the one run'})")
     parser.add_argument("--lora", metavar="LORA", help="folder, hub name or file of a LoRA, whose predictors are taken")
     parser.add_argument("--steps", type=read_count, help="default: the model's own, or 50")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--offload", choices=OFFLOADS, default="none", help="keep weights in the CPU's memory (none)")
+    parser.add_argument("--device", default=DEFAULTS[0])
+    parser.add_argument(
+        "--offload", choices=OFFLOADS, default=DEFAULTS[1], help="keep weights in the CPU's memory (none)"
+    )
     parser.add_argument("--dtype", help="e.g. bfloat16; default: that of diffusers")
     parser.add_argument("--variant", help="of the weights' files, e.g. fp16")
     parser.add_argument("--revision", help="of the hub repository: a branch, tag or commit")
@@ -155,6 +159,20 @@ def say(line: str) -> None:
 def say_aside(line: str) -> None:
     """Print a line that is no result."""
     print(line, file=sys.stderr)
+
+
+def as_given(given: argparse.Namespace) -> list[str]:
+    """Return the model of a command with the options that say how it is loaded and called, as they were typed."""
+    words = [str(given.model)]
+    for name in ("lora", "steps", "device", "offload", "dtype", "variant", "revision"):
+        value = getattr(given, name)
+        if value not in (None, *DEFAULTS):
+            words += [f"--{name}", str(value)]
+    words += ["--vae-tiling"] * given.vae_tiling
+    for name in ("scheduler", "call"):
+        if getattr(given, name):
+            words += [f"--{name}", json.dumps(getattr(given, name))]
+    return words
 
 
 def say_next(*words: Any) -> None:

@@ -37,13 +37,14 @@ def generate(given: Namespace) -> None:
 
 def _hint(given: Namespace) -> None:
     """Say what may come next: the same in full to compare with, or fewer full steps than without training."""
+    model = options.as_given(given)
     if given.full:
-        options.say_next("generate", given.model, given.prompt, "--seed", given.seed)
+        options.say_next("generate", *model, given.prompt, "--seed", given.seed)
     elif given.forecaster:
-        options.say_next("calibrate", given.model, "--prompts", "FILE", "--budget", 8)
+        options.say_next("calibrate", *model, "--prompts", "FILE", "--budget", 8)
     else:
         beside = Path(given.out).with_stem(f"{Path(given.out).stem}-full")
-        options.say_next("generate", given.model, given.prompt, "--seed", given.seed, "--full", "--out", beside)
+        options.say_next("generate", *model, given.prompt, "--seed", given.seed, "--full", "--out", beside)
 
 
 def _accelerated(pipe: Any, given: Namespace) -> Run:
@@ -61,6 +62,6 @@ def _accelerated(pipe: Any, given: Namespace) -> Run:
             raise
         raise LookupError(
             f"no predictor is shipped with {given.lora or given.model} that fits; name one (--predictor FOLDER), make "
-            "one of a few prompts (lesa calibrate), or draw without training: --forecaster lagrange:1 --schedule "
-            "every:3."
+            "one of a few prompts (lesa calibrate), or draw without training: --forecaster default, or --forecaster "
+            "lagrange:1 --schedule every:3."
         ) from error
