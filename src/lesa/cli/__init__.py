@@ -54,7 +54,17 @@ def _complete(asked: argparse.ArgumentParser) -> None:
 
 def _warn(message: Warning | str, *_where: Any, **_more: Any) -> None:
     """Say a warning in one line: where in the code it comes from is of no use to whoever typed a command."""
-    print(f"lesa: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"lesa: {_as_command(' '.join(str(message).split()))}", file=sys.stderr)
+
+
+def _as_command(text: str) -> str:
+    """Write calls that a text advises as the commands that do the same."""
+
+    def command(found: re.Match[str]) -> str:
+        given = [part.strip().split("=") for part in found[1].replace("'", "").split(",") if "=" in part]
+        return "lesa calibrate MODEL --prompts FILE" + "".join(f" --{name} {value}" for name, value in given)
+
+    return re.sub(r"lesa\.calibrate\(pipe, prompts([^()]*)\)", command, text)
 
 
 def _as_typed(text: str, options: Sequence[str] | dict) -> str:
@@ -65,4 +75,4 @@ def _as_typed(text: str, options: Sequence[str] | dict) -> str:
     def typed(found: re.Match[str]) -> str:
         return f"--{found[1].replace('_', '-')} {found[2] or found[3] or ''}".rstrip()
 
-    return re.sub(rf"(?<![\w(.-])({names})={value}", typed, text)
+    return re.sub(rf"(?<![\w(.-])({names})={value}", typed, _as_command(text))
