@@ -24,6 +24,7 @@ from lesa.host.facts import Facts
 from lesa.host.intercept import unmarked
 from lesa.host.runtime import Run
 from lesa.host.tap import tap_of
+from lesa.predictors import Predictor
 from lesa.predictors.shelf import Shelf
 from lesa.rows import sampler as samplers
 from lesa.rows.row import Storage
@@ -183,7 +184,7 @@ class _Look(Found):
         known: dict[str, Callable[[list[tuple[int, str]]], Chosen | None]] = {
             f"calibration {one.name}": partial(self._calibrated, one, first) for one in self._calibrations
         }
-        known |= {repr(one): partial(self._trained, one, first) for one in self._predictors()}
+        known |= {repr(one): partial(self._at_this_tap, one, first) for one in self._predictors()}
         yield from _judged(known)
         try:
             chosen = super().decide(first)
@@ -198,6 +199,15 @@ class _Look(Found):
         steps = len(first.times) - 1 - first.start
         words = f"takes {chosen.label}, {len(full)} full of {steps} steps"
         yield Finding("accelerate", "yes", words + ", forecasting the data prediction" * of_data)
+
+    def _at_this_tap(self, one: Predictor, first: FirstStep, reasons: list[tuple[int, str]]) -> Chosen | None:
+        """Choose a predictor if it fits and is at the tap of what is taken; else add the reason why not."""
+        if one.origin.tap != self._tap and self._may(one, first.times):
+            reasons.append(
+                (1, "at another tap than what is taken; name it to run it: lesa.accelerate(pipe, predictor)")
+            )
+            return None
+        return self._trained(one, first, reasons)
 
 
 def _judged(known: Mapping[str, Callable[[list[tuple[int, str]]], Chosen | None]]) -> Iterator[Finding]:
