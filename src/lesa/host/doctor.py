@@ -188,16 +188,15 @@ class _Look(Found):
         yield from _judged(known)
         try:
             chosen = super().decide(first)
-            of_data = chosen.data is not None and chosen.data.wanted(*first.step)
+            plan = chosen.plan(first.facts.streams[0], first.start, first.start, first.times)
+            of_data = bool(plan.rows) and chosen.data is not None and chosen.data.wanted(*first.step)
             if not of_data:
                 first.judge(chosen)
         except ValueError as error:
             yield Finding("accelerate", "no", str(error))
             return
         self.accelerates = True
-        full = chosen.plan(first.facts.streams[0], first.start, first.start, first.times).full
-        steps = len(first.times) - 1 - first.start
-        words = f"takes {chosen.label}, {len(full)} full of {steps} steps"
+        words = f"takes {chosen.label}, {len(plan.full)} full of {len(first.times) - 1 - first.start} steps"
         yield Finding("accelerate", "yes", words + ", forecasting the data prediction" * of_data)
 
     def _at_this_tap(self, one: Predictor, first: FirstStep, reasons: list[tuple[int, str]]) -> Chosen | None:
