@@ -22,7 +22,7 @@ from lesa.host.denoiser import compiled_from, denoisers_of
 from lesa.host.executor import Executor
 from lesa.host.facts import Facts
 from lesa.host.intercept import unmarked
-from lesa.host.runtime import Run
+from lesa.host.runtime import Run, check_free
 from lesa.host.tap import tap_of
 from lesa.predictors import Predictor
 from lesa.predictors.shelf import Shelf
@@ -118,6 +118,7 @@ def examine(pipe: Any, *args: Any, **call: Any) -> Examination:
     findings = [Finding("pipeline", "", f"a {type(pipe).__name__} of {_where(pipe)}")]
     try:
         names = denoisers_of(pipe)
+        check_free(pipe, names)
         look = _Look(pipe, names, Terms())
         run = Run(pipe, names, Executor(PipelineClock(pipe), look, Storage.parse("model"), {}), lambda *_: None, False)
     except ValueError as error:

@@ -281,8 +281,7 @@ def accelerate(
         choice = Named(chosen) if fallback == REFUSE else NamedOrElse(chosen, terms, fallback)
     executor = Executor(clock, choice, storage, detours or {}, stream_of)
     with _lock:
-        if any(_run_of(module) for module in _modules(pipe, names)):
-            raise ValueError("a transformer is accelerated once, but this one is already; call lesa.disable first.")
+        check_free(pipe, names)
         fits = own.check_model if own else lambda _module, _tap: None
         return Run(pipe, names, executor, fits, verify_tap)
 
@@ -296,6 +295,12 @@ def disable(pipe: Any) -> None:
         run = _run_of(module)
         if run is not None:
             run.close()
+
+
+def check_free(pipe: Any, names: Sequence[str]) -> None:
+    """Raise ValueError if one of a pipeline's denoisers is accelerated already."""
+    if any(_run_of(module) for module in _modules(pipe, names)):
+        raise ValueError("a transformer is accelerated once, but this one is already; call lesa.disable first.")
 
 
 def _modules(pipe: Any, names: Sequence[str]) -> list[Any]:
