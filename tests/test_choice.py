@@ -129,7 +129,7 @@ def test_a_fallback_runs_where_none_fits_and_is_counted(guided, fallback):
         assert torch.equal(draw(guided, **other), expected)
         draw(guided, **GUIDED)
     assert run.summary().fallbacks == 1 and len(run.summary().chosen) == 2
-    assert "1 runs fitted no predictor, and fell back" in str(run.summary())
+    assert "1 run fitted no predictor, and fell back" in str(run.summary())
     assert (fallback == "full") == ("fallback: every step full" in run.summary().chosen)
 
 

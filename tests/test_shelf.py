@@ -188,7 +188,7 @@ def test_the_command_lists_shows_removes_and_exports(capsys, tmp_path, monkeypat
         assert main(["shelf", *words]) == 0
         return capsys.readouterr().out
 
-    assert said() == f"nothing is calibrated yet in {Shelf().folder}: lesa calibrate\n"
+    assert said() == f"nothing is calibrated yet in {Shelf().folder}\n"
     folder = put(Shelf())
     assert said() == said("list") and said().startswith(f"{folder.name}  1, 2 full of 3 steps  20")
     shown = said("show", folder.name)

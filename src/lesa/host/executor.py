@@ -311,8 +311,8 @@ class Executor:
             self._data_run = DataRun()
             self.data, self.data_reason = self.data or StreamSummary(), chosen.data.reason
             self.data.runs += 1
-        elif chosen.judge is not None and chosen is not first.judged:
-            chosen.judge.judge(followed, heard, scheduler, args, kwargs)
+        elif chosen is not first.judged:
+            chosen.check(followed, heard, scheduler, args, kwargs)
 
     def _turn_to(self, chosen: Chosen, moment: Moment, start: int) -> None:
         """Go on with what was chosen after the run began; nothing was skipped yet."""

@@ -121,6 +121,7 @@ class Solved(Predictor):
         Raises: ValueError if it has not so many full steps, or the predictor is not for this grid.
         """
         self.check_grid(times_in_order(grid))
+        self.check_start(start)
         if budget not in (None, len(self.full)):
             raise ValueError(
                 f"these rows were solved for {len(self.full)} full steps, got a budget of {budget}; take others."
