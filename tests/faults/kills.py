@@ -19,6 +19,8 @@ import lesa
 from lesa.bench import records
 from lesa.bench.methods import fewer_steps, forecast
 from lesa.host.pipelines import with_call
+from lesa.predictors.calibration import CALIBRATION_FILE, Calibration
+from lesa.predictors.shelf import LOCK, Shelf
 
 CALL = dict(height=32, width=32, num_inference_steps=4, max_sequence_length=16)
 PROMPTS = ["small red apple on white, left", "large blue fish on grey, right", "small green pear on grey, left"]
@@ -61,15 +63,28 @@ def bench(pipe: Any, folder: Path) -> None:
     lesa.compare(pipe, PROMPTS, folder / "bench", options)
 
 
-WORKS: dict[str, Callable[[Any, Path], None]] = {"collect": collect, "train": train, "bench": bench}
+def calibrate(pipe: Any, folder: Path) -> None:
+    options = lesa.CalibrateOptions(refine=1, most=2, progress=False)
+    shelf = Shelf(folder / "shelf")
+    lesa.calibrate(pipe, PROMPTS[:2], folder / "predictor", options, budgets=(3, 2), shelf=shelf)
+
+
+WORKS: dict[str, Callable[[Any, Path], None]] = {
+    "collect": collect,
+    "train": train,
+    "bench": bench,
+    "calibrate": calibrate,
+}
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """All that a work left: files byte for byte, but for the records' starts and what says how long it took."""
-    found: dict[str, Any] = {}
+    """All that a work left: files byte for byte, but for what says when it was done and how long it took."""
+    found: dict[str, Any] = {"kept": [_of_shelf(one) for one in Shelf(folder / "shelf").all()]}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if not path.is_file() or path.name.startswith(".lock") or path.name.endswith(".partial"):
+        if not path.is_file() or path.name.startswith((".lock", LOCK)) or path.name.endswith(".partial"):
+            continue
+        if path.name == CALIBRATION_FILE:
             continue
         if path.name == "config.json":  # a stopped training does not say its seconds, and so has another digest
             predictor = lesa.Predictor.from_pretrained(path.parent)
@@ -80,6 +95,14 @@ def results(folder: Path) -> dict[str, Any]:
     if list(folder.glob("bench/records*.jsonl")):
         found["records"] = records.load(folder / "bench").records
     return found
+
+
+def _of_shelf(kept: Calibration) -> Any:
+    """Return a calibration without when it was made, and how long it took: rivals are planned for once a process."""
+    points = kept.table["curve"]["points"]
+    for point in points:
+        del point["seconds"], point["transformer_runs"]["rivals"]
+    return kept.fingerprint, kept.facts, kept.digests, {**kept.table, "curve": points}
 
 
 def events_of(work: Callable[[Any, Path], None], pipe: Any, folder: Path) -> int:

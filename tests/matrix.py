@@ -1,0 +1,232 @@
+"""Every environment that can be had here: made, tested, and listed in docs/versions.md. `make test-matrix`.
+
+python tests/matrix.py [--only NAME ...] [--quick] [--make] [--out docs/versions.md]
+
+Environments are kept in .venv-matrix/, each with what its newest run gave. A Python that is not on this machine is told
+and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PLACE = ROOT / ".venv-matrix"
+PINNED, OLDEST, NEWEST = "constraints.txt", "constraints-oldest.txt", ""
+TOOLS = ("pytest", "pytest-xdist", "hypothesis", "scipy")
+"""What the tests themselves need."""
+SHOWN = ("torch", "diffusers", "transformers", "huggingface_hub", "numpy")
+QUICK = [
+    *("grid", "schedule", "row", "forecasters", "plan", "sampler", "levels", "predictor", "shelf", "fingerprint"),
+    *("structure", "tap", "denoiser", "facts", "choice", "conditions", "runtime", "offload", "types"),
+    *("trajectory", "collect", "training", "solve", "calibrate", "cli", "messages", "needs", "package"),
+]
+"""The tests of a quick run, by their files' names: one or two of each of the house's rooms."""
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """One environment: a Python, versions, and what of lesa is installed, from this checkout or as a wheel."""
+
+    name: str
+    python: str
+    constraints: str
+    extras: tuple[str, ...] = ("bench", "models", "video")
+    wheel: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return PLACE / self.name
+
+    @property
+    def program(self) -> Path:
+        return self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+    @property
+    def versions(self) -> str:
+        return {PINNED: "as pinned", OLDEST: "the oldest declared", NEWEST: "the newest there are"}[self.constraints]
+
+    @property
+    def installed(self) -> str:
+        what = "a wheel" if self.wheel else "the checkout"
+        return f"{what} with {', '.join(self.extras)}" if self.extras else f"{what} without extras"
+
+
+ENVIRONMENTS = [
+    Environment("python-3.10", "3.10", PINNED),
+    Environment("python-3.11", "3.11", PINNED),
+    Environment("python-3.12", "3.12", PINNED),
+    Environment("newest", "3.13", NEWEST),
+    Environment("oldest", "3.11", OLDEST),
+    Environment("wheel", "3.11", PINNED, wheel=True),
+    Environment("core", "3.11", PINNED, extras=(), wheel=True),
+]
+
+
+def find_python(version: str) -> str | None:
+    """Return a Python of a version, such as '3.12', that runs here: on the path, or one of pyenv's."""
+    kept = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    found = [shutil.which(f"python{version}"), sys.executable, *map(str, kept.glob(f"{version}.*/bin/python"))]
+    words = "import sys; print('%d.%d' % sys.version_info[:2])"
+    for program in filter(None, found):
+        said = subprocess.run([program, "-c", words], capture_output=True, text=True, check=False)
+        if said.stdout.strip() == version:
+            return program
+    return None
+
+
+def make(environment: Environment, python: str) -> None:
+    """Make an environment where it is not there yet, or was made of other declarations.
+
+    Raises: CalledProcessError if it cannot be.
+    """
+    stamp = environment.folder / "made-of"
+    wanted = _declared(environment)
+    if stamp.exists() and stamp.read_text() == wanted and not environment.wheel:
+        return
+    if not environment.program.exists():
+        run([python, "-m", "venv", str(environment.folder)])
+    pip = [str(environment.program), "-m", "pip", "--disable-pip-version-check", "install"]
+    pip += ["-c", str(ROOT / environment.constraints)] if environment.constraints else ["--upgrade"]
+    extras = f"[{','.join(environment.extras)}]" if environment.extras else ""
+    if environment.wheel:
+        with tempfile.TemporaryDirectory() as folder:
+            run([*pip[:-3], "wheel", "--no-deps", "-w", folder, str(ROOT)])
+            (wheel,) = Path(folder).glob("*.whl")
+            run([*pip, f"{wheel}{extras}", *TOOLS])
+            run([*pip, "--no-deps", "--force-reinstall", str(wheel)])
+    else:
+        run([*pip, "-e", f"{ROOT}{extras}", *TOOLS])
+    stamp.write_text(wanted)
+
+
+def _declared(environment: Environment) -> str:
+    files = ["pyproject.toml", *([environment.constraints] if environment.constraints else [])]
+    return repr(environment) + "".join((ROOT / file).read_text() for file in files)
+
+
+def run(command: Sequence[str], **options: Any) -> None:
+    print("$", *command, flush=True)
+    subprocess.run(command, check=True, **options)
+
+
+def surroundings() -> dict[str, str]:
+    """Return an environment in which nothing but what is installed is found."""
+    return {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def tested(environment: Environment, quick: bool, workers: int) -> dict[str, Any]:
+    """Run the tests in an environment, and what a user does outside of a checkout; returns what that gave."""
+    began, program = time.time(), str(environment.program)
+    files = [f"tests/test_{name}.py" for name in QUICK] if quick else []
+    files = [file for file in files if (ROOT / file).exists()]
+    command = [program, "-m", "pytest", "-q", "-n", str(workers), "--dist", "loadfile", *files]
+    said = subprocess.run(command, cwd=ROOT, env=surroundings(), capture_output=True, text=True, check=False)
+    print(said.stdout[-6000:], said.stderr[-2000:], flush=True)
+    last = next(
+        (line for line in reversed(said.stdout.splitlines()) if re.search(r"\d+ (passed|failed|error)", line)), ""
+    )
+    counts = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
+    outside = subprocess.run(
+        [program, str(ROOT / "tests" / "outside.py")], env=surroundings(), capture_output=True, text=True, check=False
+    )
+    print(outside.stdout[-4000:], outside.stderr[-2000:], flush=True)
+    return {
+        "versions": _versions(program),
+        "counts": counts,
+        "code": said.returncode,
+        "quick": quick,
+        "outside": outside.returncode,
+        "seconds": time.time() - began,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _versions(program: str) -> dict[str, str]:
+    words = "import importlib.metadata as m, json, sys; found = {'python': sys.version.split()[0]}; "
+    words += f"found |= {{n: m.version(n) for n in {SHOWN!r}}}; print(json.dumps(found))"
+    said = subprocess.run([program, "-c", words], capture_output=True, text=True, check=True, env=surroundings())
+    return json.loads(said.stdout)
+
+
+HEAD = """# Versions
+
+Written by `make test-matrix`, which makes each of these environments and runs the tests in it. `outside` is what
+somebody does with the package and no checkout, in an empty folder (`tests/outside.py`): every command's help, a tiny
+model calibrated, run, listed and trained for, by the program `lesa`; and what a command says that lacks a package.
+
+What `pyproject.toml` declares is what passes here: {bounds}. Python 3.10 ends with diffusers 0.41 and
+transformers 5.20, the newest that are made for it.
+"""
+
+
+def page(results: Sequence[tuple[Environment, dict[str, Any] | None]]) -> str:
+    """Return docs/versions.md: a table of the environments, each with what its newest run gave."""
+    head = ["environment", "versions", "installed", "Python", *SHOWN, "passed", "failed", "skipped", "outside", "tests"]
+    rows = [head, ["---"] * 4 + ["---"] * len(SHOWN) + ["---:"] * 3 + ["---", "---"]]
+    for environment, found in results:
+        row = [environment.name, environment.versions, environment.installed]
+        rows.append(row + (_cells(found) if found else [environment.python, *[""] * (len(SHOWN) + 4), "not had here"]))
+    text = (ROOT / "pyproject.toml").read_text()
+    bounds = ", ".join(
+        f"`{one}`" for one in re.findall(r'^    "((?:diffusers|huggingface_hub|torch|transformers)>=.*)",', text, re.M)
+    )
+    bounds += f", Python {re.search(r'requires-python = .(.*).$', text, re.M)[1]}"  # pyright: ignore
+    return HEAD.format(bounds=bounds) + "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _cells(found: dict[str, Any]) -> list[str]:
+    counts = found["counts"]
+    failed = counts.get("failed", 0) + counts.get("error", 0)
+    versions = [found["versions"][name].split("+")[0] for name in ("python", *SHOWN)]
+    told = [str(counts.get("passed", 0)), str(failed), str(counts.get("skipped", 0))]
+    return [*versions, *told, "failed" if found["outside"] else "works", "a subset" if found["quick"] else "all"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=[one.name for one in ENVIRONMENTS], help="these alone")
+    parser.add_argument("--quick", action="store_true", help="some files of tests, of every room of the house")
+    parser.add_argument("--make", action="store_true", help="make the environments and test nothing")
+    parser.add_argument("--workers", type=int, default=2, help="processes that share the files of tests (2)")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "versions.md")
+    options = parser.parse_args()
+    wrong = []
+    for environment in ENVIRONMENTS:
+        if options.only and environment.name not in options.only:
+            continue
+        python = find_python(environment.python)
+        if python is None:
+            print(f"{environment.name}: no Python {environment.python} is here; it is left out", flush=True)
+            continue
+        make(environment, python)
+        if options.make:
+            continue
+        print(f"\n== {environment.name}", flush=True)
+        found = tested(environment, options.quick, options.workers)
+        (environment.folder / RESULT).write_text(json.dumps(found, indent=1))
+        if found["code"] or found["outside"]:
+            wrong.append(environment.name)
+    if not options.make:
+        kept = [(one, one.folder / RESULT) for one in ENVIRONMENTS]
+        results = [(one, json.loads(file.read_text()) if file.exists() else None) for one, file in kept]
+        options.out.write_text(page(results), encoding="utf-8")
+    print("failed: " + ", ".join(wrong) if wrong else "none failed")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
