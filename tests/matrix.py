@@ -180,12 +180,15 @@ def page(results: Sequence[tuple[Environment, dict[str, Any] | None]]) -> str:
     for environment, found in results:
         row = [environment.name, environment.versions, environment.installed]
         rows.append(row + (_cells(found) if found else [environment.python, *[""] * (len(SHOWN) + 4), "not had here"]))
-    text = (ROOT / "pyproject.toml").read_text()
-    bounds = ", ".join(
-        f"`{one}`" for one in re.findall(r'^    "((?:diffusers|huggingface_hub|torch|transformers)>=.*)",', text, re.M)
-    )
-    bounds += f", Python {re.search(r'requires-python = .(.*).$', text, re.M)[1]}"  # pyright: ignore
+    bounds = ", ".join(f"`{one}`" for one in declared())
     return HEAD.format(bounds=bounds) + "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def declared() -> list[str]:
+    """Return the lower bounds in pyproject.toml."""
+    text = (ROOT / "pyproject.toml").read_text()
+    python = re.findall(r'^requires-python = "(.*)"', text, re.M)
+    return [*re.findall(r'^    "(\w+>=[\d.]+)",$', text, re.M)[:4], *(f"Python {one}" for one in python)]
 
 
 def _cells(found: dict[str, Any]) -> list[str]:

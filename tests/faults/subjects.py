@@ -132,12 +132,12 @@ def _found(budget: int, number: int) -> Point:
 
 
 def _make_shelf(folder: Path, number: int) -> None:
-    for weights in range(2):
+    for first in range(2):
         predictors = {budget: solved(budget) for budget in (1, 2)}
         for predictor in predictors.values():
             predictor.set_gaps(torch.eye(predictor.memory).double() * (number + 2))
         table = {**TABLE, **curves.Curve(3, tuple(_found(budget, number) for budget in (2, 1))).to_table()}
-        Shelf(folder).put(f"{weights}" * 64, KNOWN, predictors, table)
+        Shelf(folder).put(f"{first}" * 64, KNOWN, predictors, table)
 
 
 def _use_shelf(folder: Path) -> Any:

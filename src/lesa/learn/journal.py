@@ -43,9 +43,7 @@ class Journal:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            advice = (
-                f"{error.strerror}, so nothing can be kept here; let LESA_HOME name a folder that can be written to"
-            )
+            advice = f"{error.strerror}, so nothing is kept; let LESA_HOME name a folder that can be written to"
             raise OSError(error.errno, advice, str(self.folder)) from error
         with alone_in(self.folder, doing="calibrating", again="calibrate again"):
             yield
