@@ -32,7 +32,8 @@ QUICK = [
     *("grid", "schedule", "row", "forecasters", "plan", "predictor", "shelf", "facts", "fingerprint", "tap"),
     *("denoiser", "calibrate", "needs", "package"),
 ]
-"""The tests of a quick run, by their files' names: some of every room of the house, two minutes of one core."""
+"""The tests of a quick run, by their files' names: some of every room of the house, two minutes of one core. Where
+more is installed, those of the forms that it gives weights."""
 RESULT = "result.json"
 
 
@@ -45,6 +46,7 @@ class Environment:
     constraints: str
     extras: tuple[str, ...] = ("bench", "models", "video")
     wheel: bool = False
+    also: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -61,7 +63,8 @@ class Environment:
     @property
     def installed(self) -> str:
         what = "a wheel" if self.wheel else "the checkout"
-        return f"{what} with {', '.join(self.extras)}" if self.extras else f"{what} without extras"
+        more = ", ".join((*self.extras, *self.also))
+        return f"{what} with {more}" if more else f"{what} without extras"
 
 
 ENVIRONMENTS = [
@@ -72,6 +75,7 @@ ENVIRONMENTS = [
     Environment("oldest", "3.11", OLDEST),
     Environment("wheel", "3.11", PINNED, wheel=True),
     Environment("core", "3.11", PINNED, extras=(), wheel=True),
+    Environment("quantised", "3.11", PINNED, also=("torchao", "optimum-quanto", "gguf")),
 ]
 
 
@@ -108,7 +112,7 @@ def make(environment: Environment, python: str) -> None:
             run([*pip, f"{wheel}{extras}", *TOOLS])
             run([*pip, "--no-deps", "--force-reinstall", str(wheel)])
     else:
-        run([*pip, "-e", f"{ROOT}{extras}", *TOOLS])
+        run([*pip, "-e", f"{ROOT}{extras}", *TOOLS, *environment.also])
     stamp.write_text(wanted)
 
 
@@ -130,8 +134,7 @@ def surroundings() -> dict[str, str]:
 def tested(environment: Environment, quick: bool, workers: int) -> dict[str, Any]:
     """Run the tests in an environment, and of a wheel what a user does with it alone; returns what that gave."""
     began, program = time.time(), str(environment.program)
-    files = [f"tests/test_{name}.py" for name in QUICK] if quick else []
-    files = [file for file in files if (ROOT / file).exists()]
+    files = [f"tests/test_{name}.py" for name in (["types"] if environment.also else QUICK)] if quick else []
     command = [program, "-m", "pytest", "-q", "-n", str(workers), "--dist", "loadfile", *files]
     said = subprocess.run(command, cwd=ROOT, env=surroundings(), capture_output=True, text=True, check=False)
     print(said.stdout[-6000:], said.stderr[-2000:], flush=True)
