@@ -28,12 +28,9 @@ PINNED, OLDEST, NEWEST = "constraints.txt", "constraints-oldest.txt", ""
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "scipy")
 """What the tests themselves need."""
 SHOWN = ("torch", "diffusers", "transformers", "huggingface_hub", "numpy")
-QUICK = [
-    *("grid", "schedule", "row", "forecasters", "plan", "predictor", "shelf", "facts", "fingerprint", "tap"),
-    *("denoiser", "calibrate", "needs", "package"),
-]
-"""The tests of a quick run, by their files' names: some of every room of the house, two minutes of one core. Where
-more is installed, those of the forms that it gives weights."""
+QUICK = ["row", "plan", "predictor", "shelf", "facts", "calibrate", "package"]
+"""The tests of a quick run, by their files' names: of most rooms of the house, in a minute of one core. Where more is
+installed, those of the forms that it gives weights."""
 RESULT = "result.json"
 
 
@@ -216,7 +213,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=[one.name for one in ENVIRONMENTS], help="these alone")
     parser.add_argument("--quick", action="store_true", help="some files of tests, of every room of the house")
     parser.add_argument("--make", action="store_true", help="make the environments and test nothing")
-    parser.add_argument("--workers", type=int, default=2, help="processes that share the files of tests (2)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that share the files of tests (2; 0: none)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "versions.md")
     options = parser.parse_args()
     wrong = []

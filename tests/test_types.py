@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,8 +129,13 @@ def system(request, tiny_flux, tiny_qwen, tiny_hunyuan):
     return {"flux": tiny_flux, "qwen": tiny_qwen, "hunyuan": tiny_hunyuan}[request.param], CALLS[request.param]
 
 
-@pytest.mark.parametrize("system", CALLS, indirect=True)
-@pytest.mark.parametrize("form", RUN)
+BROAD = pytest.mark.broad
+IN_SHORT = [(form, "flux") for form in RUN] + [("bfloat16", "qwen"), ("bfloat16", "hunyuan")]
+"""What is tried in `make test`, of all forms of all systems."""
+FORMS_OF = [pytest.param(*one, marks=[] if one in IN_SHORT else BROAD) for one in product(RUN, CALLS)]
+
+
+@pytest.mark.parametrize(("form", "system"), FORMS_OF, indirect=["system"])
 def test_in_every_form_full_runs_are_the_same_and_skipped_ones_are_near(form, system):
     pipe, call = formed(form, system[0]), system[1]
     plain = draw(pipe, call, form)
@@ -160,9 +166,14 @@ def wrapped(pipe: Any) -> None:
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
 
 
-@pytest.mark.parametrize("form", ["float32", "bfloat16", "float8 layers, bfloat16", "torchao int8", "quanto int8"])
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("compiled", [regional, whole, wrapped])
+COMPILED = [(regional, "before", "float32"), (whole, "after", "float32")]
+MORE = [(compiled, when, "float32") for compiled in (regional, whole, wrapped) for when in ("before", "after")]
+for narrow in ("bfloat16", "float8 layers, bfloat16", "torchao int8", "quanto int8"):
+    MORE += [(regional, "before", narrow), (whole, "after", narrow)]
+COMPILED += [pytest.param(*one, marks=BROAD) for one in MORE if one not in COMPILED]
+
+
+@pytest.mark.parametrize(("compiled", "when", "form"), COMPILED)
 def test_compiled_before_or_after_it_is_the_same(compiled, when, form, tiny_flux):
     torch.compiler.reset()
     pipe = formed(form, tiny_flux) if form in FORMS else copy.deepcopy(tiny_flux)
@@ -216,18 +227,22 @@ def elsewhere() -> dict[str, list[str]]:
     """The names in a process of its own."""
     here = str(Path(__file__).parent)
     words = f"import sys, json; sys.path.insert(0, {here!r}); import test_types as t; "
-    words += "print(json.dumps(t.names([form for form in t.FORMS if t.there(form)])))"
+    words += "print(json.dumps(t.names([form for form in t.NAMED if t.there(form)])))"
     said = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
     return json.loads(said.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def here() -> dict[str, list[str]]:
+    return names([form for form in NAMED if there(form)])
 
 
 NAMED = [form for form in FORMS if form != "autocast"]
 
 
 @pytest.mark.parametrize("form", NAMED)
-def test_weights_in_every_form_have_a_name_of_their_own_in_every_process(form, elsewhere):
+def test_weights_in_every_form_have_a_name_of_their_own_in_every_process(form, here, elsewhere):
     FORMS[form].needs and pytest.importorskip(FORMS[form].needs)
-    here = names([one for one in FORMS if there(one) and one != "autocast"])
     assert here[form] == elsewhere[form]
     assert [one for one, found in here.items() if found[0] == here[form][0]] == [form]
     FORMS[form].make(other := Bare(seed=1))
