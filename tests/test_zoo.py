@@ -173,5 +173,5 @@ def test_a_pipeline_that_this_diffusers_is_without_is_skipped(monkeypatch):
     def newer() -> parts.Specimen:
         return diffusers.PipelineOfANewerRelease()
 
-    with pytest.raises(pytest.skip.Exception, match="is without it: .*PipelineOfANewerRelease"):
+    with pytest.raises(pytest.skip.Exception, match=r"is without it: .*PipelineOfANewerRelease"):
         parts.ZOO["newer"]()
