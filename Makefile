@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 OLDEST := .venv-oldest
 
-.PHONY: setup demo test test-all test-oldest faults lint format clean gpu-report \
+.PHONY: setup demo test test-all test-oldest test-matrix faults lint format clean gpu-report \
 	bench bench-claims bench-grids bench-histories bench-qwen bench-video support
 
 setup: $(STAMP)
@@ -38,6 +38,10 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 		hypothesis pytest scipy
 	touch $@
 
+# Every environment that can be had here, the tests in each, docs/versions.md of it; QUICK=--quick for some of the tests.
+test-matrix:
+	$(PYTHON) tests/matrix.py $(QUICK)
+
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -49,7 +53,7 @@ format: setup
 
 # What was measured, recorded and trained into out/ stays.
 clean:
-	rm -rf .venv $(OLDEST) dist .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv $(OLDEST) .venv-matrix dist .hypothesis .pytest_cache .ruff_cache
 	find benchmarks models src tests -name __pycache__ -prune -exec rm -rf {} +
 
 # What each makes stands at its head; models/recipes/ trains the predictors that they measure.

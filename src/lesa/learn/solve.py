@@ -137,7 +137,8 @@ class Solver(Problem):
         report.drift, report.seconds = found.drift, time.perf_counter() - began
         report.counts = self.counts - before
         report.counts.reference = self.counts.reference
-        return Solution(self.predictor(found.full, found.rows, drift=found.drift), report)
+        taken = dict(drift=found.drift, transformer_runs=report.counts.total)  # whatever was solved for before
+        return Solution(self.predictor(found.full, found.rows, **taken), report)
 
     def curve(self, budgets: Sequence[int], **options: Any) -> Iterator[Solution]:
         """Solve for several budgets, from high to low: each search begins, too, near the schedule found before.

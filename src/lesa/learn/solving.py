@@ -128,7 +128,7 @@ class Problem(References):
         names = denoisers_of(self.pipe)
         first, *others = (getattr(self.pipe, name) for name in names)
         others = [[type(other).__name__, configuration(other)] for other in others]
-        training |= dict(calls=self.calls, transformer_runs=self.counts.total)
+        training = dict(calls=self.calls, transformer_runs=self.counts.total) | training
         training |= {"denoisers": others} if others else {}
         training |= {"begins": [self.start + k for k in self.begins]} if (self.start, *self.begins) != (0, 0) else {}
         name = str(getattr(getattr(self.pipe, "config", None), "_name_or_path", "") or type(self.pipe).__name__)
