@@ -25,6 +25,8 @@ TRIED_ON, TRIED_ON_APART = 8, 4
 FINALISTS, REFINED, PATIENCE = 3, 2, 16
 """How many of the best are run on all calls, how many of these are refined, and how many moves are tried before a
 schedule is the best one."""
+NEAR = 0.1
+"""By how much less than the best one, in dB, a schedule may promise to be refined, too."""
 STARTS = 2
 """From how many schedules the search goes on, the best ones."""
 
@@ -76,8 +78,9 @@ class Search:
         ]
         best = self._chosen({first, *ends})
         ways = [(first, real(first)), best[0]]
-        kept = REFINED if self._few.goes_together else 1
-        return Searched([full for full, _ in best[:kept]], ways, len(self.known) - before)
+        near = best[0][1] + (NEAR if self._few.goes_together else 0.0)
+        kept = [full for full, drift in best[:REFINED] if full == best[0][0] or drift < near]
+        return Searched(kept, ways, len(self.known) - before)
 
     def _descend(self, full: Full, cost: Callable[[Full], float], real: Callable[[Full], float]) -> Full:
         """Take the first move that is better in real runs, in the order of what algebra has against it."""
