@@ -267,10 +267,10 @@ def test_a_budget_that_was_not_calibrated_is_refused(pipe, asked, words):
 def test_what_makes_no_sense_is_refused_at_once(pipe):
     for options, words in (
         (dict(quality="good"), "quality reads psnr:40"),
-        (dict(fallback="never"), "fallback is 'refuse', 'full' or a forecaster, got 'never'"),
+        (dict(fallback="never"), "fallback is 'refuse', 'full', 'default' or a forecaster, got 'never'"),
         (dict(fallback=lesa.Taylor(1)), "a fallback says which of its steps are full"),
         (dict(forecaster=lesa.Taylor(1), schedule=lesa.Schedule.every(2), quality="psnr:40"), "leave them out"),
-        (dict(forecaster=lesa.Taylor(1), schedule=lesa.Schedule.every(2), fallback="full"), "leave them out"),
+        (dict(forecaster=lesa.Taylor(1), schedule=lesa.Schedule.every(2), fallback="never"), "got 'never'"),
     ):
         with pytest.raises(ValueError, match=words):
             lesa.accelerate(pipe, **options)

@@ -44,8 +44,9 @@ def _compare(given: Namespace, name: str) -> None:
         steps = compare(pipe, prompts, out, chosen, at=at).setting["call"]["num_inference_steps"]
         if at.leads:
             options.say(f"\n{len(prompts)} prompts of {source}, {steps} steps\n")
-            _show(page.write(out, given.differences, given.plots), given)
-            _hint(given, name)
+            written = page.write(out, given.differences, given.plots)
+            _show(written, given)
+            _hint(given, name, bool(written.short))
 
 
 def _options(given: Namespace, at: Ranks) -> CompareOptions:
@@ -86,12 +87,12 @@ def _show(written: page.Page, given: Namespace) -> None:
     options.say("\n".join(map(str, written.files)))
 
 
-def _hint(given: Namespace, name: str) -> None:
+def _hint(given: Namespace, name: str, short: bool) -> None:
     """Say what may come next: the whole report of a short one, or a benchmark of more pairs."""
     if name == "demo":
         options.say_next("bench", *options.as_given(given), "--pairs", 100)
     else:
-        options.say_next("report", given.out, "--all")
+        options.say_next("report", given.out, *(["--all"] if short else ["--plots", "pdf"]))
 
 
 def report(given: Namespace) -> None:
