@@ -16,11 +16,12 @@ from typing import Any, Literal
 import torch
 
 from lesa.host import needs
-from lesa.host.choice import Chosen, FirstStep, Found, Terms
+from lesa.host.choice import Chosen, FirstStep, Terms
 from lesa.host.clock import PipelineClock
 from lesa.host.denoiser import compiled_from, denoisers_of
 from lesa.host.executor import Executor
 from lesa.host.facts import Facts
+from lesa.host.found import Found
 from lesa.host.intercept import unmarked
 from lesa.host.runtime import Run, check_free
 from lesa.host.tap import tap_of

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lesa.host.choice import Chosen, FirstStep, Found, Named
+from lesa.host.choice import Chosen, FirstStep, Named
 from lesa.host.clock import LoopClock, Moment, PipelineClock, argument, with_argument
 from lesa.host.data import DataRun
 from lesa.host.facts import Heard
+from lesa.host.found import Found
 from lesa.host.streams import Call, Stream, Streams, name_of
 from lesa.host.structure import leaves, replace
 from lesa.host.summary import StreamSummary

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from lesa import predictors
 from lesa.host import data
-from lesa.host.choice import INSTEAD, REFUSE, Found, Named, NamedOrElse, ScheduleFor, Terms, own_schedules
+from lesa.host.choice import INSTEAD, REFUSE, Named, NamedOrElse, ScheduleFor, Terms, own_schedules
 from lesa.host.clock import LoopClock, PipelineClock
 from lesa.host.denoiser import attach, compiled_from, denoisers_of, refuse_compiled
 from lesa.host.executor import Executor, StreamOf
+from lesa.host.found import Found
 from lesa.host.intercept import mark_of
 from lesa.host.streams import FIRST, hear
 from lesa.host.summary import StreamSummary, Summary
