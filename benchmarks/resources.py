@@ -50,13 +50,13 @@ call as named; *calls a step* are those of the denoiser for one picture or clip,
 {models}
 
 A skipped step runs nothing of the denoiser, so a run with {budget} full steps costs their share of one with all of them; text encoders and the
-VAE, once a run, come on top of both. FLUX.1, Qwen-Image and HunyuanVideo are held against published figures on [a page of their
+VAE, once a run, come on top of both. A dash: the class looks at numbers while it runs, so its FLOPs cannot be counted without them. FLUX.1, Qwen-Image and HunyuanVideo are held against published figures on [a page of their
 own](flops.md).
 
 ## What a history holds
 
-What the denoiser returns, of all calls of a step, and {terms} of them, which the largest rows combine: more than that is never held at the output. `history="int8"`
-holds the older ones in a byte an element.
+What the denoiser returns, of all calls of a step, and {terms} of them, as many as the paper's largest rows combine. Rows without training hold one to four, and a
+calibrated predictor as many as it has full steps. `history="int8"` keeps the older ones in a byte an element.
 
 | model | outputs of a step, bfloat16 | {terms} of them | share of the denoiser |
 | --- | ---: | ---: | ---: |
@@ -65,7 +65,8 @@ holds the older ones in a byte an element.
 ## What a calibration takes
 
 Of 8 prompts and 4 to check, for {budget} full steps, at most: in calls of the denoiser for one picture and stream, in MB of the host's memory and on
-disk. `lesa.CalibrateOptions(most=16)` takes about a third of it; [what the parts are](calibrate.md#what-it-takes).
+disk. The search for a schedule is the largest part, and `lesa.CalibrateOptions(most=16)` takes a quarter of it; [what the parts
+are](calibrate.md#what-it-takes).
 
 | model | calls of the denoiser | as many as runs in full | kept, MB | at the peak, MB | on disk, MB |
 | --- | ---: | ---: | ---: | ---: | ---: |
