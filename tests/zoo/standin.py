@@ -82,13 +82,21 @@ def called_as_real(pipe: Any, arguments: Mapping[str, Any]) -> Any:
 
 
 def prompted(arguments: Mapping[str, Any], prompt: Any) -> dict[str, Any]:
-    """Let the embeddings of a call depend on its prompt."""
-    generator = torch.Generator().manual_seed(zlib.crc32(str(prompt).encode()))
-
-    def drawn(name: str, value: Any) -> Any:
-        if not (isinstance(value, Tensor) and value.is_floating_point() and name.startswith(("prompt_embeds", "pooled"))):
-            return value
-        return value + torch.randn(value.shape, generator=generator)
-
+    """Let the embeddings of a call depend on its prompt, or have one of each of its prompts."""
     decoded = {name: value for name, value in arguments.items() if (name, value) != ("output_type", "latent")}
-    return {name: drawn(name, value) for name, value in decoded.items()}
+    several = prompt if isinstance(prompt, list) else [prompt]
+    return {name: torch.cat([of(one, name, value) for one in several]) if is_text(name, value) else value
+            for name, value in decoded.items()}  # fmt: skip
+
+
+def is_text(name: str, value: Any) -> bool:
+    """Tell whether an argument of a call is of its prompts, and there is one for each of them."""
+    return isinstance(value, Tensor) and any(word in name for word in ("prompt", "pooled", "attention_mask"))
+
+
+def of(prompt: Any, name: str, value: Tensor) -> Tensor:
+    """Move an embedding to where the prompt has it; masks and what is negative stay."""
+    if not value.is_floating_point() or name.startswith("negative"):
+        return value
+    generator = torch.Generator().manual_seed(zlib.crc32(str(prompt).encode()))
+    return value + torch.randn(value.shape, generator=generator)
