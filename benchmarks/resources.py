@@ -9,7 +9,6 @@ matrices, convolutions and attention in one call; a calibration's share is count
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lesa.bench import flops
 from lesa.bench.models import MODELS, Model, build
-from lesa.bench.report import markdown
 from lesa.host.structure import leaves
 
 PAGE = Path(__file__).parents[1] / "docs" / "resources.md"
@@ -42,21 +40,24 @@ SDXL = dict(
 )
 WORDS = """# Memory, disk, FLOPs
 
-`python benchmarks/resources.py` wrote this page; no weights are needed for it, and none were here. A run is one of the pipeline's
-call as named; *calls a step* are those of the denoiser for one picture or clip, those that go in one batch counted one by one.
+`python benchmarks/resources.py` wrote this page; no weights are needed for it, and none were here. A run is one of the
+pipeline's call as named; *calls a step* are those of the denoiser for one picture or clip, those that go in one batch
+counted one by one.
 
-| model | call | denoiser, parameters | in bfloat16 | calls a step | steps | FLOPs of a call | of a run | of one with {budget} full steps |
+| model | call | parameters | bfloat16 | calls a step | steps | FLOPs of a call | of a run | with {budget} full steps |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 {models}
 
-A skipped step runs nothing of the denoiser, so a run with {budget} full steps costs their share of one with all of them; text encoders and the
-VAE, once a run, come on top of both. A dash: the class looks at numbers while it runs, so its FLOPs cannot be counted without them. FLUX.1, Qwen-Image and HunyuanVideo are held against published figures on [a page of their
-own](flops.md).
+A skipped step runs nothing of the denoiser, so a run with {budget} full steps costs their share of one with all of
+them; text encoders and the VAE, once a run, come on top of both. A dash: the class looks at numbers while it runs, so
+its FLOPs cannot be counted without them. FLUX.1, Qwen-Image and HunyuanVideo are held against published figures on [a
+page of their own](flops.md).
 
 ## What a history holds
 
-What the denoiser returns, of all calls of a step, and {terms} of them, as many as the paper's largest rows combine. Rows without training hold one to four, and a
-calibrated predictor as many as it has full steps. `history="int8"` keeps the older ones in a byte an element.
+What the denoiser returns, of all calls of a step, and {terms} of them, as many as the paper's largest rows combine.
+Rows without training hold one to four, and a calibrated predictor as many as it has full steps. `history="int8"` keeps
+the older ones in a byte an element.
 
 | model | outputs of a step, bfloat16 | {terms} of them | share of the denoiser |
 | --- | ---: | ---: | ---: |
@@ -64,9 +65,9 @@ calibrated predictor as many as it has full steps. `history="int8"` keeps the ol
 
 ## What a calibration takes
 
-Of 8 prompts and 4 to check, for {budget} full steps, at most: in calls of the denoiser for one picture and stream, in MB of the host's memory and on
-disk. The search for a schedule is the largest part, and `lesa.CalibrateOptions(most=16)` takes a quarter of it; [what the parts
-are](calibrate.md#what-it-takes).
+Of 8 prompts and 4 to check, for {budget} full steps, at most: in calls of the denoiser for one picture and stream, in
+MB of the host's memory and on disk. The search for a schedule is the largest part, and
+`lesa.CalibrateOptions(most=16)` takes a quarter of it; [what the parts are](calibrate.md#what-it-takes).
 
 | model | calls of the denoiser | as many as runs in full | kept, MB | at the peak, MB | on disk, MB |
 | --- | ---: | ---: | ---: | ---: | ---: |
@@ -75,8 +76,9 @@ are](calibrate.md#what-it-takes).
 ## Beside the denoiser
 
 What a model takes as a whole, its text encoders and disk, stands on the pages of [FLUX.1](flux.md#what-it-takes),
-[Qwen-Image](qwen-image.md#what-it-takes) and [HunyuanVideo](hunyuanvideo.md#what-it-takes). `--offload model|sequential|group` of the commands, and diffusers' own
-offloading in a program, leave less of the weights on the GPU at once.
+[Qwen-Image](qwen-image.md#what-it-takes) and [HunyuanVideo](hunyuanvideo.md#what-it-takes). `--offload
+model|sequential|group` of the commands, and diffusers' own offloading in a program, leave less of the weights on the
+GPU at once.
 """
 
 
@@ -124,7 +126,7 @@ def measured(listed: Listed, module: Any) -> tuple[int | None, int]:
 
 def of_the_paper(model: Model) -> Listed:
     """Describe a model of the paper as lesa knows it."""
-    size, (pixels, frames) = model.size, model.scale
+    size = model.size
     transformer = build(model)
     inputs = flops.INPUTS[model.transformer](transformer.config, model)
     shape = f"{size.height} x {size.width}" + (f" x {size.frames}" if size.frames > 1 else "")
@@ -193,27 +195,36 @@ def line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def lines(one: Listed) -> tuple[str, str, str]:
+    """Return a model's lines of the three tables."""
+    module = one.module()
+    parameters = sum(p.numel() for p in module.parameters())
+    count, given = measured(one, module)
+    whole, few = (count and one.calls * count * steps for steps in (one.steps, BUDGET))
+    size = [amount(parameters).replace("G", "B"), amount(2 * parameters, "B"), str(one.calls), str(one.steps)]
+    held = 2 * given * one.calls
+    share = f"{TERMS * held / parameters / 2:.3%}"
+    return (
+        line([one.name, one.call, *size, *map(amount, (count, whole, few))]),
+        line([one.name, amount(held, "B"), amount(TERMS * held, "B"), share]),
+        calibration(one, module, given),
+    )
+
+
+def calibration(one: Listed, module: Any, given: int) -> str:
+    runs = cost.Runs(one.steps, one.calls, one.begins)
+    calls = sum(cost.most_runs(runs, (BUDGET,)).values())
+    real = cost.Real(one.name, runs, given, one.drawn, module)
+    room = cost.space(runs, (BUDGET,), given, one.drawn, real.origin)
+    sizes = [f"{x / 1e6:.1f}" for x in (room.kept, room.peak, room.disk)]
+    return line([one.name, f"{calls:,}", f"{calls / one.calls / one.steps:.0f}", *sizes])
+
+
 def page() -> str:
     """Return the page."""
-    models, histories, calibrations = [], [], []
-    for one in listed():
-        module = one.module()
-        parameters = sum(p.numel() for p in module.parameters())
-        count, given = measured(one, module)
-        step = None if count is None else one.calls * count
-        whole, few = (None if step is None else step * steps for steps in (one.steps, BUDGET))
-        size = [amount(parameters).replace("G", "B"), amount(2 * parameters, "B"), str(one.calls), str(one.steps)]
-        models.append(line([one.name, one.call, *size, *map(amount, (count, whole, few))]))
-        held = 2 * given * one.calls
-        histories.append(line([one.name, amount(held, "B"), amount(TERMS * held, "B"), f"{TERMS * held / parameters / 2:.3%}"]))
-        runs = cost.Runs(one.steps, one.calls, one.begins)
-        calls = sum(cost.most_runs(runs, (BUDGET,)).values())
-        real = cost.Real(one.name, runs, given, one.drawn, module)
-        room = cost.space(runs, (BUDGET,), given, one.drawn, real.origin)
-        sizes = [f"{x / 1e6:.1f}" for x in (room.kept, room.peak, room.disk)]
-        calibrations.append(line([one.name, f"{calls:,}", f"{calls / one.calls / one.steps:.0f}", *sizes]))
+    models, histories, calibrations = map("\n".join, zip(*map(lines, listed()), strict=True))
     tables = {"models": models, "histories": histories, "calibrations": calibrations}
-    return WORDS.format(budget=BUDGET, terms=TERMS, **{name: "\n".join(lines) for name, lines in tables.items()})
+    return WORDS.format(budget=BUDGET, terms=TERMS, **tables)
 
 
 if __name__ == "__main__":

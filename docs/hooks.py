@@ -1,4 +1,4 @@
-"""What the site needs beside the pages of this folder: pages that lie elsewhere in the repository, with links that hold.
+"""What the site needs beside the pages of this folder: those that lie elsewhere, with links that hold.
 
 Pages link to one another as they lie in the repository, so that they can be read there. The site has those of docs/ at
 its root, README.md as its first page, and the others where the repository has them.

@@ -46,8 +46,9 @@ def set_up(folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(calibrate, "LARGE", 0)  # real weights are called one prompt at a time
     ours = lesa.calibrate
 
-    def briefly(pipe: Any, calls: Any, *args: Any, options: Any = calibrate.CalibrateOptions(), **more: Any) -> Any:
-        return ours(pipe, calls[:PROMPTS_TRIED], *args, options=dataclasses.replace(options, **FEW), **more)
+    def briefly(pipe: Any, calls: Any, *args: Any, options: Any = None, **more: Any) -> Any:
+        few = dataclasses.replace(options or calibrate.CalibrateOptions(), **FEW)
+        return ours(pipe, calls[:PROMPTS_TRIED], *args, options=few, **more)
 
     patch.setattr(lesa, "calibrate", briefly)
 
@@ -92,8 +93,8 @@ def test_what_a_public_class_can_do_is_documented(name):
 def slugs(page: Path) -> set[str]:
     """Return the anchors of a page's headings."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    found = {re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "", title)).strip().lower().replace(" ", "-") for title in titles}
+    titles = [re.sub(r"\]\([^)]*\)", "", title) for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+    found = {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
     return found | ({f"lesa.{name}" for name in named()} if page.name == "api.md" else set())
 
 
@@ -119,19 +120,27 @@ def test_links_of_a_page_lead_somewhere_on_the_site(page, hooks):
         assert anchor in slugs(page), anchor
 
 
-def test_links_hold_where_the_site_has_pages_elsewhere(hooks):
-    assert hooks.with_links("[a](docs/flux.md#x) [b](CONTRIBUTING.md)", "index.md") == "[a](flux.md#x) [b](CONTRIBUTING.md)"
-    assert hooks.with_links("![a](sheet.png) [b](../../docs/flux.md)", "models/emoji-qwen/README.md") == (
-        "![a](sheet.png) [b](../../flux.md)"
-    )
-    assert hooks.with_links("[a](../README.md) [b](https://a.b/c)", "figures.md") == "[a](index.md) [b](https://a.b/c)"
+@pytest.mark.parametrize(
+    ("at", "link", "turned"),
+    [
+        ("index.md", "[a](docs/flux.md#x)", "[a](flux.md#x)"),
+        ("index.md", "[a](CONTRIBUTING.md)", "[a](CONTRIBUTING.md)"),
+        ("figures.md", "[a](../README.md)", "[a](index.md)"),
+        ("figures.md", "[a](https://a.b/c)", "[a](https://a.b/c)"),
+        ("models/emoji-qwen/README.md", "![a](sheet.png)", "![a](sheet.png)"),
+        ("models/emoji-qwen/README.md", "[a](../../docs/flux.md)", "[a](../../flux.md)"),
+    ],
+)
+def test_links_hold_where_the_site_has_pages_elsewhere(hooks, at, link, turned):
+    assert hooks.with_links(link, at) == turned
 
 
 @pytest.mark.skipif(not find_spec("mkdocs"), reason="mkdocs is not installed here (the extra `docs`)")
 def test_the_site_is_built_without_a_warning(tmp_path):
     """Broken links, missing anchors, pages that nothing leads to and names that cannot be shown are warnings."""
     words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
-    done = subprocess.run(words, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=quiet, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     api = (tmp_path / "api.html").read_text()
     assert not [name for name in lesa.__all__ if f'id="lesa.{name}"' not in api]

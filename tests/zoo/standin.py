@@ -22,7 +22,8 @@ from zoo.pipelines import ZOO
 SUPPORT = Path(__file__).parents[2] / "docs" / "support.md"
 STEPS = 12
 """The most that a run in another's place takes."""
-PLACING = ("to", "load_lora_weights", "enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
+OFFLOADS = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
+PLACING = ("to", "load_lora_weights", *OFFLOADS)
 """What says where weights are, or brings more of them: nothing that tiny ones need."""
 KEPT = ("num_inference_steps", "generator", "output_type")
 """The arguments of a call that its stand-in takes as they are; the others are those of the zoo."""
@@ -40,11 +41,12 @@ def instead(patch: pytest.MonkeyPatch) -> None:
 
 def stand_in(name: str, cls: type = diffusers.DiffusionPipeline) -> Any:
     """Build the pipeline of the zoo that is of this class, or any, and whose name is most like a repository's."""
-    kinds = {zoo: kind for kind, zoo in kinds_of_the_zoo() if kind == cls.__name__ or cls is diffusers.DiffusionPipeline}
-    if not kinds:
+    any_kind = cls is diffusers.DiffusionPipeline
+    known = [zoo for kind, zoo in kinds_of_the_zoo() if any_kind or kind == cls.__name__]
+    if not known:
         raise LookupError(f"there is no {cls.__name__} in the zoo, nor on the page of what is accelerated.")
     wanted = plain(name.rpartition("/")[2])
-    entry = max(kinds, key=lambda zoo: (alike(wanted, plain(zoo)), -len(zoo)))
+    entry = max(known, key=lambda zoo: (alike(wanted, plain(zoo)), -len(zoo)))
     specimen = ZOO[entry]()
     return called_as_real(specimen.pipe, specimen.arguments)
 
@@ -72,9 +74,9 @@ def called_as_real(pipe: Any, arguments: Mapping[str, Any]) -> Any:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         known = {name: given[name] for name in KEPT if name in given}
-        steps = min(known.get("num_inference_steps", STEPS), STEPS)
+        known["num_inference_steps"] = min(known.get("num_inference_steps", STEPS), STEPS)
         with torch.no_grad():
-            return kind.__call__(self, **{**prompted(arguments, given.get("prompt")), **known, "num_inference_steps": steps})
+            return kind.__call__(self, **{**prompted(arguments, given.get("prompt")), **known})
 
     ignored = {name: lambda self, *_args, **_kwargs: self for name in PLACING if hasattr(kind, name)}
     pipe.__class__ = type(kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__, **ignored})
