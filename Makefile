@@ -3,8 +3,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 OLDEST := .venv-oldest
 
-.PHONY: setup demo test test-all test-oldest test-matrix faults lint format clean gpu-report \
-	bench bench-claims bench-grids bench-histories bench-qwen bench-video support
+.PHONY: setup demo docs test test-all test-oldest test-matrix faults lint format clean gpu-report \
+	bench bench-claims bench-grids bench-histories bench-qwen bench-video support resources
 
 setup: $(STAMP)
 
@@ -15,6 +15,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	benchmarks/demo.sh
+
+# The site, into site/: open site/index.html. A block of code that does not run, a name or a link that is not there fail it.
+docs: setup
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_pages.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # All but the tests marked `broad`, which say of every pipeline of the zoo what others say of some.
 # Two processes share the files of tests.
@@ -53,7 +58,7 @@ format: setup
 
 # What was measured, recorded and trained into out/ stays.
 clean:
-	rm -rf .venv $(OLDEST) .venv-matrix dist .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv $(OLDEST) .venv-matrix dist site .hypothesis .pytest_cache .ruff_cache
 	find benchmarks models src tests -name __pycache__ -prune -exec rm -rf {} +
 
 # What each makes stands at its head; models/recipes/ trains the predictors that they measure.
@@ -64,6 +69,7 @@ bench-histories: setup; benchmarks/histories.sh
 bench-qwen: setup; benchmarks/qwen.sh
 bench-video: setup; benchmarks/video.sh
 support: setup; $(BIN)/python benchmarks/support.py
+resources: setup; $(BIN)/python benchmarks/resources.py
 
 # The real FLUX.1-dev, Qwen-Image and HunyuanVideo with random weights on one GPU, in less than nine minutes; small ones
 # on the CPU with TINY=--tiny.

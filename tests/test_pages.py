@@ -17,7 +17,8 @@ from lesa.predictors.shipped import SHIPPED_FOLDER
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "models").glob("*/README.md"))]
 CHANGELOG = ROOT / "CHANGELOG.md"
-OF_REAL_MODELS = [ROOT / "docs" / f"{name}.md" for name in ("flux", "qwen-image", "hunyuanvideo")]
+REAL = ("flux", "flux2", "qwen-image", "hunyuanvideo", "hunyuanvideo-1.5", "wan", "z-image", "ltx-2", "sdxl")
+OF_REAL_MODELS = [ROOT / "docs" / f"{name}.md" for name in REAL]
 
 
 def name(page: Path) -> str:
@@ -108,17 +109,23 @@ def test_the_readme_begins_with_any_pipeline(tiny_flux, call):
     assert printed[0]["cond"].full_steps == 8 and printed[0].promise
 
 
-def test_the_readme_goes_on_without_calibrating(tiny_flux, call):
-    block = blocks(ROOT / "README.md", "python")[1]
+def block_with(page: str, text: str) -> str:
+    """Return the first block of Python on a page of docs/ that says this."""
+    return next(block for block in blocks(ROOT / "docs" / page, "python") if text in block)
+
+
+def test_what_needs_no_calibrating_is_that(tiny_flux, call):
+    """The first block of how to run needs nothing but a pipeline."""
+    block = blocks(ROOT / "docs" / "run.md", "python")[0]
     assert "lesa.Taylor(1), schedule=lesa.Schedule.every(3)" in block
-    run: dict[str, Any] = {"pipe": with_call(copy.copy(tiny_flux), call), "lesa": lesa}
+    run: dict[str, Any] = {"pipe": with_call(copy.copy(tiny_flux), call), "print": lambda _summary: None}
     exec(block, run)
     assert run["run"].summary()["cond"].skipped_steps == 5  # of 8
 
 
-def test_the_third_block_of_the_readme_holds_for_the_model_that_it_loads():
-    """Of no other: a pipeline without a predictor is refused, and the page must not promise more."""
-    block = blocks(ROOT / "README.md", "python")[2]
+def test_a_model_that_comes_with_predictors_has_some():
+    """The block holds for the model that it loads, and of no other: the page must not promise more."""
+    block = block_with("train.md", "takes the one for many grids")
     folder = re.search(r'lesa\.load\("(.*?)"\)', block)
     assert folder and list((ROOT / folder[1] / SHIPPED_FOLDER).glob("*/config.json"))
     assert "lesa.accelerate(pipe) as" in block and "Pipeline" not in block
@@ -132,7 +139,7 @@ def test_rows_without_training_are_not_advised_on_the_papers_schedules(page):
 
 
 def test_the_headline_run_is_not_short():
-    """A call of the README's third block, strictly, on its model: no forecast has less past than it is made for."""
+    """A call of a model that comes with predictors, strictly: no forecast has less past than it is made for."""
     pipe = lesa.load(ROOT / "models" / "emoji-flux")
     pipe.set_progress_bar_config(disable=True)
     with lesa.accelerate(pipe, strict=True) as run:

@@ -304,6 +304,7 @@ def accelerate(
 
 
 enable = accelerate
+"""The same function, for what is to hold until `lesa.disable`, without a `with` block."""
 
 
 def disable(pipe: Any) -> None:
