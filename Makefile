@@ -3,8 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 OLDEST := .venv-oldest
 
-.PHONY: setup demo docs test test-all test-oldest faults lint format clean gpu-report \
-	bench bench-claims bench-grids bench-histories bench-qwen bench-video support resources
+.PHONY: setup demo docs test test-all test-oldest test-matrix faults lint format clean gpu-report \
 
 setup: $(STAMP)
 
@@ -43,6 +42,10 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 		hypothesis pytest scipy
 	touch $@
 
+# Every environment that can be had here, the tests in each, docs/versions.md of it; QUICK=--quick for some of the tests.
+test-matrix:
+	$(PYTHON) tests/matrix.py $(QUICK)
+
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -54,7 +57,7 @@ format: setup
 
 # What was measured, recorded and trained into out/ stays.
 clean:
-	rm -rf .venv $(OLDEST) dist site .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv $(OLDEST) .venv-matrix dist site .hypothesis .pytest_cache .ruff_cache
 	find benchmarks models src tests -name __pycache__ -prune -exec rm -rf {} +
 
 # What each makes stands at its head; models/recipes/ trains the predictors that they measure.

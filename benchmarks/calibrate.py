@@ -26,6 +26,7 @@ from statistics import fmean
 from typing import Any
 
 import samplers
+import stochastic
 
 import lesa
 from lesa.bench.methods import untrained
@@ -61,10 +62,12 @@ def calls_of(model: str, name: str, limit: int) -> list[Call]:
 
 
 def pipeline(options: argparse.Namespace) -> Any:
-    if options.sampler:
+    if options.sampler in samplers.SAMPLERS:
         return samplers.sampled_by(samplers.SAMPLERS[options.sampler])
     pipe = loaded(LoadOptions(options.model, lora=options.lora, steps=options.steps, call=options.call))
     pipe.set_progress_bar_config(disable=True)
+    if options.sampler:
+        pipe.scheduler = stochastic.SAMPLERS[options.sampler](pipe.scheduler.config)
     return pipe
 
 
@@ -132,7 +135,8 @@ def main() -> None:
     parser.add_argument("--lora")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--call", type=json.loads, default={})
-    parser.add_argument("--sampler", choices=samplers.SAMPLERS, help="of emoji-flux, in place of its own")
+    names = [*samplers.SAMPLERS, *stochastic.SAMPLERS]
+    parser.add_argument("--sampler", choices=names, help="of emoji-flux, in place of its own")
     parser.add_argument("--budgets", type=lambda text: [int(part) for part in text.split(",")])
     parser.add_argument("--target")
     parser.add_argument("--prompts", type=int, default=12, help="calibrated on, checked ones included (12)")

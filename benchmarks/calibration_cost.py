@@ -33,9 +33,10 @@ from lesa.bench.report import markdown
 from lesa.host.tap import OUTPUT, tap_of
 from lesa.learn import refining, searching
 from lesa.learn.calibrate import CalibrateOptions, split
-from lesa.learn.counted import Recording
+from lesa.learn.counted import ELEMENTS, Recording
 from lesa.learn.planning import DISTURBED, PLANNED_ON, disturbance, spread
-from lesa.learn.rivals import UNTRAINED
+from lesa.learn.references import BATCH
+from lesa.learn.rivals import PLANNED_APART, UNTRAINED
 from lesa.learn.solve import Solver
 from lesa.predictors import Origin, configuration
 from lesa.predictors.shelf import Shelf
@@ -70,26 +71,30 @@ def most_runs(runs: Runs, budgets: Sequence[int], options: CalibrateOptions = OP
 
     Those of `reference` and `rivals` are what it takes.
     """
-    calls, few = runs.solved_on, min(runs.solved_on, searching.TRIED_ON)
+    together = runs.together and min(runs.solved_on, searching.TRIED_ON) <= BATCH
+    calls, few = runs.solved_on, min(runs.solved_on, searching.TRIED_ON if together else searching.TRIED_ON_APART)
+    most = options.most or (searching.TOGETHER if together else searching.APART)
     planned = [disturbance(runs.steps, runs.begins), spread(runs.steps, runs.begins)]
     disturbed = sum(len(one.full_steps(runs.steps)) for one in planned)
     found = dict.fromkeys(KINDS, 0)
     found["reference"] = (calls + runs.checked) * runs.steps
     if options.rivals:
-        found["rivals"] = min(calls, PLANNED_ON) * runs.steps + min(calls, DISTURBED) * disturbed
+        planned_on = min(calls, PLANNED_ON if together else PLANNED_APART)
+        found["rivals"] = planned_on * runs.steps + min(planned_on, DISTURBED) * disturbed
     for budget in budgets:
-        tries = options.most * few + (searching.FINALISTS * calls if calls > few else 0)
-        steps = len(refining.DAMPINGS) + directions(budget)
-        found["rounds"] += (1 + ROUNDS) * calls * budget
-        found["search"] += (1 if runs.together and calls == few else 3) * tries * budget
-        found["refinement"] += options.refine * steps * calls * budget
+        tries = most * few + (searching.FINALISTS * calls if calls > few else 0)
+        steps = options.refine * len(refining.DAMPINGS) + (directions(budget) if options.refine else 0)
+        refined = searching.REFINED if together else 1
+        found["rounds"] += (1 + ROUNDS) * calls * budget * refined
+        found["search"] += (1 if together else 2) * tries * budget
+        found["refinement"] += steps * calls * budget * refined
         found["checks"] += (1 + 2 * len(UNTRAINED) * options.rivals) * runs.checked * budget
     return {kind: count * runs.streams for kind, count in found.items()}
 
 
 def directions(budget: int) -> int:
     """Return in how many directions rows are changed at most to see what that does at the end."""
-    return min(budget * (budget + 1) // 2, refining.MOST)
+    return min(budget * (budget + 3) // 2, refining.MOST)
 
 
 # --- memory and disk
@@ -109,8 +114,8 @@ def space(runs: Runs, budgets: Sequence[int], numbers: int, picture: tuple[int, 
     """Measure what is kept of runs whose latents have so many numbers, on objects of that size.
 
     Beside all that is kept the peak has the most of three moments: one call's equations in double precision; what is
-    held while rows are refined, the last latents of one run for each direction; the pictures of checked runs before
-    they are 8-bit. Pictures that come as PIL's are 8-bit at once, and clips are floats.
+    held while rows are refined, parts of the last latents of one run for each direction; the pictures of checked runs
+    before they are 8-bit. Pictures that come as PIL's are 8-bit at once, and clips are floats.
     """
     budget, eight_bit = max(budgets), torch.Size(picture).numel()
     sampled = recorded(numbers, 1, 1)[0]
@@ -119,7 +124,8 @@ def space(runs: Runs, budgets: Sequence[int], numbers: int, picture: tuple[int, 
     pictures = (runs.checked + 1) * eight_bit
     kept = runs.solved_on * whole + runs.checked * last + pictures + runs.steps**2 * 8
     columns = 2 * (2 * runs.steps + 3 * budget) * sampled // 2  # a velocity is half of a tick; doubles are twice that
-    moved = runs.solved_on * (directions(budget) * last + 4 * partly) + 3 * directions(budget) * last
+    sample = recorded(min(numbers, ELEMENTS), 1, 0)[1]
+    moved = runs.solved_on * (directions(budget) * sample + 4 * partly) + 6 * directions(budget) * sample
     drawn = runs.checked * (eight_bit * (5 if len(picture) > 3 else 2) + last)
     live = 3 * runs.solved_on * partly
     peak = kept + max(columns + live, moved, drawn)

@@ -1,11 +1,61 @@
 """What the tests share: tiny pipelines and the arguments that fit their calls."""
 
+import re
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 
+from lesa.host import needs
+
 torch.set_num_threads(1)
+
+LACKING = [name for name in ("accelerate", "peft", "matplotlib", "skimage", "emoji", "imageio") if not find_spec(name)]
+"""What of the extras is not installed here, as where lesa's core is tested alone."""
+refused: list[str] = []
+"""What lesa said, in the test that runs, that it lacks."""
+
+
+def _lacks(excinfo: Any) -> str | None:
+    """Return why a test cannot be had here: it imports what is not installed, or lesa said in one line that it does."""
+    missing = re.search(r"No module named '(\w+)", str(excinfo.value))
+    if missing and missing[1] in LACKING and not any("/lesa/" in str(entry.path) for entry in excinfo.traceback):
+        return f"needs {missing[1]}"
+    return refused[0] if refused else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    missing = re.search(r"No module named '(\w+)", str(report.longrepr)) if report.failed else None
+    if missing and missing[1] in LACKING:
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: needs {missing[1]}")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed and LACKING and (why := _lacks(call.excinfo)):
+        report.outcome, report.longrepr = "skipped", (str(item.path), 0, f"Skipped: {why}")
+    return report
+
+
+@pytest.fixture(autouse=bool(LACKING))
+def _refusals(monkeypatch):
+    """Remember what lesa says that it lacks."""
+    check = needs.check
+    refused.clear()
+
+    def remembered(who: str, *asked: str) -> None:
+        try:
+            check(who, *asked)
+        except ImportError as error:
+            refused.append(str(error))
+            raise
+
+    monkeypatch.setattr(needs, "check", remembered)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,10 +1,12 @@
 """Calibrate: what is solved on, what is checked, what is kept, and where."""
 
+import errno
 import json
 from itertools import count
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny import TRAINED
 
 import lesa
@@ -118,6 +120,57 @@ def test_a_stopped_calibration_goes_on(pipe, shelf, monkeypatch):
     assert [point.tried for point in again.curve.points] == [point.tried for point in whole.curve.points]
     assert rows_of(again) == rows_of(whole) and len(shelf.all()) == 1
     assert not list(shelf.folder.glob(".under-way/*/*"))
+
+
+def stop(*_args):
+    raise KeyboardInterrupt
+
+
+def test_another_sampler_does_not_go_on_with_what_was_stopped(pipe, shelf):
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(pipe, PROMPTS[:2], None, FAST, budgets=(3, 2), shelf=shelf, on_point=stop)
+    other = type(pipe)(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    other.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    with_call(other, CALL)
+    found = calibrate(other, PROMPTS[:2], None, FAST, budget=3, shelf=shelf)
+    assert found.grid.tolist() != calibrate(pipe, PROMPTS[:2], None, FAST, budget=3, shelf=shelf).grid.tolist()
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(pipe, shelf):
+    refused = []
+
+    def again(*_):
+        with pytest.raises(
+            RuntimeError, match=r"another process is calibrating into .*; wait for it, or end it"
+        ) as one:
+            calibrate(pipe, PROMPTS[:2], None, FAST, budget=3, shelf=shelf)
+        refused.append(one)
+
+    calibrate(pipe, PROMPTS[:2], None, FAST, budget=3, shelf=shelf, on_point=again)
+    calibrate(pipe, PROMPTS[:2], None, FAST, budget=3, shelf=shelf)
+    assert len(refused) == 1
+
+
+@pytest.mark.parametrize("where", ["lesa.learn.journal", "lesa.predictors.calibration"])
+def test_a_full_disk_is_said_and_nothing_is_lost(where, pipe, shelf, monkeypatch):
+    def full(path, _data):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{where}.write_atomically", full)
+        with pytest.raises(OSError, match="the disk is full; free some space and calibrate again") as raised:
+            calibrate(pipe, PROMPTS[:2], None, FAST, budget=3, shelf=shelf)
+    assert str(shelf.folder) in str(raised.value) and not shelf.all()
+    calibrate(pipe, PROMPTS[:2], None, FAST, budget=3, shelf=shelf)
+    assert len(shelf.all()) == 1 and not list(shelf.folder.glob("*/.*"))
+
+
+def test_a_shelf_that_cannot_be_written_to_is_said_before_the_work(pipe, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(Solver, "__init__", stop)
+    with pytest.raises(OSError, match="let LESA_HOME name a folder that can be written to"):
+        calibrate(pipe, PROMPTS[:2], None, FAST, budget=3, shelf=Shelf(tmp_path / "file"))
 
 
 def test_rows_without_training_are_kept_where_they_are_better(pipe, shelf, monkeypatch):

@@ -39,7 +39,7 @@ def origin(pipe, times, schedule, tap=Tap(), streams=("all",), **training) -> Or
 def solved(pipe, times, *full) -> Solved:
     """Rows that are none of the untrained ones."""
     predictor = Solved(origin(pipe, times, "at:" + ",".join(map(str, full))))
-    predictor.set_gaps(torch.eye(len(full)).double() * 0.9)
+    predictor.set_gaps(torch.eye(len(full), len(full) + 1).double() * 0.9)
     return predictor
 
 
@@ -129,7 +129,7 @@ def test_a_fallback_runs_where_none_fits_and_is_counted(guided, fallback):
         assert torch.equal(draw(guided, **other), expected)
         draw(guided, **GUIDED)
     assert run.summary().fallbacks == 1 and len(run.summary().chosen) == 2
-    assert "1 runs fitted no predictor, and fell back" in str(run.summary())
+    assert "1 run fitted no predictor, and fell back" in str(run.summary())
     assert (fallback == "full") == ("fallback: every step full" in run.summary().chosen)
 
 

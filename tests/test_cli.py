@@ -75,7 +75,7 @@ def results(folder: Path) -> list[records.Result]:
 
 
 def bench(model: Path, out: Path, *more: str) -> int:
-    options = ["--pairs", "2", "--timed", "0", "--budgets", "", "--schedules", "paper:4", "--out", str(out)]
+    options = ["--pairs", "2", "--timed", "0", "--budgets", "", "--schedules", "paper:4", "--out", str(out), "--all"]
     return main(["bench", str(model), *options, *more])
 
 
@@ -570,3 +570,49 @@ def test_calibrate_solves_on_a_few_runs(model, tmp_path, capsys):
     assert entries["method"] == "solved" and len(entries["schedule"].split(",")) == 3
     assert f"on {entries['schedule']}: " in capsys.readouterr().out
     assert main(["generate", str(model), "x", "--predictor", str(tmp_path), "--out", str(tmp_path / "x.png")]) == 0
+
+
+def test_a_collection_grows_by_a_larger_limit(model, tmp_path, capsys):
+    """Its first runs keep their bytes, whole batches or not."""
+    collect = [
+        "collect",
+        str(model),
+        "--prompts",
+        str(model / "prompts" / "train.txt"),
+        "--out",
+        str(tmp_path / "runs"),
+    ]
+    assert main([*collect, "--limit", "2"]) == 0
+    before = contents(tmp_path / "runs")
+    assert main([*collect, "--limit", "3"]) == 0
+    after = contents(tmp_path / "runs")
+    runs = {name: data for name, data in before.items() if name.endswith(".safetensors")}
+    assert len(runs) == 2 and runs.items() <= after.items()
+    assert len([name for name in after if name.endswith(".safetensors")]) == 3
+    hint = f"next: lesa train {model} --data {tmp_path / 'runs'} --validation-prompts FILE --out FOLDER"
+    assert hint in capsys.readouterr().err
+
+
+def test_rows_are_compared_by_name_the_default_on_its_own_schedule(model, tmp_path):
+    assert bench(model, tmp_path, "--no-bound", "--rows", "default", "lagrange:1") == 0
+    found = {(result.method, result.schedule): result.full_steps for result in results(tmp_path)}
+    assert found[("default", "its own")] == 7  # ceil(10 / 4) + 4
+    assert found[("default", "paper:4")] == found[("lagrange:1", "paper:4")] == 5
+    assert not [name for name, _ in found if "Taylor" in name]
+
+
+def test_a_predictor_that_is_named_is_compared_on_its_own_schedule(model, predictor, tmp_path, capsys):
+    """Though it is none of those asked for; and refused in runs of another length."""
+    named = ["--no-bound", "--rows", "reuse", "--predictors", str(predictor), "--schedules", "every:5"]
+    assert bench(model, tmp_path, *named) == 0
+    assert {("LESA", "paper:4"), ("reuse", "paper:4"), ("reuse", "every:5")} <= {
+        (r.method, r.schedule) for r in results(tmp_path)
+    }
+    capsys.readouterr()
+    assert bench(model, tmp_path / "other", *named, "--steps", "9") == 2
+    assert "of 10 steps, got runs of 9" in capsys.readouterr().err
+
+
+def test_a_plot_of_another_kind_is_asked_for(model, tmp_path):
+    assert bench(model, tmp_path, "--no-bound", "--rows", "reuse", "--plots", "svg") == 0
+    assert (tmp_path / "psnr-over-ratio.svg").read_text().startswith("<?xml") and not list(tmp_path.glob("psnr*.png"))

@@ -42,7 +42,7 @@ WALKS = st.lists(st.integers(0, 19), min_size=2, max_size=8, unique=True).map(so
 
 
 def forecast(forecaster, past, step, features):
-    coefficients, offset = forecaster.row(GRID, step, past)
+    coefficients, offset, _ = forecaster.row(GRID, step, past)
     return coefficients @ features + offset
 
 
@@ -57,7 +57,7 @@ def polynomial(degree, variable, steps):
 def test_classical_rows_sum_to_one(forecaster, degree, variable, walk):
     *past, step = walk
     past = past[-forecaster.memory :]
-    coefficients, offset = forecaster.row(GRID, step, past)
+    coefficients, offset, _ = forecaster.row(GRID, step, past)
     assert coefficients.shape == (len(past),) and coefficients.dtype == torch.float64
     assert offset.shape == () and offset == 0
     assert coefficients.sum().item() == pytest.approx(1, abs=1e-9 * coefficients.abs().sum().item())
@@ -156,7 +156,7 @@ ROWS = {2: PlannedRow((0, 1), (-1.0, 2.0), 0.25), 3: PlannedRow((0, 1, 2), (0.0,
 
 def test_linear_rows_give_back_their_numbers():
     free = LinearRows(GRID, ROWS)
-    coefficients, offset = free.row(GRID + 1e-6, 2, [0, 1])
+    coefficients, offset, _ = free.row(GRID + 1e-6, 2, [0, 1])
     assert (coefficients.tolist(), offset.item()) == ([-1.0, 2.0], 0.25)
     assert coefficients.dtype == offset.dtype == torch.float64
     assert (free.memory, free.remembers_forecasts, free.wants(GRID, 2)) == (3, True, 2)

@@ -92,9 +92,24 @@ def test_exceptions_are_still_needed():
     assert {one for one in LONG_FUNCTIONS if one[0] in here} <= {one for file in FILES for one in too_long(file)}
 
 
-def test_the_front_door_defines_nothing():
+def test_the_front_door_defines_nothing_but_how_names_are_found():
     tree = ast.parse((HOUSE / "__init__.py").read_text())
-    assert {type(node) for node in tree.body} <= {ast.Expr, ast.ImportFrom, ast.Assign}
+    assert {type(node) for node in tree.body} <= {ast.Expr, ast.ImportFrom, ast.Assign, ast.If, ast.FunctionDef}
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    (only_for_checkers,) = [node for node in tree.body if isinstance(node, ast.If)]
+    assert defined == {"__getattr__", "__dir__"} and ast.unparse(only_for_checkers.test) == "TYPE_CHECKING"
+
+
+def test_names_are_found_where_checkers_of_types_find_them():
+    tree = ast.parse((HOUSE / "__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    told = {(node.module or "").removeprefix("lesa."): tuple(name.name for name in node.names) for node in imports}
+    assert told == lesa._WHERE
+    assert sorted(name for names in told.values() for name in names) == sorted(lesa.__all__)
+    assert set(lesa.__all__) <= set(dir(lesa)) and set(FOLDERS) <= set(dir(lesa))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = lesa.nothing  # type: ignore[attr-defined]
 
 
 def test_the_command_has_one_entry():

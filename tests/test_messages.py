@@ -11,6 +11,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 import lesa
+from lesa import cli
 from lesa.cli import learn, main
 from lesa.cli import parser as parsers
 from lesa.host import loading
@@ -90,7 +91,23 @@ def test_drawing_without_a_predictor_says_which_options_there_are(capfd, model):
     assert main(["generate", str(model), "x", "--forecaster", "lagrange:1", "--schedule", "every:3", *out]) == 0
     capfd.readouterr()
     assert main(["generate", str(model), "x", *out]) == 0
-    assert "lesa.calibrate(pipe, prompts" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "lesa calibrate MODEL --prompts FILE --budget 8." in said and "lesa.calibrate" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "make them: lesa.calibrate(pipe, prompts, target='psnr:40').",
+            "lesa calibrate MODEL --prompts FILE --target psnr:40.",
+        ),
+        ("for this call: lesa.calibrate(pipe, prompts, budget=8, ...), or", "--prompts FILE --budget 8, or"),
+        ("or fallback='full' (every step full)", "or --fallback full (every step full)"),
+    ],
+)
+def test_advice_of_calls_is_told_as_commands(text, told):
+    assert told in cli._as_typed(text, ["fallback", "budget"])
 
 
 def test_a_dtype_is_asked_for_without_a_warning(model):

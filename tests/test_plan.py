@@ -63,7 +63,7 @@ def run(forecaster, grid, full, start, features):
             feature = features[step]
         else:
             held = history[-forecaster.memory :]
-            coefficients, offset = forecaster.row(grid, step, [past for past, _ in held])
+            coefficients, offset, _ = forecaster.row(grid, step, [past for past, _ in held])
             feature = sum(c * h for c, (_, h) in zip(coefficients, held, strict=True)) + offset
         if step in full or forecaster.remembers_forecasts:
             history.append((step, feature))

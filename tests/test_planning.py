@@ -221,7 +221,7 @@ def test_training_knows_the_drift_of_rows_that_were_not_run(guidance):
     pasts = dict(histories(STEPS, problem.full, 0, free.memory, False))
 
     def row(step, plan):
-        past, coefficients, _ = plan.rows[step]
+        past, coefficients, *_ = plan.rows[step]
         missing = [0.0] * (len(pasts[step]) - len(past))
         return Row(torch.tensor([*missing, *coefficients]), torch.tensor(0.0))
 

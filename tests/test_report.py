@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lesa.bench import plots, report
+from lesa.bench import plots, report, sheet
 from lesa.bench.lines import DIFFERING, Cost, Failure, Pair, Record, Start, Time
 from lesa.bench.records import REFERENCE, Comparison
 from lesa.learn.training import Curve
@@ -164,20 +164,56 @@ def test_methods_that_failed_alike_are_listed_together(comparison):
 
 
 def test_the_sheet_shows_every_picture_in_its_place(comparison):
-    sheet = np.asarray(report.sheet(comparison))
-    spans = {key: places(sheet, colour) for key, colour in COLOURS.items()}
-    assert {len(span) for span in spans.values()} == {2 * report.SIDE**2}  # two pictures each, no text over them
+    drawn = np.asarray(sheet.sheet(comparison))
+    spans = {key: places(drawn, colour) for key, colour in COLOURS.items()}
+    assert {len(span) for span in spans.values()} == {2 * sheet.SIDE**2}  # two pictures each, no text over them
     lefts = [spans[key][:, 1].min() for key in (REFERENCE, TAYLOR, LESA, FEWER)]
-    assert lefts[0] >= report.MARGIN
+    assert lefts[0] >= sheet.MARGIN
     steps = np.diff(lefts)
-    assert steps[1] == report.SIDE + report.GAP < steps[0] == steps[2]  # as many full steps: side by side
+    assert steps[1] == 2 * sheet.SIDE + 2 + sheet.GAP  # beside it the difference; as many full steps: side by side
+    assert steps[0] == sheet.SIDE + sheet.GAP + sheet.GROUP_GAP and steps[2] == steps[1] + sheet.GROUP_GAP
     assert len({span[:, 0].min() for span in spans.values()}) == 1
 
 
+def test_differences_stand_beside_pictures(comparison):
+    """Here they have a colour of their own: 8 times one of 5."""
+    comparison.pictures[LESA] = [picture((0, 95, 0))] * 2
+    drawn = np.asarray(sheet.sheet(comparison))
+    pictures, differences = places(drawn, (0, 95, 0)), places(drawn, (0, 40, 0))
+    assert len(differences) == len(pictures) == 2 * sheet.SIDE**2
+    assert (differences.min(0) - pictures.min(0)).tolist() == [0, sheet.SIDE + 2]
+
+
+def many(comparison: Comparison, count: int = 40) -> Comparison:
+    """Add methods with 10 and 8 full steps, and with long names."""
+    for k in range(count):
+        name, full = f"another project's cache with a name that is long, number {k}", (10, 8)[k % 2]
+        key = name, "at:" + ",".join(map(str, range(full)))
+        comparison.records[key] = [Record(*key, *pair, 25.0 + k / 8, 0.9, True, tuple(range(full))) for pair in PAIRS]
+        comparison.pictures[key] = [picture((k, k, 250))] * 2
+    return comparison
+
+
+def test_a_sheet_of_many_methods_is_bounded_and_shows_the_best_ours_and_fewer_steps(comparison):
+    few, drawn = sheet.sheet(comparison), np.asarray(sheet.sheet(many(comparison)))
+    columns = sheet.MARGIN + sheet.SIDE + (2 * sheet.SIDE + 2) * sheet.ACROSS
+    assert few.width < drawn.shape[1] <= columns + (sheet.GAP + sheet.GROUP_GAP) * (sheet.ACROSS + 2)
+    assert all(len(places(drawn, COLOURS[key])) for key in (REFERENCE, LESA, FEWER))
+    assert len(places(drawn, (39, 39, 250))) and not len(places(drawn, (0, 0, 250)))  # the best, and the worst
+
+
+def test_a_heading_is_not_cut(comparison):
+    name = "another project's cache with a name that is long " * 3
+    result = replace(comparison.results()[1], method=name.strip(), schedule="at:" + ",".join(map(str, range(40))))
+    lines = sheet._heading(result)
+    assert name.strip().replace(" ", "") in "".join(lines).replace(" ", "") and result.schedule in "".join(lines)
+    assert all(len(line) <= sheet.LETTERS[False] for line in lines)
+
+
 def test_a_wrong_picture_is_marked(comparison):
-    sheet = np.asarray(report.sheet(comparison))
-    marked, first = places(sheet, report.WRONG), places(sheet, COLOURS[FEWER])[0]
-    caption = slice(first[0] + report.SIDE, first[0] + report.SIDE + report.CAPTION)
+    drawn = np.asarray(sheet.sheet(comparison))
+    marked, first = places(drawn, sheet.WRONG), places(drawn, COLOURS[FEWER])[0]
+    caption = slice(first[0] + sheet.SIDE, first[0] + sheet.SIDE + sheet.CAPTION)
     inside = np.isin(marked[:, 0], range(caption.start, caption.stop)) & (marked[:, 1] >= first[1])
     assert len(marked) and inside.all()
 
@@ -185,14 +221,14 @@ def test_a_wrong_picture_is_marked(comparison):
 @pytest.mark.parametrize(("width", "shown"), [(32, 128), (64, 128), (100, 100), (512, 128)])
 def test_pictures_of_any_size_fit_the_sheet(comparison, width, shown):
     comparison.pictures = {REFERENCE: [picture((0, 90, 0), width)]}
-    assert len(places(np.asarray(report.sheet(comparison)), (0, 90, 0))) == shown**2
+    assert len(places(np.asarray(sheet.sheet(comparison)), (0, 90, 0))) == shown**2
 
 
 def test_small_pictures_keep_their_pixels(comparison):
     checkers = picture((0, 90, 0))
     checkers[::2, ::2] = (90, 0, 90)
     comparison.pictures = {REFERENCE: [checkers]}
-    assert len(places(np.asarray(report.sheet(comparison)), (90, 0, 90))) == report.SIDE**2 / 4
+    assert len(places(np.asarray(sheet.sheet(comparison)), (90, 0, 90))) == sheet.SIDE**2 / 4
 
 
 def test_scores_that_could_not_be_had_have_a_column_that_says_so(comparison):

@@ -51,7 +51,7 @@ class Stepped:
             if plan is None or step in plan.full:
                 felt.append(self.world.feature(seed, step, latents[-1].float()))
             else:
-                past, coefficients, offset = plan.rows[step]
+                past, coefficients, offset, _ = plan.rows[step]
                 felt.append(sum(c * felt[k] for k, c in zip(past, coefficients, strict=True)) + offset)
             outputs.append(head(felt[-1], self.world.conditioning[step]))
             moved = torch.einsum("j,jnc->nc", self.sampler.latents[step, : step + 1], torch.stack(latents))

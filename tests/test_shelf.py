@@ -1,7 +1,9 @@
 """Calibrations are kept by weights and facts, and found again; what is damaged is named."""
 
 import json
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +31,7 @@ TABLE = {
 def solved(full: int, times=KNOWN.times) -> Solved:
     schedule = "at:" + ",".join(map(str, range(full)))
     predictor = Solved(Origin("models/Tiny Flux", "T", {}, Tap(), tuple(times), schedule, ("all",)))
-    predictor.set_gaps(torch.eye(full).double() * full)
+    predictor.set_gaps(torch.eye(full, full + 1).double() * full)
     return predictor
 
 
@@ -188,7 +190,7 @@ def test_the_command_lists_shows_removes_and_exports(capsys, tmp_path, monkeypat
         assert main(["shelf", *words]) == 0
         return capsys.readouterr().out
 
-    assert said() == f"nothing is calibrated yet in {Shelf().folder}: lesa calibrate\n"
+    assert said() == f"nothing is calibrated yet in {Shelf().folder}\n"
     folder = put(Shelf())
     assert said() == said("list") and said().startswith(f"{folder.name}  1, 2 full of 3 steps  20")
     shown = said("show", folder.name)
@@ -201,3 +203,48 @@ def test_the_command_lists_shows_removes_and_exports(capsys, tmp_path, monkeypat
     assert said("remove", folder.name) == f"removed {folder}\n"
     assert main(["shelf", "show", folder.name]) == 2
     assert "calibrations (none), got" in capsys.readouterr().err
+
+
+def test_what_was_written_before_there_were_digests_is_read():
+    folder = put(Shelf())
+    file = folder / "calibration.json"
+    entries = json.loads(file.read_text())
+    file.write_text(json.dumps({name: entries[name] for name in entries if name not in ("digests", "sha256")}))
+    assert Calibration.read(folder).predictor(2).digest() == TWO[2].digest()
+
+
+def test_no_other_predictor_is_taken_than_the_one_calibrated():
+    folder = put(Shelf())
+    other = solved(2)
+    other.coefficients.data.mul_(7)
+    other.save_pretrained(folder / "2-full")
+    with pytest.raises(ValueError, match=f"{folder / '2-full'} holds another predictor than the one calibrated"):
+        Calibration.read(folder).predictor(2)
+
+
+def test_a_stop_between_two_names_loses_nothing(monkeypatch):
+    folder, replace_ = put(Shelf()), os.replace
+
+    def stopped(source, target):
+        if Path(target).parent == folder.parent and Path(target) == folder:
+            raise KeyboardInterrupt
+        replace_(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", stopped)
+        put(Shelf(), table={"chosen": 1})
+    assert not folder.exists() and [one.chosen for one in Shelf().calibrations(WEIGHTS)] == [2]
+    assert put(Shelf(), facts=replace(KNOWN, start=1)) != folder
+    assert {one.folder: one.chosen for one in Shelf().all()}[folder] == 2
+    assert put(Shelf(), table={"chosen": 1}) == folder and Calibration.read(folder).chosen == 1
+    assert not [one for one in folder.parent.iterdir() if one.name.startswith(".")]
+
+
+def test_what_is_put_at_once_is_all_there():
+    tables = [{**TABLE, "chosen": 1 + k % 2} for k in range(6)]
+    facts = [KNOWN, replace(KNOWN, start=1)]
+    with ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(lambda k: put(Shelf(), facts=facts[k % 2], table=tables[k]), range(6)))
+    assert sorted(one.folder for one in Shelf().all()) == sorted(set(found)) and len(set(found)) == 2
+    for one in Shelf().all():
+        assert one.predictor(2).digest() == TWO[2].digest()

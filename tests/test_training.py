@@ -69,7 +69,7 @@ class World:
                 if step in full:
                     feature = self.feature(seed + 1000 * number, step, latents[-1])
                 else:
-                    past, coefficients, offset = plans[stream].rows[step]
+                    past, coefficients, offset, _ = plans[stream].rows[step]
                     feature = sum(c * felt[stream][k] for k, c in zip(past, coefficients, strict=True)) + offset
                 felt[stream].append(feature)
                 outputs[stream].append(head(feature, self.conditioning[step]))

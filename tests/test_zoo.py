@@ -3,8 +3,10 @@
 import copy
 from functools import cache
 
+import diffusers
 import pytest
 import torch
+from zoo import parts
 from zoo.oracle import Oracle, Run, combine, extrapolate, reuse, tensors, watch
 from zoo.pipelines import ZOO, Specimen
 from zoo.transformers import MODELS, model_call
@@ -162,3 +164,14 @@ def test_a_model_runs(name: str):
     with torch.no_grad():
         outputs = [tensors(module(*args, **kwargs)) for _ in range(2)]
     assert outputs[0] and outputs[0][0].isfinite().all() and equal(*outputs)
+
+
+def test_a_pipeline_that_this_diffusers_is_without_is_skipped(monkeypatch):
+    monkeypatch.setattr(parts, "ZOO", {})
+
+    @parts.entry
+    def newer() -> parts.Specimen:
+        return diffusers.PipelineOfANewerRelease()
+
+    with pytest.raises(pytest.skip.Exception, match=r"is without it: .*PipelineOfANewerRelease"):
+        parts.ZOO["newer"]()

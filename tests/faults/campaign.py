@@ -27,24 +27,28 @@ FLAT, LAST = 20.0, 200
 VERDICTS = {
     "refused": "an error of one line that names the file",
     "harmless": "what was read is what was written",
-    "made again": "what lacks is recorded, trained or measured again, as after a stop",
+    "made again": "what lacks is recorded, trained, calibrated or measured again, as after a stop",
     "told": "a warning of one line, and the rest is read",
 }
 PROMISED = """# What may be relied on
 
 Written by `make faults`, which tries what is told here; `make test` tries a sample of it.
 
-- A recorded run, a predictor, a round of a training, a plan, a batch of records and a kept picture each have a digest,
-  which is verified whenever it is read. Files of before, without, are read; of recorded runs that is said once.
+- A recorded run, a predictor, a round of a training, a plan, a calibration, what it has done so far, a batch of records
+  and a kept picture each have a digest, which is verified whenever it is read. Files of before, without, are read; of
+  recorded runs that is said once.
 - What is damaged is refused in one line that names the file, or made again: `lesa collect` records a damaged run again,
-  `lesa train` trains from the newest whole round on, `lesa bench` measures what a torn batch held.
+  `lesa train` trains from the newest whole round on, `lesa bench` measures what a torn batch held, and of a stopped
+  calibration a damaged budget is calibrated again. On the shelf a damaged calibration is passed over, with a warning.
 - No number that is not finite enters a fit or a plan: a reference run with one is not recorded, and not read.
 - Files are read without running anything, and without anything outside of their folder being read or written; what a
   file claims of sizes is held against its bytes before memory is asked for.
-- A work that is killed at any moment goes on when it is called again, to the same bytes (a training's seconds aside,
-  which nobody knows then). Ctrl-C ends a command with one line and exit code 130.
-- One process at a time collects into a folder, trains into it, or measures into a file of it: a second one is refused
-  in one line. A process that is gone holds nothing.
+- A work that is killed at any moment goes on when it is called again, to the same bytes (what says when it was done and
+  how long it took aside). So does one of two processes that share the work. Ctrl-C ends a command with one line and
+  exit code 130.
+- A calibration takes the place of another of the same weights and facts at once: a kill leaves the one or the other.
+- One process at a time collects into a folder, trains into it, measures into a file of it, or makes a calibration: a
+  second one is refused in one line. A process that is gone holds nothing. Different calibrations may be made at once.
 - An accelerated pipeline is in one call at a time: a second thread is refused before its first step. Other pipelines,
   those on the same weights with a scheduler and tokenizers of their own among them, run as if alone. (Tokenizers are
   changed by every call: two pipelines of diffusers that share them draw other pictures at times, with lesa or without.)
@@ -93,11 +97,12 @@ def _cells(counts: Counter[str]) -> list[str]:
 
 def _kills(pipe: Any, folder: Path, seed: int, wrong: list[str]) -> str:
     rows = []
-    for name in kills.WORKS:
+    for name, works in kills.WORKS.items():
         (folder / name).mkdir(parents=True)
-        found = kills.killed(name, kills.accelerable(pipe), folder / name, KILLS, seed)
+        count = KILLS // len(works)
+        found = kills.killed(name, kills.accelerable(pipe), folder / name, count, seed)
         wrong += found
-        rows.append([name, str(KILLS), str(len(found))])
+        rows.append([name, str(count), str(len(found))])
     words = "Killed outright at a moment of its work with files, and called again."
     return f"## Kills\n\n{words}\n\n{_table(['work', 'kills', 'other results'], rows)}"
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,6 +20,9 @@ import lesa
 from lesa.bench import records
 from lesa.bench.methods import fewer_steps, forecast
 from lesa.host.pipelines import with_call
+from lesa.learn.ranks import ALONE, Ranks
+from lesa.predictors.calibration import CALIBRATION_FILE, Calibration
+from lesa.predictors.shelf import LOCK, Shelf
 
 CALL = dict(height=32, width=32, num_inference_steps=4, max_sequence_length=16)
 PROMPTS = ["small red apple on white, left", "large blue fish on grey, right", "small green pear on grey, left"]
@@ -46,8 +50,8 @@ def accelerable(tiny_flux: Any) -> Any:
     return pipe
 
 
-def collect(pipe: Any, folder: Path) -> None:
-    lesa.collect(pipe, PROMPTS, folder / "runs", lesa.CollectOptions(tokens=6, batch_size=2))
+def collect(pipe: Any, folder: Path, at: Ranks = ALONE) -> None:
+    lesa.collect(pipe, PROMPTS, folder / "runs", lesa.CollectOptions(tokens=6, batch_size=2), at=at)
 
 
 def train(pipe: Any, folder: Path) -> None:
@@ -55,21 +59,39 @@ def train(pipe: Any, folder: Path) -> None:
     lesa.train(pipe, folder.parent / "runs", PROMPTS[:1], folder / "predictor", options)
 
 
-def bench(pipe: Any, folder: Path) -> None:
+def bench(pipe: Any, folder: Path, at: Ranks = ALONE) -> None:
     methods = [forecast("reuse", lesa.Reuse(), lesa.Schedule.at([0, 2])), fewer_steps(2)]
     options = lesa.CompareOptions(methods, timed=0, bound=False, batch_size=2)
-    lesa.compare(pipe, PROMPTS, folder / "bench", options)
+    lesa.compare(pipe, PROMPTS, folder / "bench", options, at=at)
 
 
-WORKS: dict[str, Callable[[Any, Path], None]] = {"collect": collect, "train": train, "bench": bench}
+def calibrate(pipe: Any, folder: Path) -> None:
+    options = lesa.CalibrateOptions(refine=1, most=2, progress=False)
+    shelf = Shelf(folder / "shelf")
+    lesa.calibrate(pipe, PROMPTS[:2], folder / "predictor", options, budgets=(3, 2), shelf=shelf)
+
+
+Work = Callable[[Any, Path], None]
+TWO = [Ranks(1, 2), Ranks(0, 2)]
+WORKS: dict[str, list[Work]] = {
+    "collect": [collect],
+    "train": [train],
+    "bench": [bench],
+    "calibrate": [calibrate],
+    "collect, two processes": [partial(collect, at=at) for at in TWO],
+    "bench, two processes": [partial(bench, at=at) for at in TWO],
+}
+"""Works, each by what its processes do at once."""
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """All that a work left: files byte for byte, but for the records' starts and what says how long it took."""
-    found: dict[str, Any] = {}
+    """All that a work left: files byte for byte, but for what says when it was done and how long it took."""
+    found: dict[str, Any] = {"kept": [_of_shelf(one) for one in Shelf(folder / "shelf").all()]}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if not path.is_file() or path.name.startswith(".lock") or path.name.endswith(".partial"):
+        if not path.is_file() or path.name.startswith((".lock", LOCK)) or path.name.endswith(".partial"):
+            continue
+        if path.name == CALIBRATION_FILE:
             continue
         if path.name == "config.json":  # a stopped training does not say its seconds, and so has another digest
             predictor = lesa.Predictor.from_pretrained(path.parent)
@@ -82,7 +104,15 @@ def results(folder: Path) -> dict[str, Any]:
     return found
 
 
-def events_of(work: Callable[[Any, Path], None], pipe: Any, folder: Path) -> int:
+def _of_shelf(kept: Calibration) -> Any:
+    """Return a calibration without when it was made, and how long it took: rivals are planned for once a process."""
+    points = kept.table["curve"]["points"]
+    for point in points:
+        del point["seconds"], point["transformer_runs"]["rivals"]
+    return kept.fingerprint, kept.facts, kept.digests, {**kept.table, "curve": points}
+
+
+def events_of(work: Work, pipe: Any, folder: Path) -> int:
     """Do a work whole; returns of how many moments it is."""
     _count.append(0)
     try:
@@ -92,33 +122,45 @@ def events_of(work: Callable[[Any, Path], None], pipe: Any, folder: Path) -> int
         _count.clear()
 
 
-def _die(work: Callable[[Any, Path], None], pipe: Any, folder: Path, moment: int) -> None:
+def _die(work: Work, pipe: Any, folder: Path, moment: int) -> None:
     _count.append(0)
     _armed.append(moment)
     work(pipe, folder)
 
 
 def killed(name: str, pipe: Any, folder: Path, count: int, seed: int = 0) -> list[str]:
-    """Kill a work at so many moments, and let it go on each time; returns what went wrong."""
-    work, context, wrong = WORKS[name], multiprocessing.get_context("fork"), []
+    """Kill one process of a work at so many moments, and let all go on each time; returns what went wrong."""
+    works, random, wrong = WORKS[name], Random(f"{name} {seed}"), []
     collect(pipe, folder)
-    moments = events_of(work, pipe, folder / "whole")
+    # A forked process finds some of what it needs open already, and one of two some of the work done.
+    moments = [events_of(work, pipe, folder / "whole") * (9 if len(works) == 1 else 6) // 10 for work in works]
     wanted = results(folder / "whole")
-    moments = moments * 9 // 10  # a forked process finds some of what it needs open already
-    for k, moment in enumerate(sorted(Random(f"{name} {seed}").choices(range(1, moments + 1), k=count))):
+    victims = [(which := random.randrange(len(works)), random.randint(1, moments[which])) for _ in range(count)]
+    for k, (which, moment) in enumerate(sorted(victims)):
         place = folder / f"{k}-at-{moment}"
-        child = context.Process(target=_die, args=(work, pipe, place, moment))
-        child.start()
-        child.join(120)
-        if child.exitcode != DEATH:
-            wrong.append(f"{name} at {moment}: it was not killed, but ended with {child.exitcode}")
+        ends = _ends(works, pipe, place, which, moment)
+        if ends != [DEATH if one == which else 0 for one in range(len(works))]:
+            wrong.append(f"{name} at {moment}: one process was not killed, or others were: they ended with {ends}")
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            work(pipe, place)
+            for work in works:
+                work(pipe, place)
         found = results(place)
-        wrong += [f"{name} at {moment} of {moments}: {key} is another" for key in _other(found, wanted)]
+        wrong += [f"{name} at {moment} of {moments[which]}: {key} is another" for key in _other(found, wanted)]
     return wrong
+
+
+def _ends(works: list[Work], pipe: Any, place: Path, which: int, moment: int) -> list[int | None]:
+    """Do a work with one process that is killed at a moment; returns how each ended."""
+    context, children = multiprocessing.get_context("fork"), []
+    for k, work in enumerate(works):
+        arguments = (work, pipe, place, moment) if k == which else (pipe, place)
+        children.append(context.Process(target=_die if k == which else work, args=arguments))
+        children[-1].start()
+    for child in children:
+        child.join(120)
+    return [child.exitcode for child in children]
 
 
 def _other(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 from lesa.predictors import base as predictors
+from lesa.predictors import disk
 
 Mutation = Callable[[Random, Path, Path], None]
 """(random numbers, the file to damage, the same file of another artefact of its kind)"""
@@ -253,6 +254,13 @@ def _sealed_number(random: Random, file: Path, _: Path) -> None:
     _seal(file, entries)
 
 
+def _signed_field(random: Random, file: Path, _: Path) -> None:
+    """Change a field of a calibration, under its own right digest."""
+    entries = json.loads(file.read_text())
+    other = mutate_json(random, {name: value for name, value in entries.items() if name != disk.SIGNATURE})
+    file.write_text(json.dumps(disk.signed(other) if isinstance(other, dict) else other))
+
+
 def _seal(file: Path, entries: dict[str, Any]) -> None:
     digest = predictors._digest(entries, file.with_name("model.safetensors").read_bytes())
     file.write_text(json.dumps({**entries, "sha256": digest}))
@@ -270,6 +278,8 @@ def fitting(file: Path) -> dict[str, Mutation]:
     found = dict(BYTES)
     if file.name == "config.json":
         found |= SEALED
+    if file.name == "calibration.json":
+        found |= {"a field changed, and sealed": _signed_field, "another field changed, and sealed": _signed_field}
     if file.suffix in (".json", ".jsonl", ".txt"):
         found |= LINES
     if file.suffix in (".json", ".jsonl"):

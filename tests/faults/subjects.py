@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 from test_bombs import KINDS
 from test_convert import BY_NAME, HERE, weights, write
+from test_facts import KNOWN
 from test_predictor import flux_grid
+from test_shelf import TABLE, solved
 from test_trajectory import STEPS as FEW
 from test_trajectory import collection, trajectory
 
@@ -24,11 +26,15 @@ from lesa.bench.planned import keep_planned, planned
 from lesa.host.pipelines import call_of, check_call
 from lesa.learn.call_files import read_calls, read_prompts
 from lesa.learn.collecting import opened
+from lesa.learn.journal import Journal
 from lesa.learn.kept import Rounds
 from lesa.learn.lessons import Curve
 from lesa.learn.trajectory import Store
 from lesa.predictors import Predictor
+from lesa.predictors import curve as curves
 from lesa.predictors.convert import convert, read
+from lesa.predictors.curve import SOLVED, Point, Tried
+from lesa.predictors.shelf import Shelf
 from lesa.rows.forecasters import Lagrange
 from lesa.rows.plan import Plan, compile
 from lesa.rows.schedule import Schedule
@@ -116,6 +122,49 @@ def _use_rounds(folder: Path) -> Any:
     return found
 
 
+# --- calibrations: on the shelf, and under way
+
+
+def _found(budget: int, number: int) -> Point:
+    tried = [Tried(SOLVED, f"at:0,{budget}", (-40.0 - number, -41.5), (39.0, 40.5), (0.9, 0.91))]
+    tried.append(Tried("Reuse()", "at:0,1", (-20.0, -21.5)))
+    return Point(budget, -44.0 - number, tuple(tried), {"reference": 18, "search": 60 + budget}, 1.5)
+
+
+def _make_shelf(folder: Path, number: int) -> None:
+    for first in range(2):
+        predictors = {budget: solved(budget) for budget in (1, 2)}
+        for predictor in predictors.values():
+            predictor.coefficients.data.mul_(number + 2)
+        table = {**TABLE, **curves.Curve(3, tuple(_found(budget, number) for budget in (2, 1))).to_table()}
+        Shelf(folder).put(f"{first}" * 64, KNOWN, predictors, table)
+
+
+def _use_shelf(folder: Path) -> Any:
+    found = []
+    for one in Shelf(folder).all():
+        assert not one.facts.differences(one.facts) and one.budget_for(quality="drift:-1") in one.budgets
+        predictors = [one.predictor(budget).digest() for budget in one.budgets]
+        found.append((one.fingerprint, one.facts, one.chosen, one.table, one.versions, one.promise(2), predictors))
+    return tuple(found)
+
+
+def _make_journal(folder: Path, number: int) -> None:
+    for budget in (1, 2):
+        pictures = np.random.default_rng([budget, number]).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+        Journal(folder, prompts=["a fish"]).keep(_found(budget, number), solved(budget), tuple(pictures))
+
+
+def _use_journal(folder: Path) -> Any:
+    """Budgets whose files are damaged are calibrated again: nothing of them is taken."""
+    journal, found = Journal(folder, prompts=["a fish"]), {}
+    for budget in (1, 2):
+        if (kept := journal.point(budget)) is not None:
+            pictures = [x.tobytes() for x in journal.worst(budget) or ()]
+            found[budget] = kept[0], kept[1].digest(), pictures
+    return found
+
+
 # --- records of a benchmark
 
 
@@ -192,6 +241,8 @@ SUBJECTS: dict[str, Subject] = {
     "predictor (many grids)": Subject(_make_predictor("many"), _use_predictor),
     "recorded runs": Subject(_make_store, _use_store),
     "rounds of a training": Subject(_make_rounds, _use_rounds),
+    "shelf": Subject(_make_shelf, _use_shelf),
+    "calibration under way": Subject(_make_journal, _use_journal),
     "records": Subject(_make_records, _use_records),
     "plan": Subject(_make_plan, _use_plan),
     "calls and prompts": Subject(_make_calls, _use_calls, signed=False),

@@ -6,7 +6,7 @@ import pytest
 
 from faults.kills import WORKS, accelerable, killed
 
-FEW = {"collect": 4, "train": 3, "bench": 3}
+FEW = {"collect": 4, "train": 3, "bench": 3, "calibrate": 3, "collect, two processes": 2, "bench, two processes": 1}
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="a warm process must be forked")

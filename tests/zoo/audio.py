@@ -4,8 +4,6 @@ from typing import Any
 
 import diffusers as d
 import torch
-from diffusers.pipelines.ace_step import AceStepConditionEncoder
-from diffusers.pipelines.stable_audio_3.modeling_stable_audio_3 import StableAudio3DurationEmbedder
 
 from zoo.flux import flow
 from zoo.parts import TOKENS, WIDTH, Specimen, entry, noise, specimen, stub, tiny
@@ -41,6 +39,8 @@ def stable_audio_edm_guided() -> Specimen:
 
 
 def stable_audio3_parts(**config: Any) -> dict[str, Any]:
+    from diffusers.pipelines.stable_audio_3.modeling_stable_audio_3 import StableAudio3DurationEmbedder
+
     sizes = dict(io_channels=8, embed_dim=WIDTH, depth=2, num_heads=2, cond_token_dim=WIDTH, global_cond_dim=WIDTH)
     more = dict(local_add_cond_dim=9, timestep_features_dim=16, ff_mult=2, num_memory_tokens=3)
     transformer = tiny(d.StableAudio3DiTModel, **sizes, **more)
@@ -89,6 +89,8 @@ def stable_audio3_inpaint() -> Specimen:
 
 @entry
 def ace_step_guided() -> Specimen:
+    from diffusers.pipelines.ace_step import AceStepConditionEncoder
+
     transformer = tiny(d.AceStepTransformer1DModel, in_channels=24, audio_acoustic_hidden_dim=8, sliding_window=16)
     layers = dict(num_lyric_encoder_hidden_layers=1, num_timbre_encoder_hidden_layers=1, sliding_window=16)
     encoder = tiny(AceStepConditionEncoder, text_hidden_dim=WIDTH, timbre_hidden_dim=8, **layers)

@@ -8,8 +8,6 @@ import diffusers as d
 import torch
 from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline  # its package hides it without OpenCV
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
-from diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora import LTX2HDRReferenceCondition
-from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
 from diffusers.pipelines.omnigen.processor_omnigen import OmniGenCollator
 
 from zoo.flux import SQUARE, flow, flux_parts, longcat_parts, shifted
@@ -238,6 +236,8 @@ def ltx2_condition_guided() -> Specimen:
 
 @entry
 def ltx2_in_context_guided() -> Specimen:
+    from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
+
     reference = LTX2ReferenceCondition(frames=noise(1, 3, 32, 32).sigmoid(), strength=1.0)
     more = dict(reference_conditions=[reference], conditioning_attention_strength=0.5)
     return specimen(d.LTX2InContextPipeline, ltx2_parts(), **more, **LTX2)
@@ -245,6 +245,8 @@ def ltx2_in_context_guided() -> Specimen:
 
 @entry
 def ltx2_hdr() -> Specimen:
+    from diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora import LTX2HDRReferenceCondition
+
     reference = LTX2HDRReferenceCondition(frames=noise(1, 3, 32, 32).sigmoid(), strength=1.0)
     film = {name: LTX2[name] for name in ("height", "width", "num_frames", "frame_rate")}
     embeds = dict(connector_video_embeds=noise(1, TOKENS, WIDTH), connector_audio_embeds=noise(1, TOKENS, WIDTH))

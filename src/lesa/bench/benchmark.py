@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lesa.bench.cost import Memory, Watch, flops, machine
 from lesa.bench.lines import DIFFERING, DRIFT, FLOAT_PSNR, Cost, Failure, Key, Line, Pair, Record, Start, Time
@@ -25,6 +24,7 @@ from lesa.host import needs
 from lesa.host.pipelines import for_each, pictures_of
 from lesa.host.runtime import Run
 from lesa.learn import metrics, ranks
+from lesa.learn.progress import Bar
 from lesa.learn.ranks import Ranks
 
 PAIRS_A_TURN = 2
@@ -64,7 +64,7 @@ def compare(
     pairs, methods = pair_up(prompts, seeds), [REFERENCE, *([fine] if fine else []), *methods]
     log = log or Log(setting={"pairs": pairs})
     _begin(log, methods, lacking or {})
-    with tqdm(total=len(pairs) * len(methods), desc="pictures", unit="picture", disable=not at.leads) as bar:
+    with Bar(total=len(pairs) * len(methods), desc="pictures", unit="picture", disable=not at.leads) as bar:
         for number, batch in at.share(list(enumerate(batches(pairs, batch_size)))):
             done = partial(bar.update, len(batch) * at.count)
             _draw_all(pipe, methods, batch, log, recognise, scores or {}, fine, shown, number * batch_size, done)
@@ -316,7 +316,7 @@ def reproduce(
 def measure_costs(pipe: Any, methods: Sequence[Method], pair: Pair, log: Log) -> None:
     """Run every method once at batch 1 to see memory and count FLOPs, unless the log holds its cost."""
     lacking = [method for method in methods if method.key not in log.comparison.costs]
-    for method in tqdm(lacking, desc="costs", unit="method"):
+    for method in Bar(lacking, desc="costs", unit="method"):
         _attempt(log, method, lambda method: [_cost(pipe, method, pair)])
 
 
@@ -351,7 +351,7 @@ def time_methods(pipe: Any, methods: Sequence[Method], pairs: Sequence[Pair], lo
     run that does not count: after it caches are warm and the plan is compiled, which happens once per grid. That run
     tells which steps are full, and so how long a skipped one takes in the next run, of the same pair.
     """
-    with one_thread(pipe), tqdm(total=len(pairs) * len(methods), desc="timing", unit="run") as bar:
+    with one_thread(pipe), Bar(total=len(pairs) * len(methods), desc="timing", unit="run") as bar:
         for turn in batches(pairs, PAIRS_A_TURN):
             for method in methods:
                 if not log.comparison.timed(method.key, turn):

@@ -14,6 +14,7 @@ from torch import Tensor
 from lesa.bench import benchmark, bound, methods, peers, recogniser, records, samplers
 from lesa.bench.lines import Pair
 from lesa.bench.methods import Method
+from lesa.bench.named import BUDGETS, SCHEDULES
 from lesa.bench.planned import keep_planned, planned
 from lesa.bench.records import Comparison, Log
 from lesa.bench.scores import Score
@@ -26,7 +27,7 @@ from lesa.learn.plan import FEW_STEPS, finder, planner_of, shipped_prompts
 from lesa.learn.planning import Planner
 from lesa.learn.ranks import ALONE, Ranks
 from lesa.learn.trajectory import Store
-from lesa.predictors import Predictor
+from lesa.predictors import ContinuousLESA, Predictor
 from lesa.predictors.base import CONFIG_FILE
 from lesa.predictors.fingerprint import pipeline_fingerprint
 from lesa.predictors.shipped import SHIPPED_FOLDER
@@ -34,8 +35,6 @@ from lesa.rows.forecasters import Forecaster
 from lesa.rows.grid import validate
 from lesa.rows.schedule import Schedule
 
-SCHEDULES, BUDGETS = ("paper:7", "paper:10"), (10, 8, 6, 5, 4)
-"""What is compared where nothing is named: the paper's schedules and planned ones; of few steps, those at 2x."""
 CHOSEN_ON = 8
 """On how many training prompts the times of better samplers are chosen."""
 
@@ -49,7 +48,7 @@ class CompareOptions:
     full steps; `usual` are the budgets of long runs if none are named. It is planned on the runs of `data`, or on new
     ones of prompts that the model comes with. `peers` adds other projects' caches by their names (or 'all'), `fine` a
     run of so many steps that PSNR is measured against too, `bound` the bound of each schedule. `only` keeps the methods
-    of these names.
+    of these names; `rows` are compared in place of the usual ones without training, by their names in tables.
 
     Pictures are drawn `batch_size` at a time; the first `timed` are timed at batch 1. `scores` are measured besides
     PSNR and SSIM, and `lacking` says of others why not (see `lesa.bench.scores.load`). `anew` removes the folder's
@@ -68,6 +67,7 @@ class CompareOptions:
     fine: int | None = None
     bound: bool = True
     only: Sequence[str] | None = None
+    rows: Mapping[str, Forecaster] | None = None
     batch_size: int = 16
     timed: int = 10
     scores: Mapping[str, Score] = field(default_factory=dict)
@@ -149,7 +149,7 @@ def line_up(pipe: Any, options: CompareOptions, folder: str | Path | None = None
     if options.methods:
         return list(options.methods)
     predictors = shipped(pipe, not options.demo) if options.predictors is None else options.predictors
-    more = dict(reuse=not options.demo, rivals=not options.demo)
+    more: Any = dict(reuse=not options.demo, rivals=not options.demo, rows=options.rows)
     lined_up = methods.line_up(_steps(pipe), _schedules(pipe, options), predictors, **more)
     if _budgets(pipe, options):
         if not at.leads:
@@ -158,11 +158,33 @@ def line_up(pipe: Any, options: CompareOptions, folder: str | Path | None = None
         lined_up += [one for one in _planned(pipe, options, predictors, folder) if one.key not in known]
         if at.leads:
             at.wait()
+    lined_up += _left_out(pipe, options, lined_up)
     if options.peers:
         names = list(peers.FAMILIES) if list(options.peers) == ["all"] else list(options.peers)
         prompt = read_prompts(Path(source_of(pipe).model) / "prompts" / "train.txt")[0]
         lined_up += peers.line_up(names, _steps(pipe), prompt)
     return _only(lined_up, options.only)
+
+
+def _left_out(pipe: Any, options: CompareOptions, lined_up: Sequence[Method]) -> list[Method]:
+    """Line up predictors that were named and are on none of the schedules so far: on their own, with rows without
+    training.
+
+    Raises: ValueError if one is for runs of another length.
+    """
+    there, known = {method.recipe.get("predictor") for method in lined_up}, {method.key for method in lined_up}
+    found: list[Method] = []
+    for one in options.predictors or ():
+        if one.digest() in there or isinstance(one, ContinuousLESA):
+            continue
+        if len(one.grid) - 1 != _steps(pipe):
+            raise ValueError(
+                f"a predictor is compared in runs as it was trained for, of {len(one.grid) - 1} steps, got runs of "
+                f"{_steps(pipe)} for {one!r}; name those steps (num_inference_steps), or leave it out."
+            )
+        more: Any = dict(reuse=not options.demo, rivals=not options.demo, rows=options.rows)
+        found += methods.line_up(_steps(pipe), [one.schedule], [one], **more)
+    return [method for method in {method.key: method for method in found}.values() if method.key not in known]
 
 
 def shipped(pipe: Any, variants: bool = True) -> list[Predictor]:
@@ -192,10 +214,10 @@ def _planned(
     pipe: Any, options: CompareOptions, predictors: Sequence[Predictor], folder: str | Path | None
 ) -> list[Method]:
     grid, plan = _planning(pipe, options.data, folder)
-    more = dict(reuse=not options.demo, rivals=not options.demo)
+    more: Any = dict(reuse=not options.demo, rivals=not options.demo, rows=options.rows)
     lined_up = methods.line_up_planned(_budgets(pipe, options), grid, plan, predictors, **more, only=options.only)
     wanted = options.only is None or not set(options.only).isdisjoint(samplers.KINDS)
-    if wanted and not options.demo and samplers.fits(pipe):
+    if wanted and not options.demo and options.rows is None and samplers.fits(pipe):
 
         def at_output(forecaster: Forecaster, budget: int) -> Schedule:
             return plan(forecaster, budget, OUTPUT)

@@ -13,8 +13,9 @@ from torch import Tensor
 from lesa.bench import records as kept
 from lesa.bench.lines import TRAINING, Key
 from lesa.host.runtime import accelerate
-from lesa.host.tap import place_of
+from lesa.host.tap import OUTPUT, place_of
 from lesa.predictors import LESA, ContinuousLESA, Predictor
+from lesa.rows.default import Default
 from lesa.rows.forecasters import Forecaster, Lagrange, Reuse, Taylor
 from lesa.rows.rivals import ABCache, FoCa, Hermite, MeanCache, Spectrum
 from lesa.rows.schedule import Schedule
@@ -23,6 +24,10 @@ FEATURE = "feature"
 """The usual tap of a class of transformers (see `lesa.accelerate`)."""
 OURS = " (our tap)"
 """What is said of a published method that works in other places than ours."""
+ITS_OWN = "its own"
+"""The schedule, in tables, of rows that say which steps are full."""
+MOST_ORDER = 8
+"""Taylor and Lagrange rows up to this order are made again from what records say of them."""
 RIVALS: Mapping[str, Forecaster] = {
     f"HiCache-2{OURS}": Hermite(2),
     "Spectrum": Spectrum(),
@@ -95,6 +100,12 @@ def forecast(name: str, forecaster: Forecaster, schedule: Schedule, place: str =
     )
 
 
+def on_its_own(name: str, forecaster: Forecaster) -> Method:
+    """The pipeline accelerated by rows that say which steps are full once they see the grid, at the output."""
+    recipe = {"forecaster": repr(forecaster), "tap": OUTPUT}
+    return Method(name, ITS_OWN, switch=lambda pipe: accelerate(pipe, forecaster, tap=OUTPUT), recipe=recipe)
+
+
 def rebuild(entry: Mapping[str, Any], predictors: Sequence[Predictor] = ()) -> Method:
     """Make a method again from what records say of it; a trained one from the predictors given.
 
@@ -105,12 +116,15 @@ def rebuild(entry: Mapping[str, Any], predictors: Sequence[Predictor] = ()) -> M
         return REFERENCE
     if "steps" in recipe:
         return replace(fewer_steps(recipe["steps"]), name=entry["name"])
-    plain = {repr(one): one for one in untrained(reuse=True, lagrange=True, rivals=True).values()}
+    named = [Default(), *(kind(k) for kind in (Taylor, Lagrange) for k in range(MOST_ORDER + 1))]
+    plain = {repr(one): one for one in [*untrained(reuse=True, lagrange=True, rivals=True).values(), *named]}
     forecaster: Any = plain.get(recipe.get("forecaster"))
     if "predictor" in recipe:
         forecaster = next((one for one in predictors if one.digest() == recipe["predictor"]), None)
     if forecaster is None:
         raise LookupError(f"{entry['name']} is made of {recipe}, which is not at hand; name the predictor's folder.")
+    if schedule == ITS_OWN:
+        return on_its_own(entry["name"], forecaster)
     return forecast(entry["name"], forecaster, Schedule.parse(schedule), recipe.get("tap", FEATURE))
 
 
@@ -129,13 +143,19 @@ def _place(predictor: Predictor) -> str:
 
 
 def untrained(
-    reuse: bool, lagrange: bool = False, place: str = FEATURE, *, rivals: bool = False
+    reuse: bool,
+    lagrange: bool = False,
+    place: str = FEATURE,
+    *,
+    rivals: bool = False,
+    rows: Mapping[str, Forecaster] | None = None,
 ) -> dict[str, Forecaster]:
-    """Return the forecasters that need no training, by their names in tables, for a tap."""
+    """Return the forecasters that need no training, by their names in tables, for a tap; or `rows` in their place."""
     plain: dict[str, Forecaster] = {"reuse": Reuse()} if reuse else {}
     plain |= {f"Taylor-{order}{OURS}": Taylor(order) for order in (1, 2)}
     plain |= {f"Lagrange-{degree}": Lagrange(degree) for degree in (1, 2, 3)} if lagrange else {}
     plain |= RIVALS if rivals else {}
+    plain = plain if rows is None else dict(rows)
     if place == FEATURE:
         return plain
     return {f"{name.removesuffix(OURS)} ({place} tap)": forecaster for name, forecaster in plain.items()}
@@ -149,6 +169,7 @@ def line_up_planned(
     *,
     reuse: bool = True,
     rivals: bool = True,
+    rows: Mapping[str, Forecaster] | None = None,
     only: Collection[str] | None = None,
 ) -> list[Method]:
     """Line up every method on the schedule that is planned for it, budget by budget, or those of these names only.
@@ -168,7 +189,7 @@ def line_up_planned(
         methods.append(fewer_steps(budget))
         chosen = [one for one in predictors if fits(one, budget)]
         for place in _places(chosen):
-            plain = untrained(reuse, lagrange=True, place=place, rivals=rivals)
+            plain = untrained(reuse, lagrange=True, place=place, rivals=rivals, rows=rows)
             plain = {name: one for name, one in plain.items() if only is None or name in only}
             methods += [forecast(name, one, plan(one, budget, place), place) for name, one in plain.items()]
         methods += [forecast(label(one), one, one.schedule_for(grid, budget)) for one in chosen]
@@ -182,6 +203,7 @@ def line_up(
     *,
     reuse: bool = False,
     rivals: bool = False,
+    rows: Mapping[str, Forecaster] | None = None,
 ) -> list[Method]:
     """Line up the methods for runs of `steps` steps, schedule by schedule: those without training, then predictors.
 
@@ -193,13 +215,14 @@ def line_up(
         bound = not isinstance(predictor, ContinuousLESA)
         return bound and predictor.schedule == schedule and len(predictor.grid) - 1 == steps
 
-    methods: list[Method] = []
+    of_their_own = {name: one for name, one in (rows or {}).items() if hasattr(one, "schedule_for")}
+    methods = [on_its_own(name, one) for name, one in of_their_own.items()]
     for schedule in schedules:
         fewer = fewer_steps(len(schedule.full_steps(steps)))
         methods += [] if fewer in methods else [fewer]
         chosen = [one for one in predictors if fits(one, schedule)]
         for place in _places(chosen):
-            plain = untrained(reuse, place=place, rivals=rivals)
+            plain = untrained(reuse, place=place, rivals=rivals, rows=rows)
             methods += [forecast(name, forecaster, schedule, place) for name, forecaster in plain.items()]
         methods += [forecast(label(one), one, schedule) for one in chosen]
     return methods

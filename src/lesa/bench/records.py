@@ -39,8 +39,10 @@ from lesa.predictors.disk import write_atomically
 FORMAT, UNSEALED = files.FORMAT, files.UNSEALED
 FILES, PICTURES, FRAMES, MARK = files.FILES, "pictures", "frames", "sha256"
 REPORT, SHEET, MOVING = "report.md", "pictures.png", "clips.gif"
-PLOTS = ("psnr-over-ratio.png", "psnr-over-speedup.png", "error-per-step.png", "rows.png")
-WRITTEN = (REPORT, SHEET, MOVING, *PLOTS, PLANNED, f"{PICTURES}/*/{'[0-9]' * 5}.png")
+SUFFIXES = ("png", "pdf", "svg")
+PLOTS = ("psnr-over-ratio", "psnr-over-speedup", "error-per-step", "rows")
+_DRAWN = tuple(f"{name}.{suffix}" for name in PLOTS for suffix in SUFFIXES)
+WRITTEN = (REPORT, SHEET, MOVING, *_DRAWN, PLANNED, f"{PICTURES}/*/{'[0-9]' * 5}.png")
 """What a run writes beside its records, as patterns."""
 REFERENCE = ("all full", "every:1")
 """The run that all others are measured against."""

@@ -1,21 +1,19 @@
-"""Tables and the contact sheet of what was measured."""
+"""Tables of what was measured."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-
-from lesa.bench.lines import DIFFERING, DRIFT, FLOAT_PSNR, TRAINING, Key, Record
+from lesa.bench.lines import DIFFERING, DRIFT, FLOAT_PSNR, TRAINING, Key
 from lesa.bench.recogniser import PROMPTED
 from lesa.bench.records import AGREE, REFERENCE, Comparison, Result, paired
 from lesa.learn.metrics import MOST_FLOAT_PSNR, MOST_PSNR, Interval
 
 NOT_HAD, UNSTEADY = "n/a", "unsteady"
+PSNR, FLOATS = "PSNR, dB [95 %]", f"{FLOAT_PSNR}, dB [95 %]"
+HEAD = ("method", "schedule", "full steps", "step ratio", "speedup", "whole call", PSNR, FLOATS, "SSIM")
+"""What stands of every result in the table of results, before other scores."""
 
 
 def summary(comparison: Comparison, against: str | None = None) -> str:
@@ -23,6 +21,11 @@ def summary(comparison: Comparison, against: str | None = None) -> str:
     parts = [table(comparison.results(), list(lacking(comparison))), cost_table(comparison)]
     if against is not None:
         parts += [differences(comparison, against), at_equal_cost(comparison, against)]
+    return "\n\n".join(part for part in [*parts, notes(comparison)] if part) + "\n"
+
+
+def notes(comparison: Comparison) -> str:
+    """List what a comparison is without, what its words mean, and the machine."""
     total = len(comparison.setting.get("pairs", ()))
     begun = [one for one in comparison.results() if one.pairs < total]
     waiting = [" on ".join(key) for key in comparison.waiting]
@@ -32,8 +35,7 @@ def summary(comparison: Comparison, against: str | None = None) -> str:
     failures = [f"{', '.join(names)} failed: {why}" for why, names in _failed(comparison).items()]
     machines = {_machine(start.machine): None for start in comparison.starts}
     said = [*unfinished, *_unsteady(comparison), *_capped(comparison)]
-    notes = "\n".join(f"- {note}" for note in [*said, *reasons, *failures, *machines])
-    return "\n\n".join(part for part in [*parts, notes] if part) + "\n"
+    return "\n".join(f"- {note}" for note in [*said, *reasons, *failures, *machines])
 
 
 def _capped(comparison: Comparison) -> list[str]:
@@ -87,13 +89,18 @@ def table(results: Sequence[Result], lacking: Sequence[str] = ()) -> str:
     """
     scores = list(dict.fromkeys(name for result in results for name in result.scores))
     columns = [*scores, *(name for name in lacking if name not in (*scores, PROMPTED))]
-    timed = ("full steps", "step ratio", "speedup", "whole call")
-    head = ("method", "schedule", *timed, "PSNR, dB [95 %]", f"{FLOAT_PSNR}, dB [95 %]", "SSIM")
-    rows = [_cells(result, columns, lacking) for result in results]
-    return markdown((*head, *columns, PROMPTED), rows, text=2)
+    rows = [[*cells(result), *_scores(result, columns, lacking)] for result in results]
+    return markdown((*HEAD, *columns, PROMPTED), rows, text=2)
 
 
-def _cells(result: Result, columns: Sequence[str], lacking: Sequence[str]) -> list[str]:
+def _scores(result: Result, columns: Sequence[str], lacking: Sequence[str]) -> list[str]:
+    """Return the scores of a result, and last whether it shows what was prompted."""
+    found = [_or_dash(result.scores.get(name), "{:.3f}", _without(name, lacking)) for name in columns]
+    return [*found, _or_dash(result.prompted, "{:.1%}", _without(PROMPTED, lacking))]
+
+
+def cells(result: Result) -> list[str]:
+    """Return what stands of a result under `HEAD`."""
     return [
         result.method,
         result.schedule,
@@ -104,9 +111,11 @@ def _cells(result: Result, columns: Sequence[str], lacking: Sequence[str]) -> li
         _psnr_cell(result),
         _float_psnr_cell(result),
         f"{result.ssim:.3f}",
-        *(_or_dash(result.scores.get(name), "{:.3f}", NOT_HAD if name in lacking else "-") for name in columns),
-        _or_dash(result.prompted, "{:.1%}", NOT_HAD if PROMPTED in lacking else "-"),
     ]
+
+
+def _without(name: str, lacking: Sequence[str]) -> str:
+    return NOT_HAD if name in lacking else "-"
 
 
 def _psnr_cell(result: Result) -> str:
@@ -186,7 +195,7 @@ def differences(comparison: Comparison, ours: str) -> str:
         if mine.method == ours and other is not mine and round(other.full_steps) == round(mine.full_steps)
         if {mine.kind, other.kind} != {"at", "paper"}
     ]
-    scores = ("PSNR, dB [95 %]", f"{FLOAT_PSNR}, dB [95 %]", "less drift, dB [95 %]")
+    scores = (PSNR, FLOATS, "less drift, dB [95 %]")
     head = ("difference", "schedules", "full steps", *scores)
     return markdown(head, rows, text=2)
 
@@ -208,6 +217,14 @@ def at_equal_cost(comparison: Comparison, ours: str) -> str:
     where none of ours is that cheap. The best, and what is above, are so in float PSNR, or in PSNR where that was not
     measured for all.
     """
+    rows = equal_cost_rows(comparison, ours)
+    above = (f"{ours} above it, dB [95 %]", f"in {FLOAT_PSNR}", "")
+    best = (f"{ours} at no more FLOPs", "its schedule", "its ratio", *above)
+    return markdown(("method", "schedule", "FLOP ratio", "PSNR, dB", *best), rows, text=2) if rows else ""
+
+
+def equal_cost_rows(comparison: Comparison, ours: str) -> list[list[str]]:
+    """Return the rows of `at_equal_cost`, which end with 'above', 'level', 'below' or a dash; none without ours."""
     shares, results = comparison.shares, comparison.results()
     psnr = {(result.method, result.schedule): result.psnr for result in results}
     floats = {(one.method, one.schedule): one.float_psnr.mean for one in results if one.float_psnr is not None}
@@ -215,16 +232,14 @@ def at_equal_cost(comparison: Comparison, ours: str) -> str:
     mine = [key for key in shares if key[0].startswith(ours)]
     rows = []
     for other in [key for key in shares if key not in mine and key != REFERENCE]:
-        cells = [*other, f"{1 / shares[other]:.2f}", f"{psnr[other]:.2f}"]
+        row = [*other, f"{1 / shares[other]:.2f}", f"{psnr[other]:.2f}"]
         cheaper = [key for key in mine if shares[key] <= shares[other] * (1 + 1e-9)]
         if cheaper:
             best = max(cheaper, key=scored.__getitem__)
             gains = [_gain(comparison, best, other, score) for score in ("PSNR", FLOAT_PSNR)]
-            cells += [*best, f"{1 / shares[best]:.2f}", *gains, _verdict(comparison.difference(best, other, by))]
-        rows.append(cells + ["-"] * (10 - len(cells)))
-    above = (f"{ours} above it, dB [95 %]", f"in {FLOAT_PSNR}", "")
-    best = (f"{ours} at no more FLOPs", "its schedule", "its ratio", *above)
-    return markdown(("method", "schedule", "FLOP ratio", "PSNR, dB", *best), rows, text=2) if mine and rows else ""
+            row += [*best, f"{1 / shares[best]:.2f}", *gains, _verdict(comparison.difference(best, other, by))]
+        rows.append(row + ["-"] * (10 - len(row)))
+    return rows if mine else []
 
 
 def _verdict(gain: Interval) -> str:
@@ -293,83 +308,3 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], text: int) -> s
         sized = enumerate(zip(cells, widths, strict=True))
         lines.append(" | ".join(cell.ljust(width) if k < text else cell.rjust(width) for k, (cell, width) in sized))
     return "\n".join(f"| {line} |" for line in lines)
-
-
-# --- the contact sheet
-
-SIDE, GAP, GROUP_GAP = 128, 8, 22
-MARGIN, CAPTION, LINE, HEADING = 140, 20, 17, 18
-Colour = tuple[int, int, int]
-INK, FAINT, WRONG = (25, 25, 25), (110, 110, 110), (200, 30, 30)
-
-
-def sheets(comparison: Comparison) -> list[Image.Image]:
-    """Draw the sheet of every frame of clips."""
-    clips = [clip for kept in comparison.pictures.values() for clip in kept if clip.ndim == 4]
-    return [sheet(comparison, frame) for frame in range(len(clips[0]) if clips else 0)]
-
-
-def sheet(comparison: Comparison, frame: int | None = None) -> Image.Image:
-    """Draw the kept pictures, prompts x methods, methods of as many full steps side by side; of clips one frame.
-
-    Under each picture stands its PSNR, in red and 'wrong' if it does not show what its prompt names. Without a `frame`
-    it is the middle one.
-    """
-    results = {(result.method, result.schedule): result for result in comparison.results()}
-    keys = sorted(comparison.pictures, key=lambda key: -results[key].full_steps)
-    lefts = list(_lefts([results[key].full_steps for key in keys]))
-    prompts = [record.prompt for record in comparison.records[REFERENCE]][: len(comparison.pictures[keys[0]])]
-    top = 5 * LINE
-    canvas = Image.new("RGB", (lefts[-1] + SIDE + GAP, top + len(prompts) * (SIDE + CAPTION + GAP)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for k, prompt in enumerate(prompts):
-        y = top + k * (SIDE + CAPTION + GAP)
-        _write(draw, (GAP, y), "\n".join(textwrap.wrap(prompt, 17)), INK)
-    for key, left in zip(keys, lefts, strict=True):
-        _write(draw, (left, GAP), _heading(results[key]), INK)
-        cells = zip(comparison.pictures[key], comparison.records[key], strict=False)
-        for k, (picture, record) in enumerate(cells):
-            y = top + k * (SIDE + CAPTION + GAP)
-            canvas.paste(_sized(_still(picture, frame)), (left, y))
-            _write(draw, (left, y + SIDE + 2), *_caption(record))
-    return canvas
-
-
-def _still(picture: np.ndarray, frame: int | None) -> np.ndarray:
-    if picture.ndim == 3:
-        return picture
-    return picture[len(picture) // 2 if frame is None else frame]
-
-
-def _lefts(full_steps: Sequence[float]) -> Iterator[int]:
-    """Place columns from the left, those of as many full steps in one group."""
-    x = MARGIN
-    for _, group in groupby(full_steps):
-        for _ in group:
-            yield x
-            x += SIDE + GAP
-        x += GROUP_GAP
-
-
-def _heading(result: Result) -> str:
-    if result.method == REFERENCE[0]:
-        return f"{result.method}\n{result.full_steps:.3g} full steps\nthe reference"
-    lines = result.method, f"{result.full_steps:.3g} full, {result.schedule}", f"mean {result.psnr:.1f} dB"
-    return "\n".join(line if len(line) <= HEADING else f"{line[: HEADING - 2]}..." for line in lines)
-
-
-def _caption(record: Record) -> tuple[str, Colour]:
-    psnr = "" if record.method == REFERENCE[0] else f"{record.psnr:.1f} dB"
-    return (f"{psnr} wrong", WRONG) if record.prompted is False else (psnr, FAINT)
-
-
-def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, colour: Colour) -> None:
-    draw.multiline_text(place, text, fill=colour, font=ImageFont.load_default(13), spacing=LINE - 13)
-
-
-def _sized(picture: np.ndarray) -> Image.Image:
-    """Bring a picture to the sheet's size: small ones keep their pixels sharp."""
-    image = Image.fromarray(picture)
-    image.thumbnail((SIDE, SIDE))
-    grown = SIDE // max(image.size)
-    return image.resize((image.width * grown, image.height * grown), Image.Resampling.NEAREST)

@@ -11,11 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lesa.bench.named import AS_PUBLISHED
 from lesa.host import needs
 from lesa.learn import metrics
 
-AS_PUBLISHED = "no PSNR: wrapped as published"
-"""The name in tables, and for `--scores`, of what tables of papers call PSNR and nobody should."""
 Score = Callable[[Sequence[str], Sequence[np.ndarray], Sequence[np.ndarray]], list[float]]
 """(prompts, pictures, those of the reference run) -> one number for each"""
 

@@ -5,37 +5,78 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import sys
+import textwrap
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lesa.host.loading import LoadOptions
 from lesa.host.offload import OFFLOADS
-from lesa.learn.call_files import read_calls, read_prompts
-from lesa.learn.calls import Call
-from lesa.learn.options import LEARNED
-from lesa.predictors import Predictor
-from lesa.predictors.calibration import Quality
-from lesa.rows.forecasters import Forecaster, Lagrange, Reuse, Taylor
+from lesa.learn.named import LEARNED
 from lesa.rows.schedule import Schedule
 
+if TYPE_CHECKING:
+    from lesa.host.loading import LoadOptions
+    from lesa.learn.calls import Call
+    from lesa.rows.forecasters import Forecaster
+
 MOST_SEEDS = 1_000_000
+DEFAULTS = ("cpu", "none")
+"""Of the device and of offloading."""
+WIDTH = 100
+"""Columns of a help's texts."""
+
+
+class Command:
+    """A command by its file in `lesa.cli` and its function there, which are imported when it is called: to help and to
+    complete, the parser needs none of what the commands work with."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, given: argparse.Namespace) -> int | None:
+        module, _, function = self.name.partition(".")
+        return getattr(import_module(f"lesa.cli.{module}"), function)(given)
+
+
+def add(
+    commands: Any, name: str, run: str, words: str, example: str | tuple[str, ...], more: str = ""
+) -> argparse.ArgumentParser:
+    """Add a command, `run` as `Command` reads it, whose help ends with examples."""
+    examples = (example,) if isinstance(example, str) else example
+    epilog = f"{textwrap.fill(more, WIDTH)}\n\n" * bool(more) + "for example:\n" + "\n".join(f"  {e}" for e in examples)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser(name, help=words, description=words, epilog=epilog, formatter_class=raw)
+    parser.set_defaults(command=Command(run))
+    return parser
 
 
 def command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], words: str, model: str | None = None
+    commands: Any,
+    name: str,
+    run: str,
+    words: str,
+    example: str | tuple[str, ...],
+    model: str | None = None,
+    more: str = "",
+    optional: bool = False,
 ) -> argparse.ArgumentParser:
-    """Add a command that runs a model."""
-    parser = commands.add_parser(name, help=words, description=words)
-    if model is None:
+    """Add a command that runs a model, or can do without one where that is `optional`."""
+    parser = add(commands, name, run, words, example, more)
+    if optional:
+        parser.add_argument("model", metavar="MODEL", nargs="?", help="folder or hub name of a diffusers pipeline")
+    elif model is None:
         parser.add_argument("model", metavar="MODEL", help="folder or hub name of a diffusers pipeline")
     else:
         parser.add_argument("--model", default=model, help=f"folder of a diffusers pipeline ({model or 'the one run'})")
     parser.add_argument("--lora", metavar="LORA", help="folder, hub name or file of a LoRA, whose predictors are taken")
     parser.add_argument("--steps", type=read_count, help="default: the model's own, or 50")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--offload", choices=OFFLOADS, default="none", help="keep weights in the CPU's memory (none)")
+    parser.add_argument("--device", default=DEFAULTS[0])
+    parser.add_argument(
+        "--offload", choices=OFFLOADS, default=DEFAULTS[1], help="keep weights in the CPU's memory (none)"
+    )
     parser.add_argument("--dtype", help="e.g. bfloat16; default: that of diffusers")
     parser.add_argument("--variant", help="of the weights' files, e.g. fp16")
     parser.add_argument("--revision", help="of the hub repository: a branch, tag or commit")
@@ -44,7 +85,6 @@ def command(
     parser.add_argument(
         "--call", type=read_call, default={}, help="""more arguments of its call, e.g. '{"height": 512}'"""
     )
-    parser.set_defaults(command=run)
     return parser
 
 
@@ -63,6 +103,8 @@ def add_calls(parser: Any, name: str = "") -> None:
 
 def load_options(options: argparse.Namespace) -> LoadOptions:
     """Return what `command` added."""
+    from lesa.host.loading import LoadOptions
+
     return LoadOptions(
         model=options.model,
         lora=options.lora,
@@ -85,6 +127,8 @@ def more_of_call(options: LoadOptions) -> dict[str, Any]:
 
 def runs_of(prompts: str | Path | None, calls: str | None, limit: int | None = None) -> list[Call]:
     """Read the first prompts of a file, or calls of another."""
+    from lesa.learn.call_files import read_calls, read_prompts
+
     found: list[Call] = [*(read_calls(calls) if calls else read_prompts(prompts or ""))]
     return found[:limit]
 
@@ -117,18 +161,33 @@ def say_aside(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+def as_given(given: argparse.Namespace) -> list[str]:
+    """Return the model of a command with the options that say how it is loaded and called, as they were typed."""
+    words = [str(given.model)]
+    for name in ("lora", "steps", "device", "offload", "dtype", "variant", "revision"):
+        value = getattr(given, name)
+        if value not in (None, *DEFAULTS):
+            words += [f"--{name}", str(value)]
+    words += ["--vae-tiling"] * given.vae_tiling
+    for name in ("scheduler", "call"):
+        if getattr(given, name):
+            words += [f"--{name}", json.dumps(getattr(given, name))]
+    return words
+
+
+def say_next(*words: Any) -> None:
+    """Say which command may come next."""
+    say_aside(f"next: lesa {shlex.join(map(str, words))}")
+
+
 def forecaster_of(options: argparse.Namespace) -> Forecaster | None:
-    """Return what is named: a predictor, or 'reuse', 'taylor:2' or 'lagrange:1'; None is the predictor shipped."""
+    """Return what is named: a predictor, or rows without training; None is the predictor shipped."""
+    from lesa.predictors import Predictor
+    from lesa.rows.named import named
+
     if getattr(options, "predictor", None):
         return Predictor.from_pretrained(options.predictor)
-    name, _, number = (options.forecaster or "").partition(":")
-    if name == "reuse":
-        return Reuse()
-    if name in ("taylor", "lagrange") and number.isdigit():
-        return {"taylor": Taylor, "lagrange": Lagrange}[name](int(number))
-    if options.forecaster:
-        raise ValueError(f"a forecaster is reuse, taylor:2, lagrange:1 or the like, got {options.forecaster!r}.")
-    return None
+    return named(options.forecaster) if options.forecaster else None
 
 
 def _told(read: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -178,6 +237,8 @@ def read_stages(text: str) -> Any:
 
 @_told
 def read_target(text: str) -> str:
+    from lesa.predictors.calibration import Quality
+
     return str(Quality.parse(text))
 
 

@@ -32,6 +32,19 @@ def generate(given: Namespace) -> None:
         print(run.summary())
     save_picture(drawn[0], given.out)
     options.say(given.out)
+    _hint(given)
+
+
+def _hint(given: Namespace) -> None:
+    """Say what may come next: the same in full to compare with, or fewer full steps than without training."""
+    model = options.as_given(given)
+    if given.full:
+        options.say_next("generate", *model, given.prompt, "--seed", given.seed)
+    elif given.forecaster:
+        options.say_next("calibrate", *model, "--prompts", "FILE", "--budget", 8)
+    else:
+        beside = Path(given.out).with_stem(f"{Path(given.out).stem}-full")
+        options.say_next("generate", *model, given.prompt, "--seed", given.seed, "--full", "--out", beside)
 
 
 def _accelerated(pipe: Any, given: Namespace) -> Run:
@@ -49,28 +62,6 @@ def _accelerated(pipe: Any, given: Namespace) -> Run:
             raise
         raise LookupError(
             f"no predictor is shipped with {given.lora or given.model} that fits; name one (--predictor FOLDER), make "
-            "one of a few prompts (lesa calibrate), or draw without training: --forecaster lagrange:1 --schedule "
-            "every:3."
+            "one of a few prompts (lesa calibrate), or draw without training: --forecaster default, or --forecaster "
+            "lagrange:1 --schedule every:3."
         ) from error
-
-
-def add(commands: Any) -> None:
-    """Add the command."""
-    parser = options.command(commands, "generate", generate, "draw a picture, accelerated")
-    parser.add_argument("prompt", metavar="PROMPT")
-    parser.add_argument("--out", default="picture.png", metavar="FILE")
-    parser.add_argument("--seed", type=int, default=0)
-    how = parser.add_mutually_exclusive_group()
-    words = "default: what was calibrated for it, or is shipped with the model"
-    how.add_argument("--predictor", metavar="FOLDER", help=words)
-    how.add_argument("--forecaster", help="one that needs no training: reuse, taylor:1, lagrange:2, ...")
-    how.add_argument("--full", action="store_true", help="every step full, for comparison")
-    parser.add_argument(
-        "--schedule", type=options.read_schedule, help="which steps are full, e.g. paper:7; default: the predictor's"
-    )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--budget", type=options.read_count, help="full steps, of those calibrated or shipped")
-    words = "what was calibrated with the fewest full steps that keep it: psnr:40, ssim:0.97 or drift:-45"
-    which.add_argument("--quality", type=options.read_target, metavar="MEASURE:VALUE", help=words)
-    words = "where predictors exist and none fits: refuse (the default), or draw with every step full"
-    parser.add_argument("--fallback", choices=("refuse", "full"), help=words)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
-from typing import Any
 
-from lesa.cli.options import say
+from lesa.cli.options import say, say_next
 from lesa.predictors.calibration import Calibration
 from lesa.predictors.shelf import Shelf
 
@@ -17,14 +15,18 @@ def listed(_given: Namespace) -> None:
     kept = shelf.all()
     for one in kept:
         say(f"{one.name}  {', '.join(map(str, one.budgets))} full of {one.facts.steps} steps  {one.when[:10]}")
-    if not kept:
-        say(f"nothing is calibrated yet in {shelf.folder}: lesa calibrate")
+    if kept:
+        say_next("shelf", "show", kept[0].name)
+    else:
+        say(f"nothing is calibrated yet in {shelf.folder}")
+        say_next("calibrate", "MODEL", "--prompts", "FILE", "--budget", 8)
 
 
 def show(given: Namespace) -> None:
     """Show what one is for, and what was measured of it."""
     for line in _told(Shelf().find(given.name)):
         say(line)
+    say_next("shelf", "export", given.name, "FOLDER")
 
 
 def _told(one: Calibration) -> list[str]:
@@ -45,36 +47,16 @@ def _told(one: Calibration) -> list[str]:
 def remove(given: Namespace) -> None:
     """Remove one."""
     say(f"removed {Shelf().remove(given.name)}")
+    say_next("shelf")
 
 
 def export(given: Namespace) -> None:
     """Copy one into a folder."""
     say(str(Shelf().export(given.name, given.folder)))
+    say_next("doctor", "MODEL")
 
 
 def push(given: Namespace) -> None:
     """Upload one to the hub."""
     say(Shelf().push(given.name, given.repo, private=given.private or None))
-
-
-def add(commands: Any) -> None:
-    """Add the command."""
-    words = "list, show, remove, export and push what was calibrated"
-    parser = commands.add_parser("shelf", help=words, description=words)
-    parser.set_defaults(command=listed)
-    what = parser.add_subparsers(metavar="WHAT")
-    what.add_parser("list", help="the names of what is kept").set_defaults(command=listed)
-    for name, run, help in (
-        ("show", show, "what one is for, and what was measured of it"),
-        ("remove", remove, "remove one, also one that cannot be read"),
-        ("export", export, "copy one into a folder, such as lesa/NAME beside a model"),
-        ("push", push, "upload one to the Hugging Face hub"),
-    ):
-        one = what.add_parser(name, help=help, description=help)
-        one.add_argument("name", metavar="NAME", help="as lesa shelf lists it")
-        one.set_defaults(command=run)
-        if run is export:
-            one.add_argument("folder", metavar="FOLDER", type=Path)
-        if run is push:
-            one.add_argument("repo", metavar="REPO", help="owner/name")
-            one.add_argument("--private", action="store_true")
+    say_next("doctor", "MODEL")

@@ -7,7 +7,8 @@ called, and the rest, such as guidance, as its sampler steps.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -32,6 +33,7 @@ from lesa.rows.default import Default
 from lesa.rows.detour import Detours
 from lesa.rows.forecasters import Forecaster, Reuse
 from lesa.rows.grid import matches, times_in_order
+from lesa.rows.levels import DATA
 from lesa.rows.plan import Plan
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
@@ -39,7 +41,8 @@ from lesa.rows.tap import Tap
 ScheduleFor = Callable[[Sequence[float], int], Schedule]
 """(times of the grid, first step of the run) -> which steps are full"""
 PLANS_KEPT = 64
-REFUSE, FULL = "refuse", "full"
+REFUSE, FULL, DEFAULT = "refuse", "full", "default"
+INSTEAD = "fallback='full' (every step full) or fallback='default' (rows without training)"
 AT_OUTPUT = Tap()
 _warned: WeakSet = WeakSet()
 
@@ -57,7 +60,7 @@ class Chosen:
         self.forecaster, self.schedule_for, self.tap, self._strict = forecaster, schedule_for, tap, strict
         self.judge: Judge | None = None
         self.data: DataPrediction | None = None
-        self.label = self.promise = ""
+        self.label = self.promise = self.advice = ""
         self.is_fallback = False
         self._reuse = Reuse()
         self.plan = lru_cache(PLANS_KEPT)(self._plan)
@@ -72,12 +75,33 @@ class Chosen:
         reuse: bool = False,
     ) -> Plan:
         """Compile the plan of a stream that begins at step `began` of a run that begins at `start`."""
-        schedule = schedule or self.schedule_for(times, start)
+        with self._advised():
+            return self._compiled(name, start, began, times, schedule or self.schedule_for(times, start), reuse)
+
+    def _compiled(
+        self, name: str, start: int, began: int, times: tuple[float, ...], schedule: Schedule, reuse: bool
+    ) -> Plan:
         if began > start:  # a stream that joins the run later begins with a full step of its own
             later = [step for step in schedule.full_steps(len(times) - 1, start) if step > began]
             schedule = Schedule.at([began, *later])
         of = self._reuse if reuse else self.forecaster.for_stream(name)
         return plans.compile(of, times, schedule, began, self._strict)
+
+    def check(self, plans: Sequence[Plan], heard: Heard, scheduler: Any, args: tuple, kwargs: dict) -> None:
+        """Raise ValueError if forecasts on these plans are not right, given a scheduler's first `step`."""
+        if self.judge is not None:
+            with self._advised():
+                self.judge.judge(plans, heard, scheduler, args, kwargs)
+
+    @contextmanager
+    def _advised(self) -> Iterator[None]:
+        """Let an error say, too, what whoever named the forecaster may do."""
+        try:
+            yield
+        except ValueError as error:
+            if not self.advice:
+                raise
+            raise ValueError(f"{_without_stop(error)}; {self.advice}.") from error
 
 
 @dataclass(frozen=True)
@@ -97,9 +121,15 @@ class Terms:
         Raises: ValueError if the data prediction is asked for and cannot be forecast with it.
         """
         chosen = Chosen(forecaster, schedule_for, tap, self.strict)
-        trained, at_output = isinstance(forecaster, Predictor), tap in (OUTPUT, AT_OUTPUT)
-        may = data.check(self.of, trained=trained, alone=self.alone, at_output=at_output, detours=self.detours)
-        chosen.data = DataPrediction(self.of, self.noise) if may else None
+        trained, of = isinstance(forecaster, Predictor), self.of
+        at_output = tap == OUTPUT or (isinstance(tap, Tap) and not tap.modules)
+        if isinstance(forecaster, Predictor) and forecaster.of == DATA:
+            if of == OUTPUT:
+                raise ValueError(f"{forecaster!r} has rows of the data prediction, got of={of!r}; leave of= out.")
+            trained, of = False, DATA
+        may = data.check(of, trained=trained, alone=self.alone, at_output=at_output, detours=self.detours)
+        asked = "as asked for" if of == self.of else "as the predictor's rows do"
+        chosen.data = DataPrediction(of, self.noise, asked) if may else None
         chosen.judge = Judge(forecaster, self.noise) if self.check else None
         return chosen
 
@@ -109,7 +139,8 @@ class FirstStep:
 
     def __init__(self, moment: Moment, heard: Heard, noise: Noise, scheduler: Any, args: tuple, kwargs: dict):
         self.times, self.start = tuple(moment.times.tolist()), start_of(scheduler, args, kwargs, moment)
-        self._moment, self._heard, self._noise, self._step = moment, heard, noise, (scheduler, args, kwargs)
+        self._moment, self._heard, self._noise = moment, heard, noise
+        self.step: tuple[Any, tuple, dict] = scheduler, args, kwargs
         self._facts: Facts | None = None
         self.judged: Chosen | None = None
 
@@ -117,22 +148,21 @@ class FirstStep:
     def facts(self) -> Facts:
         """The run's facts, looked at once."""
         if self._facts is None:
-            self._facts = self._heard.facts(self._moment, self._noise, *self._step)
+            self._facts = self._heard.facts(self._moment, self._noise, *self.step)
         return self._facts
 
     def judge(self, chosen: Chosen) -> None:
         """Raise ValueError if the run does not fit what is chosen."""
         followed = [chosen.plan(name, self.start, self.start, self.times) for name in self._heard.outputs]
-        if chosen.judge is not None:
-            chosen.judge.judge(followed, self._heard, *self._step)
+        chosen.check(followed, self._heard, *self.step)
         self.judged = chosen
 
 
 class Named:
     """What the caller names, for every run."""
 
-    def __init__(self, chosen: Chosen):
-        self._chosen, self.noise = chosen, Noise()
+    def __init__(self, chosen: Chosen, noise: Noise | None = None):
+        self._chosen, self.noise = chosen, noise or Noise()
         self.taps: tuple[Tap | str, ...] = (chosen.tap,)
 
     def begin(self, times: Sequence[float]) -> Chosen:
@@ -148,10 +178,34 @@ class Named:
         raise error
 
 
+class NamedOrElse(Named):
+    """What the caller names, for every run that it fits, and a fallback for the others."""
+
+    def __init__(self, chosen: Chosen, terms: Terms, fallback: str | Forecaster):
+        super().__init__(chosen, terms.noise)
+        self._instead = _fallen_back(terms, fallback, chosen.tap)
+        self._beginning = _beginning(chosen.tap)
+
+    def begin(self, times: Sequence[float]) -> Chosen:
+        """Go on with what was passed, until the first step says what fits."""
+        return self._beginning
+
+    def decide(self, first: FirstStep) -> Chosen:
+        """Choose what is named if it fits the run."""
+        try:
+            if self._chosen.data is None or not self._chosen.data.wanted(*first.step):
+                first.judge(self._chosen)
+            return self._chosen
+        except ValueError:
+            assert self._instead is not None
+            return self._instead
+
+
 class Found:
     """What is found for each run: on the shelf, beside the model, on the hub; else a default, or an error.
 
-    `fallback` says what becomes of a run that none of the predictors found fits: 'refuse', 'full', or a forecaster.
+    `fallback` says what becomes of a run that none of the predictors found fits: 'refuse', 'full', 'default', or a
+    forecaster.
     """
 
     def __init__(
@@ -168,7 +222,7 @@ class Found:
     ):
         self._pipe, self._names, self._terms, self.noise = pipe, names, terms, terms.noise
         self._budget, self._quality, self._fallback = budget, quality and str(Quality.parse(quality)), fallback
-        self._instead = _instead_of(fallback, budget)
+        _fallen_back(terms, fallback, AT_OUTPUT)  # an error now rather than in a run
         self._hub, self._from_hub = hub, None if hub is None else fetch(hub) or Predictor.from_pretrained(hub)
         self._shipped, self._none_shipped = _shipped(pipe, budget)
         own = [one.origin.tap for one in self._predictors() if one.origin.tap.modules][:1]
@@ -196,7 +250,7 @@ class Found:
             tap = next((one.origin.tap for one in self._predictors() if self._may(one, times)), tap)
         tap = tap if tap in self.taps else self.taps[-1]
         if ("begin", tap) not in self._kept:
-            self._kept["begin", tap] = Chosen(Reuse(), lambda _times, start: Schedule.at([start]), tap)
+            self._kept["begin", tap] = _beginning(tap)
         self._tap = tap
         return self._kept["begin", tap]
 
@@ -214,6 +268,15 @@ class Found:
                 return found
         if self._none_shipped:
             reasons.append((1, self._none_shipped))
+        length = len(first.times) - 1 - first.start
+        if not reasons and self._budget is not None and self._budget > length:
+            reasons.append(
+                (
+                    1,
+                    f"none was made, and of its {length} steps at most {length} are full, got a budget of "
+                    f"{self._budget}",
+                )
+            )
         return self._default(first) if not reasons else self._refused(first, reasons)
 
     def _predictors(self) -> list[Predictor]:
@@ -356,34 +419,50 @@ class Found:
 
     def _refused(self, first: FirstStep, reasons: Sequence[tuple[int, str]]) -> Chosen:
         """Choose the fallback, or raise ValueError with the reason why the nearest predictor does not fit."""
-        if self._instead is None:
-            nearest = min(reasons, key=lambda reason: reason[0])[1]
-            more = f" ({len(reasons) - 1} more fit less)" if len(reasons) > 1 else ""
-            raise ValueError(
-                f"there are predictors for these weights, but none fits this run: {nearest}{more}. Call the pipeline "
-                "as they were made, or calibrate with the arguments of this call: lesa.calibrate(pipe, prompts, "
-                "budget=8, ...), or say what to do instead: fallback='full'."
-            )
-        chosen = self._untrained("fallback", *self._instead)
-        chosen.is_fallback = True
-        if self._fallback == FULL:
-            chosen.label = "fallback: every step full"
-        return chosen
+        key = "fallback", self._tap
+        if key not in self._kept and (chosen := _fallen_back(self._terms, self._fallback, self._tap)) is not None:
+            self._kept[key] = chosen
+        if key in self._kept:
+            return self._kept[key]
+        nearest = min(reasons, key=lambda reason: reason[0])[1]
+        more = f" ({len(reasons) - 1} more fit less)" if len(reasons) > 1 else ""
+        raise ValueError(
+            f"there are predictors for these weights, but none fits this run: {nearest}{more}. Call the pipeline "
+            "as they were made, or calibrate with the arguments of this call: lesa.calibrate(pipe, prompts, "
+            f"budget=8, ...), or say what such runs do instead: {INSTEAD}."
+        )
 
 
-def _instead_of(fallback: str | Forecaster, budget: int | None) -> tuple[Forecaster, ScheduleFor] | None:
-    """Return what a fallback forecasts with, and on which schedules; None if it is to refuse.
+def _beginning(tap: Tap | str) -> Chosen:
+    """Choose to keep what passes, for a run of which it is not known yet what fits it."""
+    return Chosen(Reuse(), lambda _times, start: Schedule.at([start]), tap)
+
+
+def _fallen_back(terms: Terms, fallback: str | Forecaster, tap: Tap | str) -> Chosen | None:
+    """Make the choice that a fallback is; None if it is to refuse.
 
     Raises: ValueError if it is none, or a forecaster that does not say which steps are full.
     """
+    if (instead := _instead_of(fallback)) is None:
+        return None
+    chosen = terms.choose(*instead, tap)
+    chosen.is_fallback = True
+    chosen.label = "fallback: every step full" if fallback == FULL else f"fallback: {chosen.forecaster!r}"
+    return chosen
+
+
+def _instead_of(fallback: str | Forecaster) -> tuple[Forecaster, ScheduleFor] | None:
+    """Return what a fallback forecasts with, and on which schedules; None if it is to refuse."""
     if isinstance(fallback, str):
-        if fallback not in (REFUSE, FULL):
-            raise ValueError(f"fallback is 'refuse', 'full' or a forecaster, got {fallback!r}; name one of these.")
-        return (Reuse(), _every_step) if fallback == FULL else None
-    if isinstance(fallback, type) or not hasattr(fallback, "row"):
-        raise ValueError(f"fallback is 'refuse', 'full' or a forecaster, got {fallback!r}; name one of these.")
+        known = {REFUSE: None, FULL: (Reuse(), _every_step), DEFAULT: (Default(), Default().schedule_for)}
+        if fallback in known:
+            return known[fallback]
+    if isinstance(fallback, (str, type)) or not hasattr(fallback, "row"):
+        raise ValueError(
+            f"fallback is 'refuse', 'full', 'default' or a forecaster, got {fallback!r}; name one of these."
+        )
     own = getattr(fallback, "schedule", None)
-    if (schedule_for := own_schedules(fallback, None if isinstance(fallback, Predictor) else budget)) is not None:
+    if (schedule_for := own_schedules(fallback, None)) is not None:
         return fallback, schedule_for
     if not isinstance(own, Schedule):
         raise ValueError(

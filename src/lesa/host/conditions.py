@@ -20,6 +20,7 @@ from lesa.host.intercept import unmarked
 from lesa.predictors import Origin, Predictor
 from lesa.rows.forecasters import Forecaster
 from lesa.rows.guidance import UNEXPLAINED, Guidance
+from lesa.rows.levels import DATA
 from lesa.rows.plan import Plan
 
 if TYPE_CHECKING:
@@ -97,8 +98,9 @@ def noise_error(scheduler: Any, what: str) -> ValueError:
     """Make the error of a scheduler that adds noise; `what` begins it, such as 'runs are recorded with'."""
     return ValueError(
         f"{what} samplers that add no noise, got a {type(scheduler).__name__} that does as it steps. Outputs jump with "
-        "the noise, and rows over them end far off. Accelerate with an untrained forecaster such as lesa.Reuse(), at "
-        "the output, without detours and with of='auto': it forecasts the data prediction there, which does not jump. "
+        "the noise, and rows over them end far off. Calibrate for it (lesa.calibrate), or accelerate with an untrained "
+        "forecaster such as lesa.Reuse(), at the output, without detours and with of='auto': these forecast the data "
+        "prediction there, which does not jump. "
         "Or take the sampler without noise (stochastic_sampling=False, eta=0, an algorithm_type without 'sde')."
     )
 
@@ -143,11 +145,13 @@ class Judge:
     def __init__(self, forecaster: Forecaster, noise: Noise):
         self._forecaster, self._noise = forecaster, noise
         self._origin = forecaster.origin if isinstance(forecaster, Predictor) else None
+        self._of_data = isinstance(forecaster, Predictor) and forecaster.of == DATA
 
     def judge(self, plans: Sequence[Plan], heard: Heard, scheduler: Any, args: tuple, kwargs: dict) -> None:
         """Raise ValueError if outputs are not right on these plans, given a scheduler's first `step` and what was heard
         before it."""
-        if (self._origin is not None or not all(map(_reuses, plans))) and self._noise.is_added(scheduler, args, kwargs):
+        jumps = not self._of_data and (self._origin is not None or not all(map(_reuses, plans)))
+        if jumps and self._noise.is_added(scheduler, args, kwargs):
             raise noise_error(scheduler, f"{self._forecaster!r} is for")
         if self._origin is not None:
             check_embedded(self._origin, heard.embedded)
@@ -157,7 +161,8 @@ class Judge:
 def _reuses(plan: Plan) -> bool:
     """Tell whether a plan's forecasts are the newest feature as it is."""
     return all(
-        row.coefficients[-1] == 1 and not any((*row.coefficients[:-1], row.offset)) for row in plan.rows.values()
+        row.coefficients[-1] == 1 and not any((*row.coefficients[:-1], row.offset, row.latents))
+        for row in plan.rows.values()
     )
 
 

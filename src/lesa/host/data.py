@@ -19,11 +19,9 @@ from torch import Tensor
 from lesa.host.conditions import Noise, settings_of
 from lesa.host.intercept import unmarked
 from lesa.rows import levels
-from lesa.rows.levels import Levels
+from lesa.rows.levels import DATA, Levels
 from lesa.rows.schedule import Schedule
 
-DATA = "data"
-"""The name under which a forecaster is asked for the rows of the data prediction, and `run.plan` for their plan."""
 CHOICES = ("auto", "output", DATA)
 KEPT = 64
 
@@ -33,6 +31,13 @@ class Known(NamedTuple):
 
     of_latents: float
     of_output: float
+
+    @classmethod
+    def at(cls, levels: Levels, tick: int) -> Known:
+        """Return what is known at a tick, counted from the levels' first; `UNKNOWN` beyond them."""
+        if not 0 <= tick < len(levels.of_output):
+            return UNKNOWN
+        return cls(float(levels.of_latents[tick]), float(levels.of_output[tick]))
 
     @property
     def is_finite(self) -> bool:
@@ -81,10 +86,7 @@ class DataRun(Generic[StreamRun]):
 
     def known(self, part: int, tick: int) -> Known:
         first, found = self._parts[part]
-        place = tick - first
-        if not 0 <= place < len(found.of_output):
-            return UNKNOWN
-        return Known(float(found.of_latents[place]), float(found.of_output[place]))
+        return Known.at(found, tick - first)
 
     def must_run(self, ticks: int) -> list[int]:
         """Return the ticks, of so many, at which outputs do not follow from the data: they are full."""
@@ -107,8 +109,8 @@ class DataPrediction:
     `of` is 'data', or 'auto': where the sampler adds noise.
     """
 
-    def __init__(self, of: str, noise: Noise):
-        self.of, self._noise = of, noise
+    def __init__(self, of: str, noise: Noise, asked: str = "as asked for"):
+        self.of, self._noise, self._asked = of, noise, asked
         self._levels: dict[str, Levels] = {}
 
     def wanted(self, scheduler: Any, args: tuple, kwargs: dict) -> bool:
@@ -117,7 +119,7 @@ class DataPrediction:
 
     @property
     def reason(self) -> str:
-        return "as asked for" if self.of == DATA else "as the sampler adds noise"
+        return self._asked if self.of == DATA else "as the sampler adds noise"
 
     def levels(self, scheduler: Any, args: tuple, kwargs: dict) -> Levels:
         """Return the levels of a run from this call of `step` on; looked at once for each kind of run.

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from lesa.host.choice import Chosen, FirstStep, Found, Named
 from lesa.host.clock import LoopClock, Moment, PipelineClock, argument, with_argument
-from lesa.host.data import DATA, DataRun
+from lesa.host.data import DataRun
 from lesa.host.facts import Heard
 from lesa.host.streams import Call, Stream, Streams, name_of
 from lesa.host.structure import leaves, replace
 from lesa.host.summary import StreamSummary
 from lesa.rows.detour import Detour, Detours
-from lesa.rows.plan import Plan
+from lesa.rows.levels import DATA
+from lesa.rows.plan import Plan, PlannedRow
 from lesa.rows.row import History, Row, Storage
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
@@ -110,7 +111,8 @@ class StreamRun:
         return replace(template, _Slot, lambda slot: forecasts[slot.number])
 
     def _forecast(self, history: History, slot: _Slot) -> Tensor:
-        forecast = history.forecast(*self.plan.rows[self.step], slot.dtype)
+        past, coefficients, offset, _ = self.plan.rows[self.step]
+        forecast = history.forecast(past, coefficients, offset, slot.dtype)
         self.done.clamped = self.done.clamped + history.clamped  # of a GPU's: nobody waits for it here
         if self.plan.remembers_forecasts:
             self._remember(history, forecast)
@@ -173,6 +175,7 @@ class Executor:
         self.data: StreamSummary | None = None
         self.data_reason = ""
         self._data_run: DataRun[StreamRun] | None = None
+        self._latents: Tensor | None = None  # the run's first, where rows add some of them
         self._name = threading.local()
         self._lock = threading.Lock()
         self._stream_runs: dict[Stream, StreamRun] = {}
@@ -266,6 +269,11 @@ class Executor:
             plan = chosen.plan(*where, detour.schedule if detour else None)
             others += [chosen.plan(*where, reuse=True)] if chosen.data else []
         self.plans[stream_run.name] = plan
+        if plan.has_latents and not isinstance(self.clock, PipelineClock):
+            raise ValueError(
+                "rows that add a part of the run's first latents act at a pipeline's sampler, got a module alone; "
+                "accelerate the pipeline."
+            )
         return plan, others
 
     def _begins_later(self, moment: Moment) -> bool:
@@ -303,8 +311,8 @@ class Executor:
             self._data_run = DataRun()
             self.data, self.data_reason = self.data or StreamSummary(), chosen.data.reason
             self.data.runs += 1
-        elif chosen.judge is not None and chosen is not first.judged:
-            chosen.judge.judge(followed, heard, scheduler, args, kwargs)
+        elif chosen is not first.judged:
+            chosen.check(followed, heard, scheduler, args, kwargs)
 
     def _turn_to(self, chosen: Chosen, moment: Moment, start: int) -> None:
         """Go on with what was chosen after the run began; nothing was skipped yet."""
@@ -317,14 +325,17 @@ class Executor:
     def _step(self, scheduler: Any, args: tuple, kwargs: dict, tick: int, part: int) -> tuple[tuple, dict]:
         """Where the data prediction is forecast, keep it at a full step, and exchange the output at a skipped one."""
         moment, run = self._moment, self._data_run
-        if moment is None or run is None:
+        if moment is None:
             return args, kwargs
+        if run is None:
+            return self._with_latents(moment, tick, part, scheduler, args, kwargs)
         if part == len(run):
             assert self.chosen.data is not None
             run.add(tick, self.chosen.data.levels(scheduler, args, kwargs))
         latents, output = (argument(scheduler, name, args, kwargs) for name in ("sample", "model_output"))
         known, step = run.known(part, tick), moment.start + tick
         if run.stream_run is None:  # the first tick: what is skipped is not known yet
+            self._latents = latents.detach().clone() if part == 0 else self._latents
             run.first.append(known.data(latents, output))
             return args, kwargs
         run.stream_run.enter(step)
@@ -333,7 +344,38 @@ class Executor:
                 self._keep_data(run.stream_run, known.data(latents, output), part)
             return args, kwargs
         data = self._forecast_data(run.stream_run, latents, part)
+        data = self._and_latents(data, run.stream_run.plan.rows[step], latents, part)
         return with_argument(scheduler, "model_output", known.output(latents, data, output), args, kwargs)
+
+    def _with_latents(
+        self, moment: Moment, tick: int, part: int, scheduler: Any, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict]:
+        """At a skipped step, add to the output what its row says of the run's first latents."""
+        plan, step = next((one.plan for one in self._stream_runs.values()), None), moment.start + tick
+        if plan is None or not (plan.has_latents or self._begins_later(moment)):
+            return args, kwargs
+        latents, output = (argument(scheduler, name, args, kwargs) for name in ("sample", "model_output"))
+        if tick == part == 0:
+            self._latents = latents.detach().clone()
+        if step not in plan.rows:
+            return args, kwargs
+        more = self._and_latents(output, plan.rows[step], latents, part)
+        return with_argument(scheduler, "model_output", more, args, kwargs)
+
+    def _and_latents(self, forecast: Tensor, row: PlannedRow, latents: Tensor, part: int) -> Tensor:
+        """Add to a forecast what its row says of the run's first latents.
+
+        Raises: RuntimeError if the latents are not those of one run, of one shape.
+        """
+        if not row.latents:
+            return forecast
+        if part or self._latents is None or self._latents.shape != latents.shape:
+            first = None if self._latents is None else tuple(self._latents.shape)
+            raise RuntimeError(
+                f"rows that add a part of the run's first latents are for one set of latents that keeps its shape, got "
+                f"{tuple(latents.shape)} as set {part + 1} of a step after {first}; calibrate for these calls."
+            )
+        return torch.add(forecast, self._latents.to(forecast), alpha=row.latents)
 
     def _keep_data(self, stream_run: StreamRun, data: Tensor, part: int) -> None:
         if not stream_run.fits(data, part):
@@ -394,7 +436,7 @@ class Executor:
 
     def forget(self) -> None:
         """End the run: its histories are freed."""
-        self._stream_runs, self._moment, self._data_run = {}, None, None
+        self._stream_runs, self._moment, self._data_run, self._latents = {}, None, None, None
         self._heard = Heard()
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -60,10 +61,13 @@ def loaded(options: LoadOptions) -> Any:
 
     Raises: as `lesa.load` and `lesa.host.offload.place` do; ValueError if there is no such device.
     """
+    import diffusers
     import torch
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # of the weights of each component; that of the components stays
+    logging.disable_progress_bar()  # of the weights of each component; that of the components stays on a terminal
+    if not sys.stderr.isatty():
+        diffusers.utils.logging.disable_progress_bar()
     dtype = getattr(torch, options.dtype) if options.dtype else None
     how = {_dtype_name(): dtype, "variant": options.variant, "revision": options.revision}
     pipe = load(options.model, lora=options.lora, **{name: value for name, value in how.items() if value})

@@ -59,7 +59,16 @@ def lacking(*asked: str) -> str:
     packages = dict.fromkeys(package for name in asked for package in NEEDS[name])
     reasons = {package: why for package in packages if (why := _why_not(package)) is not None}
     names = [package.name + (f" (it is there, but: {why})" if why else "") for package, why in reasons.items()]
-    return f"{' and '.join(names)} ({_install(list(reasons))})" if reasons else ""
+    return f"{' and '.join(dict.fromkeys(names))} ({_install(list(reasons))})" if reasons else ""
+
+
+def extras() -> dict[str, str]:
+    """Return of each extra of lesa what of it is not there, in words; '' if all is."""
+    names = sorted({package.extra for some in NEEDS.values() for package in some if package.extra})
+    asked = {
+        extra: [name for name, some in NEEDS.items() if any(one.extra == extra for one in some)] for extra in names
+    }
+    return {extra: lacking(*some) for extra, some in asked.items()}
 
 
 def _install(packages: list[Package]) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from packaging.version import Version
-from torch import nn
 
 from lesa.host import needs
-from lesa.host.tap import NORM, PROJECTION
+
+if TYPE_CHECKING:
+    from torch import nn
 
 GROUPS_ANYWHERE = "0.41"
 OFFLOADS = ("none", "model", "sequential", "group")
@@ -42,6 +42,8 @@ def check(device: str, offload: str) -> None:
     Raises: ValueError if there is no such way, or none for the device; ImportError if weights are to be brought
         over and accelerate, which does so, is not installed.
     """
+    import torch
+
     if offload not in OFFLOADS:
         raise ValueError(
             f"a pipeline is offloaded in one of the ways {', '.join(OFFLOADS)}, got {offload!r}; name one."
@@ -60,6 +62,7 @@ def check(device: str, offload: str) -> None:
 def groups_layers() -> bool:
     """Tell whether diffusers can bring groups of layers over here; its older releases ask for an accelerator."""
     import diffusers
+    import torch
 
     new = Version(diffusers.__version__) >= Version(GROUPS_ANYWHERE)
     return new or torch.accelerator.is_available()
@@ -67,6 +70,9 @@ def groups_layers() -> bool:
 
 def _keep_head(transformer: nn.Module, device: str) -> None:
     from accelerate.hooks import remove_hook_from_module
+    from torch import nn
+
+    from lesa.host.tap import NORM, PROJECTION
 
     for name in (NORM, PROJECTION):
         module = getattr(transformer, name, None)

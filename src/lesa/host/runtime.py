@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lesa import predictors
 from lesa.host import data
-from lesa.host.choice import REFUSE, Found, Named, ScheduleFor, Terms, own_schedules
+from lesa.host.choice import INSTEAD, REFUSE, Found, Named, NamedOrElse, ScheduleFor, Terms, own_schedules
 from lesa.host.clock import LoopClock, PipelineClock
 from lesa.host.denoiser import attach, compiled_from, denoisers_of, refuse_compiled
 from lesa.host.executor import Executor, StreamOf
@@ -24,6 +24,7 @@ from lesa.host.summary import StreamSummary, Summary
 from lesa.host.tap import OUTPUT, tap_of
 from lesa.rows.detour import Detours
 from lesa.rows.forecasters import Forecaster
+from lesa.rows.levels import DATA
 from lesa.rows.plan import Plan
 from lesa.rows.row import Storage
 from lesa.rows.schedule import Schedule
@@ -75,6 +76,20 @@ class Run:
         if stream not in known:
             raise LookupError(f"plans are compiled as runs begin; so far of {sorted(known)}, not of {stream!r}.")
         return known[stream]
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The plans of the present run that a forecaster's rows are in: of the data prediction where that is forecast,
+        once it is planned, else of every stream."""
+        executor = self._executor
+        if self.forecasts_data:
+            return [executor.plans[DATA]] if DATA in executor.plans else []
+        return [executor.plans[stream] for stream in self.streams]
+
+    @property
+    def forecasts_data(self) -> bool:
+        """Tell whether the data prediction was forecast in a run so far."""
+        return self._executor.data is not None
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -212,8 +227,11 @@ def accelerate(
     weights and such runs (`lesa.calibrate`, `lesa shelf`), else what is shipped beside the model, else what is in the
     repository `hub`; where nothing was made for these weights, a cautious default that needs no training, with a
     warning. `budget`, a number of full steps, or `quality`, 'psnr:40', 'ssim:0.97' or 'drift:-45' as the mean over the
-    prompts checked, choose among the budgets that were calibrated. Where predictors are there and none fits the run,
-    that is an error unless `fallback` names what to do instead: 'full', or a forecaster.
+    prompts checked, choose among the budgets that were calibrated.
+
+    Where predictors are there, or one is named, and none fits a run (one of another number of steps, of another size,
+    image to image, without guidance), that is an error unless `fallback` names what such runs do instead: 'full', every
+    step; 'default', rows without training; or a forecaster. The summary counts them.
 
     All modules that the pipeline's loop calls are accelerated, under whatever names diffusers has for them; `denoisers`
     names others. A module alone needs the `grid` of its loop, S + 1 falling times, and `run.at(step)` before each call.
@@ -232,8 +250,9 @@ def accelerate(
     `lesa.learn.planning.detours`). They need a forecaster that is not bound to one schedule.
 
     `of` is what rows combine: 'output', what the denoiser returns; 'data', what that says of the data, at the sampler;
-    or 'auto', the data prediction where the sampler adds noise, with which outputs jump, and else the output. A trained
-    predictor's rows, and those at a feature tap, with detours or of a module alone, are never of the data prediction.
+    or 'auto', the data prediction where the sampler adds noise, with which outputs jump, and else the output. A
+    predictor's rows are of what it was made for; those at a feature tap, with detours or of a module alone are never of
+    the data prediction.
     `run.summary()` says what was forecast, and `run.plan("data")` is the plan.
 
     Calls of one step are told apart by the names that a pipeline gives them, else by the conditioning that they bring;
@@ -267,17 +286,18 @@ def accelerate(
         data.check(of, trained=False, alone=False, at_output=tap in (None, OUTPUT, Tap()), detours=None)
         choice = Found(pipe, names, terms, budget=budget, quality=quality, hub=hub, fallback=fallback, tap=tap)
     else:
-        _check_named(quality, hub, fallback)
+        _check_named(quality, hub, fallback, alone or bool(detours))
         forecaster = predictors.shipped_for(pipe, schedule, budget) if forecaster is None else forecaster
         if isinstance(forecaster, type) or not hasattr(forecaster, "row"):
             raise ValueError(f"a forecaster is an object such as lesa.Taylor(order=1), got {forecaster!r}.")
         own = forecaster if isinstance(forecaster, predictors.Predictor) else None
         tap = tap or (own.origin.tap if own else OUTPUT)
-        choice = Named(terms.choose(forecaster, _schedule_for(forecaster, schedule, budget), tap))
+        chosen = terms.choose(forecaster, _schedule_for(forecaster, schedule, budget), tap)
+        chosen.advice = f"or say what such runs do: {INSTEAD}" if own and not (alone or detours) else ""
+        choice = Named(chosen) if fallback == REFUSE else NamedOrElse(chosen, terms, fallback)
     executor = Executor(clock, choice, storage, detours or {}, stream_of)
     with _lock:
-        if any(_run_of(module) for module in _modules(pipe, names)):
-            raise ValueError("a transformer is accelerated once, but this one is already; call lesa.disable first.")
+        check_free(pipe, names)
         fits = own.check_model if own else lambda _module, _tap: None
         return Run(pipe, names, executor, fits, verify_tap)
 
@@ -294,6 +314,12 @@ def disable(pipe: Any) -> None:
             run.close()
 
 
+def check_free(pipe: Any, names: Sequence[str]) -> None:
+    """Raise ValueError if one of a pipeline's denoisers is accelerated already."""
+    if any(_run_of(module) for module in _modules(pipe, names)):
+        raise ValueError("a transformer is accelerated once, but this one is already; call lesa.disable first.")
+
+
 def _modules(pipe: Any, names: Sequence[str]) -> list[Any]:
     return [pipe] if isinstance(pipe, nn.Module) else [getattr(pipe, name) for name in names]
 
@@ -303,11 +329,16 @@ def _run_of(module: Any) -> Run | None:
     return mark.run if mark is not None and mark.handlers.get("__call__") else None
 
 
-def _check_named(quality: str | None, hub: str | None, fallback: str | Forecaster) -> None:
-    if quality is not None or hub is not None or fallback != REFUSE:
+def _check_named(quality: str | None, hub: str | None, fallback: str | Forecaster, bound: bool) -> None:
+    if quality is not None or hub is not None:
         raise ValueError(
-            "quality=, hub= and fallback= are for predictors that are found for each run of a pipeline; leave them out "
-            "with a forecaster, a schedule or detours of your own, and for a module alone."
+            "quality= and hub= are for predictors that are found for each run of a pipeline; leave them out with a "
+            "forecaster, a schedule or detours of your own, and for a module alone."
+        )
+    if bound and fallback != REFUSE:
+        raise ValueError(
+            "fallback= is for the runs of a pipeline that a forecaster does not fit; leave it out for a module alone "
+            "and with detours."
         )
 
 

@@ -76,7 +76,8 @@ class Summary(dict[str, StreamSummary]):
         if self.promise:
             lines.append(f"promised, on prompts checked: {self.promise}")
         if self.fallbacks:
-            lines.append(f"{self.fallbacks} runs fitted no predictor, and fell back")
+            some = "1 run fitted" if self.fallbacks == 1 else f"{self.fallbacks} runs fitted"
+            lines.append(f"{some} no predictor, and fell back")
         if self.passed_by:
             lines.append(f"{self.passed_by} calls of a denoiser were of no run, and ran in full")
         return "\n".join(lines)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lesa.rows.tap import Tap
+from lesa.rows.tap import OUTPUT, PLACES, Tap
 
 NORM, PROJECTION = "norm_out", "proj_out"
 """What diffusers calls the final norm and the projection that follows it."""
@@ -88,8 +88,6 @@ PAPER = {
 """Where the paper taps its classes."""
 TAPS = {**FINAL, **PAPER}
 """Each class's place called 'feature'."""
-OUTPUT = "output"
-PLACES = ("feature", "norm", "projection", OUTPUT)
 
 
 def tap_of(denoiser: nn.Module, place: str = "feature") -> Tap:

@@ -13,7 +13,8 @@ from lesa.host.tap import tap_of
 from lesa.learn.collecting import recorded
 from lesa.learn.guidance import facts
 from lesa.learn.lessons import Lesson
-from lesa.learn.options import CONTINUOUS, LEARNED, TrainOptions
+from lesa.learn.named import CONTINUOUS, LEARNED
+from lesa.learn.options import TrainOptions
 from lesa.learn.planning import PLANNED_ON, Planner
 from lesa.learn.stages import choose, learn
 from lesa.learn.training import Head

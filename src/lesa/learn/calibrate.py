@@ -7,6 +7,7 @@ reuse, on schedules planned for these and on the solved one's own. Where one of 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from lesa.host.facts import Facts, listen
 from lesa.host.pipelines import arguments_of
@@ -30,7 +32,7 @@ from lesa.predictors.base import check_place
 from lesa.predictors.calibration import Quality
 from lesa.predictors.curve import SOLVED, Curve, Point
 from lesa.predictors.fingerprint import fingerprint
-from lesa.predictors.shelf import Shelf
+from lesa.predictors.shelf import Shelf, versions
 from lesa.predictors.solved import Solved
 from lesa.rows.schedule import Schedule
 
@@ -53,10 +55,11 @@ class CalibrateOptions:
 
     `checked` of the calls are held out to check on, the last ones: by default a third of them, where there are four or
     more; of fewer all are solved on, and checked with other seeds. All noise depends on `seed`. Rows are refined on
-    the end of runs by at most `refine` steps, and at most `most` schedules are run for each budget. `batch_size`
-    prompts go in one call of the pipeline: 16, or one where a denoiser has more than 5e8 parameters. With `pictures`
-    what checked runs draw is decoded and measured, by PSNR, and by SSIM where scikit-image is installed. `rivals` are
-    rows without training that solved ones are held against. `progress` shows a bar.
+    the end of runs by at most `refine` steps, and at most `most` schedules are run for each budget: 60, or 12 where
+    calls are run one by one. `batch_size` prompts go in one call of the pipeline: 16, or one where a denoiser has more
+    than 5e8 parameters. With `pictures` what checked runs draw is decoded and measured, by PSNR, and by SSIM where
+    scikit-image is installed. `rivals` are rows without training that solved ones are held against. `progress` shows a
+    bar.
 
     Raises: ValueError if a number is out of range.
     """
@@ -64,7 +67,7 @@ class CalibrateOptions:
     checked: int | None = None
     seed: int = 0
     refine: int = 2
-    most: int = 60
+    most: int | None = None
     batch_size: int | None = None
     pictures: bool = True
     rivals: bool = True
@@ -110,15 +113,17 @@ def calibrate(
     what was drawn, and the reference's; or None.
 
     Raises: ValueError if there are no calls, if the options do not fit, or as `lesa.learn.solve.Solver` does;
-        LookupError if no budget keeps the target.
+        LookupError if no budget keeps the target; RuntimeError if another process makes the same calibration; OSError
+        if the shelf cannot be written to.
     """
     wanted = _Wanted.of(budget, budgets, target)
     if folder is not None:
         check_place(folder)
-    with Progress(options.progress) as progress:
-        bench = _Bench(pipe, calls, options, call, shelf or Shelf(), progress)
+    plan = _Plan.of(pipe, calls, options, call, shelf or Shelf())
+    with plan.journal.alone(), Progress(options.progress) as progress:
+        bench = _Bench(plan, progress)
         curve, chosen = wanted.find(bench, on_point or (lambda _point, _pictures: None))
-    bench.keep(curve, chosen.full_steps, wanted.target)
+        bench.keep(curve, chosen.full_steps, wanted.target)
     predictor = bench.predictors[chosen.full_steps]
     if folder is not None:
         predictor.save_pretrained(folder)
@@ -182,38 +187,67 @@ def _walk(found: Callable[[int], Point], target: Quality, steps: int) -> None:
             return
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a calibration is of, and where it is kept."""
+
+    pipe: Any
+    solved_on: Pairs
+    checked_on: Pairs
+    options: CalibrateOptions
+    call: dict[str, Any]
+    shelf: Shelf
+    fingerprint: str
+    journal: Journal
+
+    @classmethod
+    def of(
+        cls, pipe: Any, calls: Sequence[Call], options: CalibrateOptions, call: dict[str, Any], shelf: Shelf
+    ) -> _Plan:
+        """Raise ValueError if there are no calls, or too few."""
+        if not len(calls):
+            raise ValueError("a calibration needs prompts, or calls, got none; four to twelve are enough.")
+        solved_on, checked_on = split([plain(one) for one in calls], options)
+        weights = fingerprint({name: getattr(pipe, name) for name in denoisers_of(pipe)})
+        what = dict(
+            solved_on=solved_on,
+            checked_on=checked_on,
+            options=options,
+            call=call,
+            arguments=arguments_of(pipe),
+            pipeline=_described(pipe),
+            versions=versions(),
+        )
+        journal = Journal(shelf.folder / UNDER_WAY / weights[:16], **what)
+        return cls(pipe, solved_on, checked_on, options, call, shelf, weights, journal)
+
+
+def _described(pipe: Any) -> list[str]:
+    """Tell a pipeline from others: its class, the weights of all its parts, and its scheduler."""
+    components = getattr(pipe, "components", None) or vars(pipe)
+    parts = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+    scheduler = getattr(pipe, "scheduler", None)
+    config = json.dumps(dict(getattr(scheduler, "config", {})), sort_keys=True, default=repr)
+    return [type(pipe).__name__, fingerprint(parts), type(scheduler).__name__, config]
+
+
 class _Bench:
     """What a calibration works with: calls to solve on and calls to check on, their runs, and what is done so far."""
 
-    def __init__(
-        self,
-        pipe: Any,
-        calls: Sequence[Call],
-        options: CalibrateOptions,
-        call: dict[str, Any],
-        shelf: Shelf,
-        progress: Progress,
-    ):
-        if not len(calls):
-            raise ValueError("a calibration needs prompts, or calls, got none; four to twelve are enough.")
-        self._pipe, self._options, self._shelf = pipe, options, shelf
-        self.progress = progress
-        solved_on, checked_on = split([plain(one) for one in calls], options)
-        self._fingerprint = fingerprint({name: getattr(pipe, name) for name in denoisers_of(pipe)})
-        what = dict(
-            solved_on=solved_on, checked_on=checked_on, options=options, call=call, arguments=arguments_of(pipe)
-        )
-        self._journal = Journal(shelf.folder / UNDER_WAY / self._fingerprint[:16], **what)
+    def __init__(self, plan: _Plan, progress: Progress):
+        self._options, self._shelf, self._fingerprint = plan.options, plan.shelf, plan.fingerprint
+        self._journal, self.progress = plan.journal, progress
+        pipe, options, call = plan.pipe, plan.options, plan.call
         self.predictors: dict[int, Solved] = {}
         size = options.batch_size or _batch_size(pipe)
         with listen(pipe) as heard:
             self.progress.say("reference runs")
-            self._solver = Solver(pipe, *solved_on, call, batch_size=size, on_run=self.progress.counter())
+            self._solver = Solver(pipe, *plan.solved_on, call, batch_size=size, on_run=self.progress.counter())
         self._facts: Facts = heard[0]
         self._checks = Checks(
-            pipe, *checked_on, call, pictures=options.pictures, batch_size=size, on_run=self.progress.counter()
+            pipe, *plan.checked_on, call, pictures=options.pictures, batch_size=size, on_run=self.progress.counter()
         )
-        self._rivals = Rivals(pipe, *solved_on, call, batch_size=size) if options.rivals else None
+        self._rivals = Rivals(pipe, *plan.solved_on, call, batch_size=size) if options.rivals else None
         self._references = self._solver.counts.reference + self._checks.transformer_runs
 
     @property
@@ -249,7 +283,8 @@ class _Bench:
             except ValueError as error:  # such as a grid that this forecaster is not for
                 left_out = f"{left_out} {rival.forecaster!r}: {error}".strip()
                 continue
-            tried[one] = baked(rival.forecaster, replace(solution.predictor.origin, schedule=str(rival.schedule)))
+            origin = replace(solution.predictor.origin, schedule=str(rival.schedule))
+            tried[one] = baked(rival.forecaster, origin, solution.predictor.of)
         point = Point(
             budget,
             solution.report.drift,

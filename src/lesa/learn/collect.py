@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lesa.host.head import to_tokens
 from lesa.host.intercept import intercept
@@ -26,6 +25,7 @@ from lesa.host.streams import hear
 from lesa.host.tap import PAPER, part_of, tap_of
 from lesa.learn.alone import alone_in
 from lesa.learn.calls import NO_PROMPT, Call, Calls, arguments, described, label, listed, seeded, takes
+from lesa.learn.progress import Bar
 from lesa.learn.ranks import ALONE, Ranks
 from lesa.learn.seam import SeamRecorder, checked, refuse_noise
 from lesa.learn.stored import add, begun, is_there
@@ -372,7 +372,7 @@ def collect(
         pairs = list(enumerate(seeds))
         batches = at.share([pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)])
         runs = sum(map(len, batches))
-        with _quiet(pipe), tqdm(total=runs, desc="collect", unit="run", disable=not at.leads) as bar:
+        with _quiet(pipe), Bar(total=runs, desc="collect", unit="run", disable=not at.leads) as bar:
             for batch in batches:
                 if store is None or not all([is_there(store, *pair) for pair in batch]):
                     store = add(store, batch, recorded(batch), folder, wanted)

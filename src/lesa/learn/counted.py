@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from lesa.host.clock import Moment, PipelineClock, argument
-from lesa.host.conditions import noise_error
+from lesa.host.data import Known
 from lesa.host.intercept import intercept, unmarked
 from lesa.host.runtime import denoisers_of
 from lesa.host.streams import Call, Stream, Streams, hear
-from lesa.rows import sampler
+from lesa.rows import levels, sampler
+from lesa.rows.levels import Levels
 from lesa.rows.sampler import Sampler
 
 ELEMENTS = 1 << 15
@@ -125,7 +126,8 @@ class Recorder(PipelineClock):
     """Records the runs of one call of a pipeline at its sampler, accelerated or not, and counts transformer runs.
 
     Of each run the ticks to `keep` are recorded, or all of them (None). `on_record` is called with the recording before
-    each tick. Where its numbers are wanted, a sampler that has none, or adds noise, is refused at its first step.
+    each tick. Where its numbers are wanted, a sampler that has none is refused at its first step. Of one that adds
+    noise the `levels` are known too, and what is recorded in the place of velocities is what they say of the data.
     """
 
     def __init__(self, pipe: Any, calls: int, keep: Collection[int] | None = None):
@@ -134,6 +136,7 @@ class Recorder(PipelineClock):
         self._batch, self._keep, self._stream = calls, keep, None
         self.numbers: Sampler | None = None
         self.wants_numbers = False
+        self.levels: Levels | None = None
         self.runs: list[Recording] = []
         self.counted = 0
         self.on_record: Callable[[Recording], None] = lambda _recording: None
@@ -187,17 +190,22 @@ class Recorder(PipelineClock):
         if moment is None or not moment.called:
             return super()._step(go_on, scheduler, *args, **kwargs)
         if self.wants_numbers and self.numbers is None:
-            self.numbers = _numbers_of(scheduler, args, kwargs)
+            self.numbers, self.levels = _numbers_of(scheduler, args, kwargs)
         run = self.runs[-1]
-        run.add(argument(scheduler, "model_output", args, kwargs), argument(scheduler, "sample", args, kwargs))
+        output, latents = (argument(scheduler, name, args, kwargs) for name in ("model_output", "sample"))
+        if self.levels is not None:
+            output = Known.at(self.levels, run.ticks).data(latents, output)
+        run.add(output, latents)
         self.on_record(run)
         result = super()._step(go_on, scheduler, *args, **kwargs)
         run.end(result[0] if isinstance(result, tuple) else result.prev_sample)
         return result
 
 
-def _numbers_of(scheduler: Any, args: tuple, kwargs: dict) -> Sampler:
+def _numbers_of(scheduler: Any, args: tuple, kwargs: dict) -> tuple[Sampler, Levels | None]:
+    """Return a sampler as numbers, and, of one that adds noise, its levels: what rows combine there is the data."""
     found = sampler.of(unmarked(scheduler), *args, **kwargs)
-    if found.injects_noise:
-        raise noise_error(scheduler, "rows are solved for")
-    return found
+    if not found.injects_noise:
+        return found, None
+    known = levels.of(unmarked(scheduler), *args, **kwargs)
+    return levels.of_data(found, known), known

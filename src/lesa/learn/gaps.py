@@ -1,7 +1,7 @@
 """Gaps between full steps, as algebra: the least squares of their rows, and what a schedule leaves at the end.
 
-Steps count from the run's first. Rows are (T, J, J): of each kind of column, of each gap, over the full steps. The one
-kind of all runs is the velocity; under guidance of named streams the second is what more of `uncond` would add to it.
+Steps count from the run's first. Rows are (J, J + 1): of each gap, over the outputs of the J full steps, and over the
+latents that the run began with. Columns are these J + 1 in that order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-7
-"""What holds a row to reuse, as a share of the outputs' mean square."""
+"""What holds a row to reuse, as a share of the columns' mean square."""
 TINY = 1e-12
 
 
@@ -23,88 +23,74 @@ class Equations(NamedTuple):
     """Weighted sums over calls: of the columns' inner products, and of those with what each gap's end lacks."""
 
     gram: Tensor
-    """(T J, T J)"""
+    """(J + 1, J + 1)"""
     target: Tensor
-    """(J, T J): end of gap, column"""
+    """(J, J + 1): end of gap, column"""
 
 
 class Gaps:
     """The gaps of a schedule in a run whose sampler has this response, (S + 1, S).
 
-    Histories begin anew at the ticks `begins`, which have to be full: rows combine no outputs from before. `ridges`
-    hold each kind of column: the first to reuse, the others to 0, as shares of its mean square.
+    Histories begin anew at the ticks `begins`, which have to be full: rows combine no outputs from before. Rows use the
+    first latents if they are `latents`.
     """
 
-    def __init__(
-        self, response: Tensor, full: Sequence[int], begins: Sequence[int] = (0,), ridges: Sequence[float] = (RIDGE,)
-    ):
-        self.response, self.full, self.ridges = response, tuple(full), tuple(ridges)
+    def __init__(self, response: Tensor, full: Sequence[int], begins: Sequence[int] = (0,), latents: bool = True):
+        self.response, self.full, self.latents = response, tuple(full), latents
         self.ends = ends_of(full, response.shape[1])
         self.lows = [_low(full, j, begins) for j in range(len(full))]
 
     def __len__(self) -> int:
         return len(self.full)
 
-    @property
-    def kinds(self) -> int:
-        return len(self.ridges)
-
     def reuse(self) -> Tensor:
-        """Return the rows that reuse the newest output, (T, J, J)."""
-        rows = torch.zeros(self.kinds, len(self), len(self), dtype=torch.float64)
-        rows[0] = torch.eye(len(self), dtype=torch.float64)
-        return rows
+        """Return the rows that reuse the newest output, (J, J + 1)."""
+        return torch.eye(len(self), len(self) + 1, dtype=torch.float64)
 
     def columns(self, j: int) -> list[int]:
         """Return which columns the row of the gap after the j-th full step combines."""
-        return [kind * len(self) + k for kind in range(self.kinds) for k in range(self.lows[j], j + 1)]
+        return [*range(self.lows[j], j + 1), *([len(self)] if self.latents else [])]
 
     def moves(self, j: int) -> float:
         """Return by how much an output of all steps skipped in a gap moves the latents at its end."""
         return float(self.response[self.ends[j], self.full[j] + 1 : self.ends[j]].sum())
 
     def ways(self, rows: Tensor) -> Tensor:
-        """Return how the latents at the end of each gap depend on the columns, (J, T J), with these rows."""
+        """Return how the latents at the end of each gap depend on the columns, (J, J + 1), with these rows."""
         steps = self.response.shape[1]
-        spread = torch.zeros(steps, *rows.shape[::2], dtype=rows.dtype)
+        spread = torch.zeros(steps, rows.shape[1], dtype=rows.dtype)
         for j, (begin, end) in enumerate(pairwise([*self.full, steps])):
-            spread[begin, 0, j] = 1.0
-            spread[begin + 1 : end] = rows[:, j]
-        return self.response[self.ends] @ spread.flatten(1)
+            spread[begin, j] = 1.0
+            spread[begin + 1 : end] = rows[j]
+        return self.response[self.ends] @ spread
 
     def solve_row(
         self, rows: Tensor, j: int, gram: Tensor, target: Tensor, near: Tensor | None = None, hold: float = 0.0
     ) -> Tensor:
-        """Return the row of the gap after the j-th full step, (T, J), given the rows before it.
+        """Return the row of the gap after the j-th full step, (J + 1,), given the rows before it.
 
-        `gram` is of all columns, (T J, T J), and `target` what the gap's end lacks, (T J,); those of later full steps
-        do not matter. A gap that skips nothing, or whose steps move nothing, reuses. It may be held `near` other rows
-        than reuse, (T, J, J), as the ridges do, by the share `hold`.
+        `gram` is of all columns, (J + 1, J + 1), and `target` what the gap's end lacks, (J + 1,); those of later full
+        steps do not matter. A gap that skips nothing, or whose steps move nothing, reuses. It may be held `near` other
+        rows than reuse, (J, J + 1), by the share `hold`.
         """
         columns, moves, without = self.columns(j), self.moves(j), rows.clone()
-        without[:, j] = self.reuse()[:, j]
+        without[j] = self.reuse()[j]
         if abs(moves) < TINY:
-            return without[:, j]
+            return without[j]
         if near is not None:
-            without[:, j] = near[:, j]
+            without[j] = near[j]
         target = (target - gram @ self.ways(without)[j])[columns]
         gram = gram[columns][:, columns]
-        sizes = gram.diagonal().view(self.kinds, -1).mean(1, keepdim=True) * self._held(near, hold)
-        held = gram + torch.diag(sizes.expand(-1, len(columns) // self.kinds).flatten())
-        found = torch.linalg.lstsq(held, target, driver="gelsd").solution / moves
-        row = without[:, j].flatten()
-        row[columns] += found
-        return row.view(self.kinds, -1)
-
-    def _held(self, near: Tensor | None, hold: float) -> Tensor:
-        by = self.ridges if near is None else [hold] * self.kinds
-        return torch.tensor(by, dtype=torch.float64)[:, None]
+        ridge = (RIDGE if near is None else hold) * gram.diagonal().mean()
+        held = gram + ridge * torch.eye(len(columns), dtype=gram.dtype)
+        without[j, columns] += torch.linalg.lstsq(held, target, driver="gelsd").solution / moves
+        return without[j]
 
     def solve_rows(self, equations: Equations, near: Tensor | None = None, hold: float = 0.0) -> Tensor:
-        """Return the rows of all gaps, (T, J, J), each given those before it."""
-        rows = torch.zeros(self.kinds, len(self), len(self), dtype=torch.float64)
+        """Return the rows of all gaps, (J, J + 1), each given those before it."""
+        rows = torch.zeros(len(self), len(self) + 1, dtype=torch.float64)
         for j in range(len(self)):
-            rows[:, j] = self.solve_row(rows, j, equations.gram, equations.target[j], near, hold)
+            rows[j] = self.solve_row(rows, j, equations.gram, equations.target[j], near, hold)
         return rows
 
 
@@ -122,22 +108,26 @@ def _low(full: Sequence[int], j: int, begins: Sequence[int]) -> int:
 
 
 class Algebra:
-    """What the reference runs say of schedules: what rows solved on their outputs leave at the end."""
+    """What the reference runs say of schedules: what rows solved on their outputs leave at the end.
 
-    def __init__(self, response: Tensor, gram: Tensor, calls: int, begins: Sequence[int] = (0,)):
+    `gram` holds the inner products of the outputs of all S steps and of the first latents, (S + 1, S + 1); rows use the
+    latter if they are `latents`.
+    """
+
+    def __init__(self, response: Tensor, gram: Tensor, calls: int, begins: Sequence[int] = (0,), latents: bool = True):
         self.response, self.gram, self.calls, self.begins = response, gram, calls, begins
+        self._more = [response.shape[1]] if latents else []
         self._gaps: dict[tuple, float] = {}
 
     def gap(self, past: tuple[int, ...], end: int) -> float:
         """Return the mean square that the best row leaves at the end of a gap, given the reference's outputs."""
         key = past, end
         if key not in self._gaps:
-            moves = self.response[end].clone()
-            moves[: past[-1] + 1] = 0
-            moves[end:] = 0
-            held = self.gram[list(past)][:, list(past)]
-            held = held + RIDGE * held.diagonal().mean() * torch.eye(len(past), dtype=held.dtype)
-            target = self.gram[list(past)] @ moves
+            moves, columns = self.gram.new_zeros(len(self.gram)), [*past, *self._more]
+            moves[past[-1] + 1 : end] = self.response[end, past[-1] + 1 : end]
+            held = self.gram[columns][:, columns]
+            held = held + RIDGE * held.diagonal().mean() * torch.eye(len(columns), dtype=held.dtype)
+            target = self.gram[columns] @ moves
             left = moves @ self.gram @ moves - target @ torch.linalg.solve(held, target)
             self._gaps[key] = max(float(left), 0.0) / self.calls
         return self._gaps[key]

@@ -8,13 +8,10 @@ from typing import Any
 
 from lesa.host.tap import PLACES, place_of
 from lesa.learn.lessons import Config
+from lesa.learn.named import CONTINUOUS, HISTORIES, LOSSES, METHODS
 from lesa.predictors import Predictor
 from lesa.rows.forecasters import Forecaster, Lagrange
 from lesa.rows.schedule import Schedule
-
-METHODS, HISTORIES, LOSSES = ("lesa", "lesa-continuous", "l2p"), ("full", "all"), ("latents", "features", "steps")
-LEARNED = "learned"
-CONTINUOUS = "lesa-continuous"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from lesa.host.runtime import Run, accelerate
 from lesa.learn.calls import Call, arguments, plain, seeded, takes
 from lesa.learn.counted import Recorder, Recording
 from lesa.rows.forecasters import Forecaster
+from lesa.rows.levels import Levels
 from lesa.rows.sampler import Sampler
 from lesa.rows.schedule import Schedule
 
@@ -99,6 +100,7 @@ class References:
         self._call, self._batches = dict(call or {}), list(_batches(calls, seeds, batch_size))
         self.pictures: list[Any] = []
         self.numbers: Sampler | None = None
+        self.levels: Levels | None = None
         self.reference = self._run_in_full()
         first = self.reference[0].moment
         self.times, self.start = first.times, first.start
@@ -183,9 +185,11 @@ class References:
                 if on_record is not None and live is not None:
                     recorder.on_record = lambda run, live=live: on_record(live, run)
                 recorder.wants_numbers = keep is None and self.numbers is None
+                recorder.levels = self.levels
                 pictures = self._record(recorder, calls, seeds)
             setattr(self.counts, of, getattr(self.counts, of) + recorder.counted)
-            self.numbers = self.numbers or recorder.numbers
+            if self.numbers is None:
+                self.numbers, self.levels = recorder.numbers, recorder.levels
             for run in recorder.whole_runs():
                 run.batch = batch
                 runs.append(run)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from lesa.learn.counted import Recording
 from lesa.learn.references import TINY
 from lesa.learn.solving import Found, Problem
 
@@ -14,47 +17,68 @@ DAMPINGS = (1e-4, 1e-2, 1.0)
 """What Gauss-Newton steps are damped by, as shares of the curvature's diagonal; all are run, and the best one kept."""
 MOST = 21
 """In how many directions rows are changed at most: all of them at 6 full steps; of more, those of newest outputs."""
+WORTH = 0.1
+"""Refining ends with a step that gains less than this, in dB."""
 OF = "refinement"
 
 
-def refined(problem: Problem, found: Found) -> Found | None:
-    """Take the best damped Gauss-Newton step on sum_calls log |x - x_ref|^2 at the end; None if none is better.
+def refined(problem: Problem, found: Found, steps: int) -> Iterator[Found]:
+    """Take damped Gauss-Newton steps on sum_calls log |x - x_ref|^2 at the end, as long as real runs end nearer.
 
     With the derivatives D of the last latents, the logarithm of |e + D z|^2 is at most that of |e|^2, plus
-    |e + D z|^2 / |e|^2 - 1: least squares with weights 1 / |e|^2.
+    |e + D z|^2 / |e|^2 - 1: least squares with weights 1 / |e|^2. They are measured once, where the rows were found:
+    later steps differ by what is left alone.
     """
-    changes = directions(problem, found)
+    changes = directions(problem, found) if steps else []
     if not changes:
-        return None
-    off = problem.off(found.recordings)
-    moved: list[list[Tensor]] = [[] for _ in off]
+        return
+    moved = _moved(problem, found, changes)
+    for _ in range(steps):
+        better = _best_step(problem, found, changes, moved)
+        if better is None:
+            return
+        yield better
+        if better.drift > found.drift - WORTH:
+            return
+        found = better
+
+
+def _moved(problem: Problem, found: Found, changes: list[Tensor]) -> list[Tensor]:
+    """Return how far each change of the rows moves the last latents, (calls, changes, elements) for each recording."""
+    moved: list[list[Tensor]] = [[] for _ in found.recordings]
     for change in changes:
         runs = problem.run_rows(found.full, found.rows + change, of=OF).recordings
         for some, one, now in zip(moved, runs, found.recordings, strict=True):
-            some.append(one.final - now.final)
+            some.append((_end(one) - _end(now)).float())
+    return [torch.stack(some, 1) for some in moved]
+
+
+def _end(run: Recording) -> Tensor:
+    """Return the last latents, (calls, elements), at the elements that are kept."""
+    return run.latents([run.ticks])[:, 0]
+
+
+def _best_step(problem: Problem, found: Found, changes: list[Tensor], moved: list[Tensor]) -> Found | None:
+    """Return the best of the steps with more and more damping; None if none ends nearer."""
     gram = torch.zeros(len(changes), len(changes), dtype=torch.float64)
     slope = torch.zeros(len(changes), dtype=torch.float64)
-    for some, error in zip(moved, off, strict=True):
-        derivatives, error = torch.stack(some, 1).double(), error.double()
+    for some, run, wanted in zip(moved, found.recordings, problem.reference, strict=True):
+        derivatives, error = some.double(), _end(run) - _end(wanted)
         weights = 1 / error.square().sum(1).clamp_min(TINY)
         gram += (weights[:, None, None] * (derivatives @ derivatives.mT)).sum(0)
         slope += (weights[:, None] * torch.einsum("pcn,pn->pc", derivatives, error)).sum(0)
-    return _best_step(problem, found, changes, gram, slope)
-
-
-def _best_step(problem: Problem, found: Found, changes: list[Tensor], gram: Tensor, slope: Tensor) -> Found | None:
     best = found
     for damping in DAMPINGS:
         held = gram + damping * torch.diag(gram.diagonal() + TINY)
         step = -torch.linalg.solve(held, slope)
-        rows = found.rows + torch.einsum("c,ctjk->tjk", step, torch.stack(changes))
+        rows = found.rows + torch.einsum("c,cjk->jk", step, torch.stack(changes))
         tried = problem.run_rows(found.full, rows, of=OF)
         best = tried if tried.drift < best.drift else best
     return None if best is found else best
 
 
 def directions(problem: Problem, found: Found) -> list[Tensor]:
-    """Return by what rows are changed to measure derivatives, (T, J, J) each.
+    """Return by what rows are changed to measure derivatives, (J, J + 1) each.
 
     They are well apart, though outputs are nearly alike. Of many those are left out that change the oldest outputs.
     """
@@ -66,15 +90,13 @@ def directions(problem: Problem, found: Found) -> list[Tensor]:
         if end == begin + 1:
             continue
         moves = float(problem.response[end, begin + 1 : end].abs().sum())
-        for kind in range(gaps.kinds):
-            for k in range(gaps.lows[j], j + 1):
-                row = torch.zeros(gaps.kinds, count, dtype=torch.float64)
-                row[kind, k] = 1.0
-                if k < j:
-                    row[kind, k + 1] = -1.0
-                flat = row.flatten()
-                size = float((flat @ gram @ flat).clamp_min(TINY).div(len(problem.weights)).sqrt()) * moves
-                change = torch.zeros_like(found.rows)
-                change[:, j] = row * (NUDGE * error / max(size, TINY))
-                result.append((j - k, change))
+        for k in gaps.columns(j):
+            row = torch.zeros(count + 1, dtype=torch.float64)
+            row[k] = 1.0
+            if k < j:
+                row[k + 1] = -1.0
+            size = float((row @ gram @ row).clamp_min(TINY).div(len(problem.weights)).sqrt()) * moves
+            change = torch.zeros_like(found.rows)
+            change[j] = row * (NUDGE * error / max(size, TINY))
+            result.append((abs(j - k) if k <= j else 0, change))
     return [change for _, change in sorted(result, key=lambda one: one[0])[:MOST]]

@@ -22,6 +22,10 @@ from lesa.rows.tap import Tap
 UNTRAINED: tuple[Forecaster, ...] = (Reuse(), Lagrange(1), Lagrange(2), Lagrange(3), Taylor(1))
 
 
+PLANNED_APART = 4
+"""On how many calls schedules are planned where they do not go in one call of the pipeline."""
+
+
 class Rival(NamedTuple):
     """Rows without training on a schedule."""
 
@@ -45,8 +49,10 @@ class Rivals:
         *,
         batch_size: int = BATCH,
     ):
-        self._calls, self._seeds = list(calls)[:PLANNED_ON], list(seeds)[:PLANNED_ON]
-        self._together = batch_size >= len(self._calls) and all(isinstance(one, str) for one in self._calls)
+        plain, most = all(isinstance(one, str) for one in calls), min(len(calls), PLANNED_ON)
+        self._together = batch_size >= most and plain
+        most = most if self._together else PLANNED_APART
+        self._calls, self._seeds = list(calls)[:most], list(seeds)[:most]
         if not self._together:  # a call with its arguments by name goes alone
             self._calls = [{"prompt": one} if isinstance(one, str) else one for one in self._calls]
         self._pipe, self._call, self._planner, self.transformer_runs = pipe, dict(call), None, 0
@@ -87,9 +93,9 @@ class Rivals:
 
 
 @torch.no_grad()
-def baked(forecaster: Forecaster, origin: Origin) -> Solved:
+def baked(forecaster: Forecaster, origin: Origin, of: str = "output") -> Solved:
     """Return a predictor whose rows are those that a forecaster has on the origin's grid and schedule."""
-    made = Solved(origin)
+    made, forecaster = Solved(origin, of=of), forecaster.for_stream(of)
     for step in range(len(made.grid) - 1):
         past = [k for k in made.full if k < step]
         if step in made.full or not past:

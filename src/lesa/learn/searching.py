@@ -18,18 +18,23 @@ from lesa.learn.solving import Full, Problem
 FORGIVENESS = (0.0, 4.0, 8.0, 12.0, 16.0, 24.0)
 """By what powers of a run's share early errors may count less in the plans by algebra that real runs choose from."""
 OF = "search"
-TRIED_ON = 8
+TOGETHER, APART = 60, 12
+"""How many schedules are tried at most, unless somebody says it, where calls go in one run and where they do not."""
+TRIED_ON, TRIED_ON_APART = 8, 4
 """On how many calls schedules are tried; the best ones are run on all of them."""
-FINALISTS, PATIENCE = 3, 16
-"""How many of the best are run on all calls, and how many moves are tried before a schedule is the best one."""
+FINALISTS, REFINED, PATIENCE = 3, 2, 16
+"""How many of the best are run on all calls, how many of these are refined, and how many moves are tried before a
+schedule is the best one."""
+NEAR = 0.1
+"""By how much less than the best one, in dB, a schedule may promise to be refined, too."""
 STARTS = 2
 """From how many schedules the search goes on, the best ones."""
 
 
 class Searched(NamedTuple):
-    """The best schedule, what the search began and ended with, in dB, and how many it tried."""
+    """The best schedules, what the search began and ended with, in dB, and how many it tried."""
 
-    full: Full
+    best: list[Full]
     ways: list[tuple[Full, float]]
     tried: int
 
@@ -38,22 +43,24 @@ class Search:
     """Tries schedules of one problem by real runs, on a few of its calls, and remembers what they gave."""
 
     def __init__(self, problem: Problem):
-        self.problem, self._few = problem, problem.first(TRIED_ON)
-        self.algebra = Algebra(problem.response, problem.gram, len(problem.weights), problem.begins)
+        few = problem.first(TRIED_ON)
+        self.problem, self._few = problem, few if few.goes_together else problem.first(TRIED_ON_APART)
+        self.algebra = Algebra(problem.response, problem.gram, len(problem.weights), problem.begins, problem.latents)
         self.known: dict[Full, float] = {}
 
-    def best(self, budget: int, most: int, starts: Sequence[Full] = ()) -> Searched:
-        """Return the best schedule found of so many full steps, with at most so many tried.
+    def best(self, budget: int, most: int | None = None, starts: Sequence[Full] = ()) -> Searched:
+        """Return the best schedules found of so many full steps, the best one first, with at most so many tried.
 
         The search goes on from the two best of what algebra begins with and of other `starts`. What it ends with is
-        chosen on all calls.
+        chosen on all calls. Where calls go one by one the best schedule is alone.
 
         Raises: ValueError if there are fewer steps, or more that have to be full.
         """
         ticks, begins = self.problem.ticks, self.problem.begins
         if not len(begins) <= budget <= ticks:
             raise ValueError(f"a budget is from {len(begins)} to {ticks} full steps, got {budget}; change it.")
-        before = len(self.known)
+        before, usual = len(self.known), TOGETHER if self._few.goes_together else APART
+        most = usual if most is None else most
 
         def real(full: Full) -> float:
             if full not in self.known:
@@ -63,14 +70,17 @@ class Search:
             return self.known[full]
 
         found = {self.algebra.best(budget, forgiveness): forgiveness for forgiveness in FORGIVENESS}
-        usual = found[min(sorted(found), key=real)]
-        found = {**dict.fromkeys(starts, usual), **found}
+        best = found[min(sorted(found), key=real)]
+        found = {**dict.fromkeys(starts, best), **found}
         first, *others = sorted(sorted(found), key=real)[:STARTS]
         ends = [
             self._descend(one, partial(self.algebra.cost, forgiveness=found[one]), real) for one in (first, *others)
         ]
-        best, drift = self._chosen({first, *ends})
-        return Searched(best, [(first, real(first)), (best, drift)], len(self.known) - before)
+        best = self._chosen({first, *ends})
+        ways = [(first, real(first)), best[0]]
+        near = best[0][1] + (NEAR if self._few.goes_together else 0.0)
+        kept = [full for full, drift in best[:REFINED] if full == best[0][0] or drift < near]
+        return Searched(kept, ways, len(self.known) - before)
 
     def _descend(self, full: Full, cost: Callable[[Full], float], real: Callable[[Full], float]) -> Full:
         """Take the first move that is better in real runs, in the order of what algebra has against it."""
@@ -82,21 +92,20 @@ class Search:
                 return full
             full = moved
 
-    def _chosen(self, ends: set[Full]) -> tuple[Full, float]:
+    def _chosen(self, ends: set[Full]) -> list[tuple[Full, float]]:
         """Return the best on all calls of these schedules and of the best others tried of so many full steps."""
         count = len(next(iter(ends)))
         tried = sorted((full for full in self.known if len(full) == count), key=lambda full: self.known[full])
         finalists = tried[:FINALISTS] or sorted(ends)
         if self._few is self.problem:
-            return finalists[0], self.known.get(finalists[0], math.inf)
+            return [(full, self.known.get(full, math.inf)) for full in finalists]
         drifts = {full: self._tried(self.problem, full) for full in finalists}
-        best = min(finalists, key=lambda full: drifts[full])
-        return best, drifts[best]
+        return sorted(drifts.items(), key=lambda one: one[1])
 
     def _tried(self, problem: Problem, full: Full) -> float:
         if problem.goes_together:
             return problem.lockstep(full, OF).drift
-        return problem.rounds(full, 2, OF)[0].drift
+        return problem.tried(full, OF).drift
 
 
 def without_one(full: Full, begins: Sequence[int] = (0,)) -> list[Full]:

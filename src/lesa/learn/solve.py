@@ -1,7 +1,8 @@
 """Solve for rows in closed form, gap by gap in closed loop, on a few calls of a pipeline.
 
 With full steps f_1 .. f_J, and f_{J+1} the end, let the steps skipped between f_j and f_{j+1} share a row c_j over the
-outputs v_k of f_1 .. f_j. A sampler is affine, so in a run the latents at f_{j+1} are affine in c_j:
+outputs v_k of f_1 .. f_j and, with k = 0, the latents v_0 that the run began with. A sampler is affine, so in a run the
+latents at f_{j+1} are affine in c_j:
 
     x_{f_{j+1}} = (what the rows before give) + g_j sum_{k <= j} c_jk v_k,  g_j = sum of dx_{f_{j+1}} / dv_s there
 
@@ -12,7 +13,7 @@ the calls are run again. Row j is then exact after round j + 1. All that is lear
 guidance.
 
 What is greedy gap by gap is then refined on the end of the run: the derivatives of the last latents by the
-J (J + 1) / 2 numbers are differences of real runs, and Gauss-Newton steps are taken only where real runs end nearer.
+J (J + 3) / 2 numbers are differences of real runs, and Gauss-Newton steps are taken only where real runs end nearer.
 
 Which steps are full is found the same way: by algebra on the reference runs first, then by real runs.
 """
@@ -23,7 +24,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from lesa.learn.calls import Call
@@ -111,14 +112,15 @@ class Solver(Problem):
         *,
         rounds: int = 6,
         refine: int = 2,
-        most: int = 60,
+        most: int | None = None,
         near: Sequence[Solved | Schedule] = (),
     ) -> Solution:
         """Solve for the rows of a schedule; with a `budget`, of the best schedule of so many full steps.
 
-        The schedule is searched for with real runs of `most` schedules at most, also from those that are `near`:
-        predictors or schedules of so many full steps, or of one more. `rounds` is how many real runs of the calls
-        follow each other at most, `refine` how many Gauss-Newton steps are taken on the end of the runs.
+        The schedule is searched for with real runs of `most` schedules at most (of 60, or of 12 where calls are run one
+        by one), also from those that are `near`: predictors or schedules of so many full steps, or of one more.
+        `rounds` is how many real runs of the calls follow each other at most, `refine` how many Gauss-Newton steps are
+        taken on the end of the runs.
 
         Raises: ValueError if not one of budget and schedule is given, or it does not fit.
         """
@@ -127,22 +129,16 @@ class Solver(Problem):
         began, before, report = time.perf_counter(), copy(self.counts), Report()
         if schedule is None:
             starts = self._starts(budget or 0, near)
-            full, report.searched, report.tried = self._search.best(budget or 0, most, starts)
+            fulls, report.searched, report.tried = self._search.best(budget or 0, most, starts)
         else:
-            full = self._of(schedule)
-            self.check_full(full)
-        found, report.rounds = self.rounds(full, rounds)
-        found = self._not_below_reuse(found, report)
-        for _ in range(refine):
-            better = refined(self, found)
-            if better is None:
-                break
-            found = better
-            report.refined.append(found.drift)
+            fulls = [self._of(schedule)]
+            self.check_full(fulls[0])
+        found, report = min((self._found(one, rounds, refine, report) for one in fulls), key=lambda one: one[0].drift)
         report.drift, report.seconds = found.drift, time.perf_counter() - began
         report.counts = self.counts - before
         report.counts.reference = self.counts.reference
-        return Solution(self.predictor(full, found.rows, drift=found.drift), report)
+        taken = dict(drift=found.drift, transformer_runs=report.counts.total)  # whatever was solved for before
+        return Solution(self.predictor(found.full, found.rows, **taken), report)
 
     def curve(self, budgets: Sequence[int], **options: Any) -> Iterator[Solution]:
         """Solve for several budgets, from high to low: each search begins, too, near the schedule found before.
@@ -166,11 +162,17 @@ class Solver(Problem):
             known = set(sorted(known, key=self._search.algebra.cost)[:4])
         return [full for full in known if len(full) == budget]
 
-    def _not_below_reuse(self, found: Found, report: Report) -> Found:
-        """Return what was found, or reuse if that ends nearer: what is best gap by gap may not be best at the end."""
-        reuse = self.reuse(found.full)
+    def _found(self, full: Full, rounds: int, refine: int, searched: Report) -> tuple[Found, Report]:
+        """Find the rows of a schedule, and report it beside what was searched."""
+        report = replace(searched, refined=[])
+        found, report.rounds = self.rounds(full, rounds)
+        reuse = self.reuse(full)
         report.reuse = reuse.drift
-        return found if found.drift <= reuse.drift else reuse
+        if reuse.drift < found.drift:  # what is best gap by gap may not be best at the end
+            found = reuse
+        steps = [found, *refined(self, found, refine)]
+        report.refined = [one.drift for one in steps[1:]]
+        return steps[-1], report
 
 
 def solve(
@@ -182,7 +184,7 @@ def solve(
     schedule: Schedule | None = None,
     rounds: int = 6,
     refine: int = 2,
-    most: int = 60,
+    most: int | None = None,
     batch_size: int = BATCH,
     **call: Any,
 ) -> Solution:

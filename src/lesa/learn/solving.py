@@ -18,6 +18,7 @@ from lesa.learn.gaps import Equations, Gaps
 from lesa.learn.references import BATCH, TINY, OnRun, References
 from lesa.predictors import Origin, configuration
 from lesa.predictors.solved import STREAMS, Solved
+from lesa.rows.levels import DATA
 from lesa.rows.plan import PlannedRow
 from lesa.rows.schedule import Schedule
 
@@ -47,8 +48,13 @@ class Found(NamedTuple):
 class Problem(References):
     """Calls of a pipeline that rows are solved on: their reference runs, and real runs with rows.
 
-    Raises: ValueError as `References` does, or if the sampler is not affine or adds noise, or if the runs are not on
-        one grid, or do not walk it to its end.
+    Rows have a term in the latents that a run began with, if there are `latents` of one kind alone.
+
+    Under a sampler that adds noise, rows combine the data predictions that follow from outputs, which do not jump with
+    it; velocities and outputs are these then.
+
+    Raises: ValueError as `References` does, or if the sampler is not affine, or if the runs are not on one grid, or do
+        not walk it to its end.
     """
 
     def __init__(
@@ -65,9 +71,10 @@ class Problem(References):
         super().__init__(pipe, calls, seeds, call, batch_size=batch_size, pictures=pictures, on_run=on_run)
         self._check()
         self._reused: Found | None = None
+        self.latents = self.reference[0].moment.parts == 1
         ticks = range(self.ticks)
         self.begins = tuple(self.reference[0].begins)
-        grams = [self._weighed(run, run.outputs(ticks)) for run in self.reference]
+        grams = [self._weighed(run, self.columns(run, ticks)) for run in self.reference]
         self.gram = sum(grams[1:], grams[0])
 
     def _run_in_full(self) -> list[Recording]:
@@ -107,31 +114,34 @@ class Problem(References):
             )
 
     def gaps(self, full: Full) -> Gaps:
-        return Gaps(self.response, full, self.begins)
+        return Gaps(self.response, full, self.begins, self.latents)
 
     def run_rows(
         self, full: Full, rows: Tensor, *, of: str, on_record: Callable[[Run, Recording], None] | None = None
     ) -> Found:
-        """Run all calls with these rows, (T, J, J)."""
+        """Run all calls with these rows, (J, J + 1)."""
         runs, _ = self.run(self.predictor(full, rows), of=of, keep=full, on_record=on_record)
         return Found(full, rows, runs, fmean(self.drifts(runs)))
 
     def predictor(self, full: Full, rows: Tensor, **training: Any) -> Solved:
-        """Make a predictor of these rows, (T, J, J), which remembers more facts about its `training`."""
+        """Make a predictor of these rows, (J, J + 1), which remembers more facts about its `training`."""
         names = denoisers_of(self.pipe)
         first, *others = (getattr(self.pipe, name) for name in names)
         others = [[type(other).__name__, configuration(other)] for other in others]
-        training |= dict(calls=self.calls, transformer_runs=self.counts.total)
+        training = dict(calls=self.calls, transformer_runs=self.counts.total) | training
         training |= {"denoisers": others} if others else {}
         training |= {"begins": [self.start + k for k in self.begins]} if (self.start, *self.begins) != (0, 0) else {}
         name = str(getattr(getattr(self.pipe, "config", None), "_name_or_path", "") or type(self.pipe).__name__)
         schedule = str(Schedule.at([self.start + k for k in full]))
         versions = {package: version(package) for package in ("torch", "diffusers")}
         grid, kind, tap = tuple(self.times.tolist()), type(first).__name__, tap_of(first, OUTPUT)
+        facts = dict(training=training, versions=versions)
         made = Solved(
-            Origin(name, kind, configuration(first), tap, grid, schedule, STREAMS, training=training, versions=versions)
+            Origin(name, kind, configuration(first), tap, grid, schedule, STREAMS, **facts),
+            latents=self.latents,
+            of="output" if self.levels is None else DATA,
         )
-        made.set_gaps(rows[0])
+        made.set_gaps(rows)
         return made
 
     # --- least squares
@@ -150,8 +160,8 @@ class Problem(References):
         raise AssertionError("each run has its reference run")
 
     def columns(self, run: Recording, full: Sequence[int]) -> Tensor:
-        """Return what rows combine, (calls, T J, elements)."""
-        return run.outputs(full)
+        """Return what rows combine, outputs of full steps and the first latents, (calls, J + 1, elements)."""
+        return torch.cat([run.outputs(full), run.latents([0])], 1)
 
     def equations(self, gaps: Gaps, found: Found | None = None) -> Equations:
         """Return what the outputs of these full steps say: of the reference runs, or of runs with rows.
@@ -191,34 +201,49 @@ class Problem(References):
         Where the rows' algebra is not exact, what it is off by at a full step is taken into the gap that begins there.
         """
         gaps, (wanted,) = self.gaps(full), self.reference
-        ends, rows = wanted.latents(gaps.ends), gaps.reuse()
+        ends, rows = wanted.latents(gaps.ends) - self._added(wanted, gaps.ends), gaps.reuse()
         noise, decay = wanted.latents([0]), self.numbers.decay if self.numbers is not None else torch.empty(0)
-        held = torch.ones_like(rows).tril()  # histories hold what counts in the rows that a run begins with
+        held = torch.ones_like(rows).tril()  # a run holds what counts in the rows that it begins with
+        held[:, -1] = float(self.latents)
+        made: list[PlannedRow] = []
 
-        def solve_gap(live: Run, run: Recording) -> None:
-            tick = run.ticks - 1
-            if tick not in full:
-                return
-            j = full.index(tick)
+        def go_on(live: Run, run: Recording) -> None:
+            if run.ticks - 1 in full:
+                made.append(solve_gap(full.index(run.ticks - 1), run))
+            for row in made:  # of the data prediction there is no plan before the second step
+                set_row(live, row)
+
+        def solve_gap(j: int, run: Recording) -> PlannedRow:
+            tick = full[j]
             columns = self._columns_so_far(run, full, j)
             gram = self._weighed(wanted, columns)
             missing = ends[:, j : j + 1] - decay[gaps.ends[j]] * noise
             if j:
                 expected = decay[tick] * noise + torch.einsum("k,pkn->pn", gaps.ways(rows)[j - 1], columns)[:, None]
                 kept = decay[gaps.ends[j]] / decay[tick] if abs(decay[tick]) > TINY else 1.0
-                missing = missing - kept * (run.latents([tick]) - expected)
+                missing = missing - kept * (run.latents([tick]) - self._added(wanted, [tick]) - expected)
             target = self._weighed(wanted, columns, missing)[0]
-            rows[:, j] = gaps.solve_row(rows, j, gram, target)
-            set_row(live, [self.start + k for k in full[gaps.lows[j] : j + 1]], rows[:, j, gaps.lows[j] : j + 1])
+            rows[j] = gaps.solve_row(rows, j, gram, target)
+            coefficients = tuple(rows[j, gaps.lows[j] : j + 1].float().double().tolist())
+            past = tuple(self.start + k for k in full[gaps.lows[j] : j + 1])
+            return PlannedRow(past, coefficients, 0.0, float(rows[j, -1]))
 
-        return self.run_rows(full, held, of=of, on_record=solve_gap)._replace(rows=rows)
+        return self.run_rows(full, held, of=of, on_record=go_on)._replace(rows=rows)
+
+    def _added(self, wanted: Recording, ticks: Sequence[int]) -> Tensor:
+        """Return what the sampler's noise made of the latents at some ticks, (calls, ticks, elements): in all runs of a
+        call the same."""
+        if self.levels is None or self.numbers is None:
+            return torch.zeros(())
+        known = self.numbers.decay[ticks, None] * wanted.latents([0])
+        outputs = torch.einsum("es,psn->pen", self.response[ticks], wanted.outputs(range(self.ticks)))
+        return wanted.latents(ticks) - known - outputs
 
     def _columns_so_far(self, run: Recording, full: Full, j: int) -> Tensor:
         known = self.columns(run, full[: j + 1])
-        calls, elements, kinds = known.shape[0], known.shape[2], known.shape[1] // (j + 1)
-        columns = known.new_zeros(calls, kinds, len(full), elements)
-        columns[:, :, : j + 1] = known.unflatten(1, (kinds, j + 1))
-        return columns.flatten(1, 2)
+        columns = known.new_zeros(known.shape[0], len(full) + 1, known.shape[2])
+        columns[:, : j + 1], columns[:, -1] = known[:, :-1], known[:, -1]
+        return columns
 
     def rounds(self, full: Full, most: int, of: str = "rounds") -> tuple[Found, list[float]]:
         """Solve all gaps on what the best run gave and run again, until the rows settle.
@@ -249,7 +274,16 @@ class Problem(References):
             equations = self.equations(gaps, best)
         return best, drifts
 
+    def tried(self, full: Full, of: str) -> Found:
+        """Return the better of two rounds, of which the first goes by what the reference runs say."""
+        gaps = self.gaps(full)
+        one = self.run_rows(full, gaps.solve_rows(self.equations(gaps)), of=of)
+        other = self.run_rows(full, gaps.solve_rows(self.equations(gaps, one)), of=of)
+        return min(one, other, key=lambda found: found.drift)
+
     def first(self, calls: int) -> Self:
+        if self.levels is not None and calls < self.calls and max(len(some) for some, _ in self._batches) > 1:
+            return self  # a smaller batch would draw other noise
         part = super().first(calls)
         if part is not self:
             part._reused = None
@@ -268,10 +302,7 @@ class Problem(References):
         return moved < SETTLED * float(self.errors(last.recordings).sum().sqrt())
 
 
-def set_row(live: Run, past: Sequence[int], row: Tensor) -> None:
-    """Change the plan of a run that is going on: the row of the gap after these full steps, in every stream."""
-    coefficients = tuple(row[0].float().double().tolist())
-    for stream in live.streams:
-        rows = live.plan(stream).rows
-        changed = {step: PlannedRow(tuple(past), coefficients, 0.0) for step in rows if rows[step].past == tuple(past)}
-        rows.update(changed)
+def set_row(live: Run, row: PlannedRow) -> None:
+    """Change the plans of a run that is going on: the row of the gap after these full steps."""
+    for plan in live.plans:
+        plan.rows.update({step: row for step in plan.rows if plan.rows[step].past == row.past})

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from lesa.host.head import Projection
 from lesa.learn import metrics
 from lesa.learn.kept import Rounds, settings_of
 from lesa.learn.lessons import Config, Curve, Lesson, RecordRuns, Result
+from lesa.learn.progress import Bar
 from lesa.learn.sampling import euler, sampler_of
 from lesa.learn.trajectory import Trajectory
 from lesa.predictors import L2P, LESA, Predictor
@@ -372,7 +372,7 @@ class _Fit:
         best, best_loss = unknowns.values(), math.inf
         phase = "closed-loop" if closed_loop else "ground-truth"
         check_every = config.check_every * len(self.tasks)
-        bar = tqdm(range(updates + 1), desc=f"{phase} {round_ or ''}".strip(), unit="update")
+        bar = Bar(range(updates + 1), desc=f"{phase} {round_ or ''}".strip(), unit="update")
         for update in bar:
             optimiser.param_groups[0]["lr"] = _falling(config.learning_rate, update, updates)
             if update % check_every == 0 or update == updates:

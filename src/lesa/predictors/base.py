@@ -76,6 +76,8 @@ class Predictor(
     """
 
     method: ClassVar[str]
+    of: str = "output"
+    """What its rows combine: 'output', what denoisers return (at a tap: the feature), or 'data', what that says."""
     memory: int
     remembers_forecasts: bool
 
@@ -149,6 +151,7 @@ class Predictor(
         Raises: ValueError if there is none such, or the predictor is not for this grid.
         """
         self.check_grid(times_in_order(grid))
+        self.check_start(start)
         if budget not in (None, len(self.full)):
             raise ValueError(
                 f"this predictor was trained for {len(self.full)} full steps, got a budget of {budget}; take another."
@@ -165,6 +168,15 @@ class Predictor(
             raise ValueError(
                 f"this predictor was trained for {in_words(self.grid)}, got {in_words(grid)}; call the pipeline "
                 f"with num_inference_steps={len(self.grid) - 1} and the image size it was trained for, or train one."
+            )
+
+    def check_start(self, start: int) -> None:
+        """Raise ValueError if runs that begin at this step of the grid have no full step there."""
+        if self.schedule.rule == "at" and start != self.full[0]:
+            raise ValueError(
+                f"this predictor was trained for runs from step {self.full[0]} on, with the full steps "
+                f"{', '.join(map(str, self.full))}, got one that begins at step {start} (image to image, of another "
+                "strength); calibrate or train for such runs."
             )
 
     @property

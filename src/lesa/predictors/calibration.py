@@ -6,12 +6,12 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lesa.predictors.base import Predictor
-from lesa.predictors.disk import write_atomically
+from lesa.predictors.disk import DAMAGED, SIGNATURE, signed, unsigned, write_atomically
 from lesa.predictors.facts import Facts
 
 FORMAT = "lesa-calibration-1"
@@ -55,7 +55,7 @@ class Calibration:
     `table` is what was measured: `chosen` is the budget that is taken where none is named (the largest, if it is
     missing), and `checked` has for each budget (as JSON has keys, a text) the measures 'psnr', 'ssim', 'lpips' and
     'drift', whichever are known, each with its `mean` and `worst` over the prompts that nothing was solved on. More may
-    stand in it.
+    stand in it. `digests` are those of the predictors: no other one is loaded in their place.
     """
 
     folder: Path
@@ -65,6 +65,7 @@ class Calibration:
     table: dict[str, Any]
     versions: dict[str, str]
     when: str
+    digests: Mapping[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.budgets or min(self.budgets) < 1:
@@ -97,7 +98,11 @@ class Calibration:
 
         Raises: ValueError or FileNotFoundError if its files are not as they were saved.
         """
-        return Predictor.from_pretrained(folder_of(self.folder, budget))
+        folder = folder_of(self.folder, budget)
+        found = Predictor.from_pretrained(folder)
+        if self.digests and found.digest() != self.digests.get(budget):
+            raise ValueError(f"{folder} holds another predictor than the one calibrated; calibrate anew.")
+        return found
 
     def budget_for(self, budget: int | None = None, quality: str | None = None) -> int:
         """Return the budget to run with: the one named, the smallest that keeps a quality, or the one chosen.
@@ -164,8 +169,9 @@ class Calibration:
             promise={str(budget): self.promise(budget) for budget in self.budgets},
             versions=self.versions,
             when=self.when,
+            digests={str(budget): digest for budget, digest in self.digests.items()},
         )
-        write_atomically(folder / CALIBRATION_FILE, (json.dumps(entries, indent=1) + "\n").encode())
+        write_atomically(folder / CALIBRATION_FILE, (json.dumps(signed(entries), indent=1) + "\n").encode())
 
     @classmethod
     def read(cls, folder: str | Path) -> Calibration:
@@ -175,18 +181,30 @@ class Calibration:
         """
         folder = Path(folder)
         try:
-            entries = json.loads((folder / CALIBRATION_FILE).read_text(encoding="utf-8"))
-            if entries["format"] != FORMAT:
-                raise ValueError(f"its format is {entries['format']!r}, not {FORMAT!r}")
-            taken = {name: entries[name] for name in ("fingerprint", "table", "versions", "when")}
-            budgets = tuple(map(int, entries["budgets"]))
-            found = cls(folder, facts=Facts.from_dict(entries["facts"]), budgets=budgets, **taken)
-            for budget in budgets:
-                found.promise(budget)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            entries = json.loads((folder / CALIBRATION_FILE).read_bytes())
+            before = not {"digests", SIGNATURE} & entries.keys()  # written when there were no digests yet
+            found = cls._from(folder, entries if before else unsigned(entries))
+        except DAMAGED as error:
             raise ValueError(f"{folder / CALIBRATION_FILE} is damaged: {type(error).__name__}: {error}") from error
-        if missing := [name for budget in budgets if not (name := folder_of(folder, budget)).is_dir()]:
+        if missing := [name for budget in found.budgets if not (name := folder_of(folder, budget)).is_dir()]:
             raise ValueError(f"{missing[0]} is missing")
+        return found
+
+    @classmethod
+    def _from(cls, folder: Path, entries: Any) -> Calibration:
+        """Make the calibration of a folder of its entries.
+
+        Raises: one of `DAMAGED` if these are none.
+        """
+        if entries["format"] != FORMAT:
+            raise ValueError(f"its format is {entries['format']!r}, not {FORMAT!r}")
+        budgets = tuple(map(int, entries["budgets"]))
+        digests = {int(budget): str(digest) for budget, digest in entries.get("digests", {}).items()}
+        versions = {str(name): str(version) for name, version in entries["versions"].items()}
+        facts, weights, when = Facts.from_dict(entries["facts"]), str(entries["fingerprint"]), str(entries["when"])
+        found = cls(folder, weights, facts, budgets, dict(entries["table"]), versions, when, digests)
+        for budget in budgets:
+            found.promise(budget)
         return found
 
 

@@ -6,14 +6,18 @@ configuration of a predictor. In any other folder the names of what a run would 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 PARTIAL = ".partial"
+SIGNATURE = "sha256"
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, SafetensorError)
 """What reading a file may raise that is damaged, or was made to be: deep JSON is a RuntimeError, a huge number one of
 arithmetic."""
@@ -90,3 +94,24 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def signed(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return entries as JSON holds them, with a digest of all: nothing of them changes unnoticed."""
+    plain = json.loads(json.dumps(entries))
+    return {**plain, SIGNATURE: _digest(plain)}
+
+
+def unsigned(entries: Any) -> dict[str, Any]:
+    """Return what was signed.
+
+    Raises: ValueError if that is not as it was.
+    """
+    plain = {name: value for name, value in dict(entries).items() if name != SIGNATURE}
+    if entries.get(SIGNATURE) != _digest(plain):
+        raise ValueError("it is not as it was written")
+    return plain
+
+
+def _digest(entries: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()

@@ -89,13 +89,24 @@ class Facts:
     def from_dict(cls, entries: Mapping[str, Any]) -> Facts:
         """Read what `to_dict` gave after a round trip through JSON.
 
-        Raises: ValueError, TypeError or LookupError if these are no facts.
+        Raises: ValueError, TypeError, ArithmeticError or LookupError if these are no facts.
         """
-        guidance = entries["guidance"]
-        as_tuples = {name: tuple(entries[name]) for name in ("times", "shape", "streams", "embedded")}
-        if guidance is not None:
-            guidance = Mixture(**{**guidance, "weights": tuple(guidance["weights"])})
-        return cls(**{**entries, **as_tuples, "guidance": guidance})
+        found = {**entries, **{name: tuple(entries[name]) for name in ("times", "shape", "streams", "embedded")}}
+        if (guidance := entries["guidance"]) is not None:
+            found["guidance"] = Mixture(**{**guidance, "weights": tuple(guidance["weights"])})
+        facts = cls(**found)
+        facts._check()
+        return facts
+
+    def _check(self) -> None:
+        """Raise ValueError or TypeError if a field holds what it cannot."""
+        mixed = (*self.guidance.weights, self.guidance.unexplained, self.guidance.apart) if self.guidance else ()
+        if len(self.times) < 2 or not all(map(math.isfinite, (*self.times, *self.embedded, *mixed))):
+            raise ValueError("times and guidance are finite numbers, and there are times")
+        if any(type(one) is not int for one in (self.start, *self.shape)) or not 0 <= self.start < self.steps:
+            raise ValueError("the first step and the shape are whole numbers")
+        if any(not isinstance(one, str) for one in (self.sampler, *self.streams)):
+            raise ValueError("the sampler and the streams are names")
 
     def differences(self, other: Facts) -> list[str]:
         """Say in words by what these facts are not the other's, which are those known; empty if they fit."""

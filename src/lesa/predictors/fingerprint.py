@@ -2,13 +2,14 @@
 
 Of every tensor a few elements are read, spread over all of it, so that 24 GB take seconds. Offloaded weights are
 looked up where they are, a compiled module is what it was compiled from, and a LoRA counts with its scale, while it is
-active.
+active. Of what is quantised codes and scales count, and how the layer goes about it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ READ = 64
 """Elements of each tensor."""
 QUANTISED = ("quant_state", "SCB")
 """Attributes in which bitsandbytes keeps what belongs to a quantised weight."""
+HOW = ("weight_qtype", "activation_qtype")
+"""Attributes in which layers of quanto keep how they quantise what passes, and weights that are not yet."""
 _WRAPPERS = ("_orig_mod", "base_layer")
 """Parts of a weight's name that say in what its layer is wrapped: compiled, or with adapters."""
 
@@ -37,14 +40,17 @@ def fingerprint(denoisers: Mapping[str, nn.Module]) -> str:
         elsewhere = _on_disk(module)
         for name, x in _acting(module):
             lines.append(f"{part}.{name} ".encode() + _described(x, elsewhere))
+        lines += [f"{part}.{name} {how}".encode() for name, how in _ways(module)]
     return hashlib.sha256(b"\n".join(sorted(lines))).hexdigest()
 
 
 def stamp(denoisers: Mapping[str, nn.Module]) -> int:
-    """Return a number that is another one, in this process, once weights or adapters are exchanged: a cheap look."""
+    """Return a number that is another one, in this process, once weights, layers or adapters are exchanged: a cheap
+    look."""
     found: list[Any] = []
     for module in denoisers.values():
         for part in module.modules():
+            found.append(id(part))
             found.extend((id(x), x._version) for x in part._parameters.values() if x is not None)
             if adapters := _adapters(part):
                 found.append((id(part), str(sorted(adapters.items()))))
@@ -66,6 +72,14 @@ def _acting(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if x.is_meta and name in kept[owner]:
                 x = kept[owner][name]
             yield shown, x
+
+
+def _ways(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield the layers that quantise as they go, with how."""
+    for owner, part in module.named_modules():
+        if any(getattr(part, name, None) is not None for name in HOW):
+            shown = ".".join(word for word in owner.split(".") if word not in _WRAPPERS)
+            yield shown, ", ".join(f"{name} {getattr(part, name, None)}" for name in HOW)
 
 
 def _weights_map(part: nn.Module) -> Mapping[str, Tensor]:
@@ -117,9 +131,10 @@ def _described(x: Tensor, elsewhere: Mapping[int, tuple[Path, str]]) -> bytes:
     if id(x) in elsewhere:
         return f"{x.dtype} {tuple(x.shape)} ".encode() + _read(*elsewhere[id(x)], x)
     if type(x) not in (Tensor, nn.Parameter) and hasattr(x, "__tensor_flatten__"):
-        names = x.__tensor_flatten__()[0]  # pyright: ignore[reportAttributeAccessIssue]
-        inner = b"; ".join(f"{name} ".encode() + _described(getattr(x, name), {}) for name in sorted(names))
-        return f"{x.dtype} {tuple(x.shape)} of ".encode() + inner
+        names, how = x.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
+        parts = {name: part for name in sorted(names) if (part := getattr(x, name)) is not None}
+        inner = b"; ".join(f"{name} ".encode() + _described(part, {}) for name, part in parts.items())
+        return f"{x.dtype} {tuple(x.shape)} of ".encode() + inner + _in_words(how).encode()
     found = f"{x.dtype} {tuple(x.shape)} ".encode() + _sample(x)
     for name in QUANTISED:
         state = getattr(x, name, None)
@@ -127,6 +142,13 @@ def _described(x: Tensor, elsewhere: Mapping[int, tuple[Path, str]]) -> bytes:
         if isinstance(absmax, Tensor):
             found += f" {name} ".encode() + _described(absmax, {})
     return found
+
+
+def _in_words(how: Any) -> str:
+    """Describe what a quantised tensor keeps beside its parts, such as how activations are quantised; as a new release
+    has more that is off, only what is on."""
+    on = {name: value for name, value in how.items() if value} if isinstance(how, Mapping) else how
+    return re.sub(r" at 0x[0-9a-f]+", "", f" {sorted(on.items()) if isinstance(on, Mapping) else on}") if on else ""
 
 
 @torch.no_grad()
@@ -188,8 +210,13 @@ def pipeline_fingerprint(pipe: Any) -> str:
     for part, module in sorted(pipe.components.items()):
         for name, x in module.state_dict().items() if isinstance(module, nn.Module) else ():
             x = _offloaded(module, name) if x.is_meta else x
+            if type(x) not in (Tensor, nn.Parameter):  # of a quantised one nothing can be cut
+                total.update(f"{part}.{name} ".encode() + _described(x, {}) + b"\n")
+                continue
             head = [] if x.is_meta else x.flatten()[:8].tolist()
             total.update(f"{part}.{name} {x.dtype} {tuple(x.shape)} {head}\n".encode())
+        for name, how in _ways(module) if isinstance(module, nn.Module) else ():
+            total.update(f"{part}.{name} {how}\n".encode())
     return total.hexdigest()
 
 

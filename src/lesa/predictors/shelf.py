@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import time
 import warnings
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
+from filelock import FileLock
 
 from lesa.predictors.base import Predictor
 from lesa.predictors.calibration import CALIBRATION_FILE, Calibration, folder_of
@@ -24,9 +24,7 @@ HOME_VARIABLE = "LESA_HOME"
 SHELF_FOLDER = "shelf"
 SHOWN = 16
 """Digits of a fingerprint that its folder is named by."""
-PARTIAL = ".partial-"
-ABANDONED = 24 * 3600
-"""Seconds after which what is half written was left behind by a kill."""
+PARTIAL, REPLACED, LOCK = ".partial-", ".replaced-", ".lock-"
 
 
 def home() -> Path:
@@ -56,21 +54,21 @@ class Shelf:
         """
         place = self.folder / fingerprint[:SHOWN]
         place.mkdir(parents=True, exist_ok=True)
-        _sweep(place)
-        made = Calibration(place, fingerprint, facts, tuple(sorted(predictors)), dict(table), _versions(), _now())
-        target = self._replaced(made) or place / made.name_for(predictors)
-        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=place))
-        try:
-            for budget, predictor in predictors.items():
-                predictor.save_pretrained(folder_of(partial, budget))
-            made.write(partial)
-            old = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=place))
-            if target.exists():
-                os.replace(target, old / target.name)
-            os.replace(partial, target)
-            shutil.rmtree(old)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        digests = {budget: predictor.digest() for budget, predictor in predictors.items()}
+        made = Calibration(
+            place, fingerprint, facts, tuple(sorted(predictors)), dict(table), versions(), _now(), digests
+        )
+        with FileLock(self.folder / f"{LOCK}{fingerprint[:SHOWN]}"):  # another process may put something here
+            _sweep(place)
+            target = self._replaced(made) or place / made.name_for(predictors)
+            partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=place))
+            try:
+                for budget, predictor in predictors.items():
+                    predictor.save_pretrained(folder_of(partial, budget))
+                made.write(partial)
+                _exchange(partial, target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
         return target
 
     def _replaced(self, made: Calibration) -> Path | None:
@@ -97,6 +95,7 @@ class Shelf:
 
     def _read(self, place: Path) -> list[Calibration]:
         folders = [one for one in place.iterdir() if not one.name.startswith(".")] if place.is_dir() else []
+        folders += _between(place)
         found = [one for folder in sorted(folders) if (one := read_or_warn(folder)) is not None]
         return sorted(found, key=lambda one: one.when, reverse=True)
 
@@ -121,6 +120,7 @@ class Shelf:
         damaged = [] if hidden else [one for one in self.folder.glob(f"*/{name}") if one.is_dir()]
         folder = damaged[0] if damaged else self.find(name).folder
         shutil.rmtree(folder)
+        shutil.rmtree(folder.with_name(f"{REPLACED}{name}"), ignore_errors=True)
         if not any(folder.parent.iterdir()):
             folder.parent.rmdir()
         return folder
@@ -187,18 +187,34 @@ def fetch(repo_id: str, **options: Any) -> Calibration | None:
     return Calibration.read(folder) if (folder / CALIBRATION_FILE).exists() else None
 
 
+def _exchange(made: Path, target: Path) -> None:
+    """Put a folder in the place of another, which is there under another name until then."""
+    old = target.with_name(f"{REPLACED}{target.name}")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(made, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _between(place: Path) -> list[Path]:
+    """Return the folders that a kill left without what was to take their place: they count still."""
+    return [old for old in place.glob(f"{REPLACED}*") if not old.with_name(old.name[len(REPLACED) :]).exists()]
+
+
 def _sweep(place: Path) -> None:
-    """Remove what was left half written."""
-    for folder in place.glob(f"{PARTIAL}*"):
-        if time.time() - folder.stat().st_mtime > ABANDONED:
-            shutil.rmtree(folder, ignore_errors=True)
+    """Give back its name to what a kill left without, and remove what was left half written: nobody else writes."""
+    for old in _between(place):
+        os.replace(old, old.with_name(old.name[len(REPLACED) :]))
+    for folder in [*place.glob(f"{REPLACED}*"), *place.glob(f"{PARTIAL}*")]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="microseconds")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions that a calibration depends on, as far as they are known."""
     found = {}
     for package in ("lesa-cache", "diffusers", "torch"):
         try:

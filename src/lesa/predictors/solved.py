@@ -13,6 +13,7 @@ from lesa.predictors.curve import Curve
 from lesa.predictors.origin import Origin, configuration
 from lesa.rows.forecasters import Forecaster
 from lesa.rows.grid import times_in_order
+from lesa.rows.levels import DATA
 from lesa.rows.row import Row
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
@@ -28,7 +29,9 @@ class Solved(Predictor):
     at the first of the steps `begins`, and histories anew at the others.
 
     The steps of one gap may share their row: all that a gap does to the latents at its end is one number for each held
-    output, so J (J + 1) / 2 numbers are a run (`gaps`).
+    output, so J (J + 1) / 2 numbers are a run (`gaps`). With `latents`, (S,), a part of the latents that the run began
+    with is added at the sampler: one number more for each gap. `of` is what is combined: outputs, or the data
+    predictions that follow from them at the sampler.
     """
 
     method = "solved"
@@ -36,44 +39,55 @@ class Solved(Predictor):
     curve: Curve | None = None
     """What the calibration that made it found, for all numbers of full steps; known to the process that made it."""
 
-    def __init__(self, origin: Origin) -> None:
+    def __init__(self, origin: Origin, latents: bool = False, of: str = "output") -> None:
+        if of not in ("output", DATA):
+            raise ValueError(f"rows are of the output or of the data, got of={of!r}; name one of these.")
         nn.Module.__init__(self)  # a predictor's own wants times that fall, and this one runs on any
-        self.origin = origin
+        self.origin, self.of = origin, of
         self.grid = times_in_order(origin.grid)
         self.schedule = Schedule.parse(origin.schedule)
         self.begins = tuple(origin.training.get("begins", (0,)))
         self.full = self.full_of(self.schedule, len(self.grid) - 1)
         self.memory = len(self.full)
-        self.coefficients = nn.Parameter(torch.zeros(len(self.grid) - 1, self.memory, dtype=torch.float64))
-        self.set_gaps(torch.eye(self.memory, dtype=torch.float64))
+        steps = len(self.grid) - 1
+        self.coefficients = nn.Parameter(torch.zeros(steps, self.memory, dtype=torch.float64))
+        self.latents = nn.Parameter(torch.zeros(steps, dtype=torch.float64)) if latents else None
+        self.set_gaps(torch.eye(self.memory, self.memory + 1, dtype=torch.float64))
 
     @property
     def gaps(self) -> Tensor:
-        """Return the row of the first step that is skipped after each full step, (J, J); reuse where none is."""
-        rows = torch.eye(self.memory, dtype=torch.float64)
+        """Return the row of the first step that is skipped after each full step, reuse where none is, (J, J + 1): over
+        the outputs of full steps, and the first latents."""
+        rows = torch.eye(self.memory, self.memory + 1, dtype=torch.float64)
         for step in reversed(range(self.full[0], len(self.grid) - 1)):
             if step not in self.full:
-                rows[self._newest(step)] = self.coefficients.detach()[step]
+                rows[self._newest(step), :-1] = self.coefficients.detach()[step]
+                rows[self._newest(step), -1] = 0.0 if self.latents is None else self.latents.detach()[step]
         return rows
 
     @torch.no_grad()
     def set_gaps(self, rows: Tensor) -> None:
-        """Give all steps that are skipped after the j-th full step row j of `rows`, (J, J), lower triangular.
+        """Give all steps that are skipped after the j-th full step row j of `rows`, (J, J + 1), lower triangular over
+        the outputs of full steps; the last column is of the first latents.
 
         They are rounded to what files of predictors keep, float32, so that a predictor saved is the one measured.
         """
+        rows = rows.float().double()
         for step in range(self.full[0], len(self.grid) - 1):
             if step not in self.full:
-                self.coefficients[step] = rows[self._newest(step)].float().double()
+                self.coefficients[step] = rows[self._newest(step), :-1]
+                if self.latents is not None:
+                    self.latents[step] = rows[self._newest(step), -1]
 
     def _newest(self, step: int) -> int:
         return sum(k < step for k in self.full) - 1
 
     def options(self) -> dict[str, Any]:
-        return {}
+        of = {} if self.of == "output" else {"of": self.of}
+        return of if self.latents is None else {"latents": True, **of}
 
     def numbers(self, stream: str) -> list[nn.Parameter]:
-        return [self.coefficients]
+        return [self.coefficients, *([] if self.latents is None else [self.latents])]
 
     def for_stream(self, name: str) -> Forecaster:
         """Return the forecaster of any stream: this one."""
@@ -91,7 +105,11 @@ class Solved(Predictor):
 
     def stream_rows(self, stream: str, grid: Tensor, pasts: Mapping[int, Sequence[int]]) -> dict[int, Row]:
         table, places = self.coefficients, {step: k for k, step in enumerate(self.full)}
-        return {step: Row(table[step, [places[k] for k in past]], table.new_zeros(())) for step, past in pasts.items()}
+        latents = [0.0] * len(table) if self.latents is None else self.latents.tolist()
+        return {
+            step: Row(table[step, [places[k] for k in past]], table.new_zeros(()), latents[step])
+            for step, past in pasts.items()
+        }
 
     def wants(self, grid: Tensor, step: int) -> int:
         """Return how many past features the schedule leaves in the history."""
@@ -103,6 +121,7 @@ class Solved(Predictor):
         Raises: ValueError if it has not so many full steps, or the predictor is not for this grid.
         """
         self.check_grid(times_in_order(grid))
+        self.check_start(start)
         if budget not in (None, len(self.full)):
             raise ValueError(
                 f"these rows were solved for {len(self.full)} full steps, got a budget of {budget}; take others."

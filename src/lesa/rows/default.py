@@ -9,11 +9,10 @@ from torch import Tensor
 
 from lesa.rows.forecasters import Forecaster, Lagrange, Reuse
 from lesa.rows.grid import times_in_order
+from lesa.rows.levels import DATA
 from lesa.rows.row import Row
 from lesa.rows.schedule import Schedule
 
-DATA = "data"
-"""The name under which rows of the data prediction are asked for, which is forecast where a sampler adds noise."""
 SHARE, MORE = 4, 4
 """Of S steps ceil(S / SHARE) + MORE are full: 6 of 8, 9 of 20, 17 of 50."""
 FEW = 7
@@ -45,7 +44,7 @@ class Default(Forecaster):
     def row(self, grid: Tensor, step: int, past: Sequence[int]) -> Row:
         """Return reuse's weights and a share of what sets the line's apart; of one past step, or time, reuse's."""
         reuse = self._reuse.row(grid, step, past).coefficients
-        line, offset = self._line.row(grid, step, past)
+        line, offset, _ = self._line.row(grid, step, past)
         ahead = float(line[-1]) - 1  # in distances between the newest two
         weight = math.exp(-CAUTION * gap(grid, past[-1], step)) / max(1.0, ahead)
         return Row(reuse + weight * (line - reuse), offset)

@@ -163,11 +163,15 @@ def _distinct(grid: Tensor, past: Sequence[int]) -> list[int]:
 
 
 class PlannedRow(NamedTuple):
-    """The row of one skipped step as plain numbers: h = sum_k coefficients[k] h_{past[k]} + offset."""
+    """The row of one skipped step as plain numbers: h = sum_k coefficients[k] h_{past[k]} + offset.
+
+    The sampler is handed what guidance makes of these forecasts, and `latents` times the run's first latents.
+    """
 
     past: tuple[int, ...]
     coefficients: tuple[float, ...]
     offset: float
+    latents: float = 0.0
 
 
 class LinearRows(Forecaster):
@@ -214,13 +218,13 @@ class LinearRows(Forecaster):
             raise ValueError(
                 f"there are rows for steps {sorted(self.rows)}, got skipped step {step}; use their schedule."
             )
-        made_for, coefficients, offset = self.rows[step]
+        made_for, coefficients, offset, latents = self.rows[step]
         if tuple(past) != made_for:
             raise ValueError(
                 f"the row of step {step} combines steps {list(made_for)}, got a history of {list(past)}; "
                 "use the schedule that these rows were made for."
             )
-        return Row(_numbers(coefficients), _numbers(offset))
+        return Row(_numbers(coefficients), _numbers(offset), latents)
 
     def wants(self, grid: Tensor, step: int) -> int:
         """Return the number of past features that the row of `step` combines."""

@@ -102,4 +102,4 @@ def matches(grid: Tensor, other: Tensor) -> bool:
 def in_words(grid: Tensor) -> str:
     """Say how many steps a grid has and where it begins."""
     first = ", ".join(f"{float(t):.4f}" for t in grid[:3])
-    return f"{len(grid) - 1} steps ({first}, ...)"
+    return f"{len(grid) - 1} step{'s' * (len(grid) != 2)} ({first}{', ...' * (len(grid) > 3)})"

@@ -26,6 +26,9 @@ from lesa.rows.sampler import Sampler
 TOLERANCE = 0.02
 """How far the levels of a run may be from signal + noise = 1, signal^2 + noise^2 = 1 or signal = 1 (LCM's are)."""
 
+DATA = "data"
+"""The name of what outputs say of the data: of its rows, and of their plan in a run."""
+
 VELOCITIES = ("flow_prediction", "towards data")
 """What the output of a flow-matching model may be: noise - data, or data - noise where the scheduler's sigmas rise."""
 
@@ -65,6 +68,22 @@ def of(scheduler: Any, *args: Any, **kwargs: Any) -> Levels:
     if found := sorted(filter(_is_denoising, walks), key=lambda levels: float(levels.times[-1].abs())):
         return found[0]
     raise _unknown(scheduler)
+
+
+def of_data(numbers: Sampler, levels: Levels) -> Sampler:
+    """Return a sampler's numbers as sums of latents and data predictions, in the place of outputs.
+
+    With x_0 = a_s x_s + b_s v_s the output is v_s = (x_0 - a_s x_s) / b_s.
+
+    Raises: ValueError if there is a step whose output does not follow from the data.
+    """
+    a, b = levels.of_latents, levels.of_output
+    if len(b) != len(numbers) or not (a.isfinite() & b.isfinite() & (b != 0)).all():
+        raise ValueError(
+            "rows over data predictions need steps whose outputs follow from these, all of them; use a sampler whose "
+            "times lie between noise and data."
+        )
+    return replace(numbers, latents=numbers.latents - numbers.outputs * (a / b), outputs=numbers.outputs / b)
 
 
 def _is_denoising(levels: Levels) -> bool:

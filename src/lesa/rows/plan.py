@@ -74,18 +74,23 @@ class Plan:
         """Steps of the run for each full step of it."""
         return (self.steps - self.start) / len(self.full)
 
+    @property
+    def has_latents(self) -> bool:
+        """Tell whether the run's first latents enter what the sampler is handed at a skipped step."""
+        return any(row.latents for row in self.rows.values())
+
     def unroll(self) -> Tensor:
         """Return every step's feature as a combination of the full steps' features: the closed loop as algebra.
 
         Shape (S, S + 1): column k is the feature of full step k, the last column the offset. Columns of skipped steps
-        are 0, and so are the rows of steps before `start`.
+        are 0, and so are the rows of steps before `start`. What rows add of the run's first latents is not in it.
         """
         unrolled = torch.zeros(self.steps, self.steps + 1, dtype=torch.float64)
         for step in range(self.start, self.steps):
             if step not in self.rows:
                 unrolled[step, step] = 1.0
                 continue
-            past, coefficients, offset = self.rows[step]
+            past, coefficients, offset, _ = self.rows[step]
             unrolled[step] = torch.tensor(coefficients, dtype=torch.float64) @ unrolled[list(past)]
             unrolled[step, -1] += offset
         return unrolled
@@ -125,7 +130,7 @@ class Plan:
 
     def to_json(self) -> str:
         """Write the plan as JSON, without loss, and with a digest that reading verifies."""
-        rows = {step: row._asdict() for step, row in self.rows.items()}
+        rows = {step: _entries(row) for step, row in self.rows.items()}
         entries = {"format": FORMAT, **asdict(self), "rows": rows}
         if not self.begins:
             del entries["begins"]  # as it always was
@@ -147,7 +152,9 @@ class Plan:
             for name in ("times", "full", "truncated", "begins"):
                 data[name] = tuple(data.get(name, ()))
             data["rows"] = {
-                int(step): PlannedRow(tuple(row["past"]), tuple(row["coefficients"]), row["offset"])
+                int(step): PlannedRow(
+                    tuple(row["past"]), tuple(row["coefficients"]), row["offset"], row.get("latents", 0.0)
+                )
                 for step, row in data["rows"].items()
             }
             return cls(**data)
@@ -194,7 +201,7 @@ def compile(
     truncated: list[int] = []
     for step, past in histories(steps, full, start, forecaster.memory, forecaster.remembers_forecasts, begins):
         row = forecaster.row(grid, step, past)
-        rows[step] = PlannedRow(past, tuple(row.coefficients.flatten().tolist()), float(row.offset))
+        rows[step] = PlannedRow(past, tuple(row.coefficients.flatten().tolist()), float(row.offset), float(row.latents))
         wanted = forecaster.wants(grid, step)
         if len(past) >= wanted:
             continue
@@ -234,6 +241,11 @@ def _digest(entries: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
+def _entries(row: PlannedRow) -> dict[str, Any]:
+    """Return a row as JSON has it; most have nothing of the latents, and are as they always were."""
+    return {name: value for name, value in row._asdict().items() if name != "latents" or value}
+
+
 def _check(step: int, past: tuple[int, ...], row: PlannedRow) -> None:
     if row.past != past:
         raise ValueError(
@@ -244,12 +256,14 @@ def _check(step: int, past: tuple[int, ...], row: PlannedRow) -> None:
             f"a row has one coefficient for each past step, got {len(row.coefficients)} for {len(past)} at step "
             f"{step}; put zeros where a past step is unused."
         )
-    if not all(map(math.isfinite, (*row.coefficients, row.offset))):
-        raise ValueError(f"the numbers of a row are finite, got {row.coefficients} + {row.offset} at step {step}.")
+    if not all(map(math.isfinite, (*row.coefficients, row.offset, row.latents))):
+        numbers = f"{row.coefficients} + {row.offset}" + (f" + {row.latents} of the latents" if row.latents else "")
+        raise ValueError(f"the numbers of a row are finite, got {numbers} at step {step}.")
 
 
 def _formula(row: PlannedRow) -> str:
     terms = [f"{c:+.4g} h{k}" for k, c in zip(row.past, row.coefficients, strict=True) if c][::-1]
     hidden = [f"and {len(terms) - SHOWN_TERMS} more"] if len(terms) > SHOWN_TERMS else []
     offset = [f"{row.offset:+.4g}"] if row.offset else []
-    return " ".join([*terms[:SHOWN_TERMS], *hidden, *offset]) or "0"
+    latents = [f"{row.latents:+.4g} x"] if row.latents else []
+    return " ".join([*terms[:SHOWN_TERMS], *hidden, *offset, *latents]) or "0"

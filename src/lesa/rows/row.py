@@ -18,11 +18,13 @@ class Row(NamedTuple):
     """One forecast, h = sum_k coefficients[k] h_{past[k]} + offset.
 
     `coefficients` has one number per past step, oldest first, zero where unused; `offset` is a scalar added to every
-    element of the feature. Both are float64.
+    element of the feature. Both are float64. `latents` times the latents that a run began with is added at the sampler,
+    to what guidance made of the forecasts.
     """
 
     coefficients: Tensor
     offset: Tensor
+    latents: float = 0.0
 
 
 class Term(NamedTuple):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+OUTPUT = "output"
+PLACES = ("feature", "norm", "projection", OUTPUT)
+"""What places of a tap are called: 'feature' is the class's usual one."""
+
 
 class Tap(NamedTuple):
     """Name a denoiser's lists of blocks to bypass, and the module, or modules, whose first input is the feature.
