@@ -66,8 +66,7 @@ the older ones in a byte an element.
 ## What a calibration takes
 
 Of 8 prompts and 4 to check, for {budget} full steps, at most: in calls of the denoiser for one picture and stream, in
-MB of the host's memory and on disk. The search for a schedule is the largest part, and
-`lesa.CalibrateOptions(most=16)` takes a quarter of it; [what the parts are](calibrate.md#what-it-takes).
+MB of the host's memory and on disk. [What the parts are, and how to take fewer](calibrate.md#what-it-takes).
 
 | model | calls of the denoiser | as many as runs in full | kept, MB | at the peak, MB | on disk, MB |
 | --- | ---: | ---: | ---: | ---: | ---: |

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-HOME = "README.md"
+HOME, SCRIPTS = "README.md", "tests/first_hour/*.sh"
 OUTSIDE = [
     HOME,
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     *sorted(
         path.relative_to(ROOT).as_posix()
-        for pattern in ("models/*/README.md", "models/*/sheet.png", "models/*/*/README.md", "models/*/*/sheet.png")
+        for pattern in (
+            *(f"models/{one}" for one in ("*/README.md", "*/sheet.png", "*/*/README.md", "*/*/sheet.png")),
+            SCRIPTS,
+        )
         for path in ROOT.glob(pattern)
         if path.parent.name != "lesa"
     ),
