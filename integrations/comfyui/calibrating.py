@@ -120,8 +120,13 @@ class _Model(sampling.Denoiser):
         object.__setattr__(self, "rig", rig)
 
     def forward(self, x: Tensor, sigma: float, guidance: Tensor | None = None) -> Tensor:
-        parts = [self.rig.derivatives(members, x[members], sigma) for members in self.rig.groups()]
-        return torch.cat([torch.cat(part) for part in zip(*parts, strict=True)])
+        found: list[Tensor] = []
+        for members in self.rig.groups():
+            derivatives = self.rig.derivatives(members, x[members], sigma)
+            found = found or [torch.empty_like(x) for _ in derivatives]
+            for of_condition, some in zip(found, derivatives, strict=True):
+                of_condition[members] = some
+        return torch.cat(found)
 
     def cache_context(self, name: str) -> Any:
         """Name the stream of the calls within: what conditions they are of."""
@@ -209,14 +214,13 @@ class Rig:
 
     def _guided(self, outputs: Tensor, x: Tensor, sigma: float) -> Tensor:
         """Return what the guider makes of the derivatives, as a derivative."""
-        order = [k for members in self.groups() for k in members]
-        found, rows = torch.empty_like(x), len(order)
-        for place, k in enumerate(order):
-            mine, of_conditions = x[k : k + 1], outputs[place::rows].unsqueeze(1)
+        found, of_conditions = torch.empty_like(x), outputs.split(len(x))
+        for k in range(len(x)):
+            mine = x[k : k + 1]
 
-            def tell(_executor: Any, model: Any, conds: Any, here: Tensor, *_: Any, of: Tensor = of_conditions) -> Any:
-                predictions = iter(of)
-                return [here - sigma * next(predictions) if cond else torch.zeros_like(here) for cond in conds]
+            def tell(_executor: Any, _model: Any, conds: Any, here: Tensor, *_: Any, k: int = k) -> Any:
+                told = iter(of_conditions)
+                return [here - sigma * next(told)[k : k + 1] if cond else torch.zeros_like(here) for cond in conds]
 
             found[k : k + 1] = (mine - self._evaluate([k], mine, sigma, tell)) / sigma
         return found

@@ -22,6 +22,7 @@ from lesa.host.outside import Asked, OutsideRun, choose
 from lesa.host.summary import Summary
 from lesa.predictors.facts import Facts
 from lesa.predictors.fingerprint import fingerprint
+from lesa.rows.schedule import MOST_STEPS
 
 KEY = "lesa"
 SAME = 1e-4
@@ -49,11 +50,19 @@ class Course(NamedTuple):
     latents: tuple[Tensor, ...]
 
 
+Derivative = Callable[[int, Tensor], Tensor]
+"""(number of an evaluation, latents) -> their derivative there"""
+
+
+class _OtherCourse(Exception):
+    """Ends a run on numbers that evaluates the model elsewhere than the one before."""
+
+
 class _Probe:
     """Stands for the guider in a sampler's own run on numbers: its answers are derivatives given beforehand."""
 
-    def __init__(self, guider: Any, derivative: Callable[[int, Tensor], Tensor]):
-        self._guider, self._derivative = guider, derivative
+    def __init__(self, guider: Any, derivative: Derivative, expected: Sequence[float] | None):
+        self._guider, self._derivative, self._expected = guider, derivative, expected
         self.sigmas: list[float] = []
         self.latents: list[Tensor] = []
         self.guidance_parts = False
@@ -64,6 +73,8 @@ class _Probe:
     def __call__(self, x: Tensor, sigma: Tensor, model_options: Any = None, seed: Any = None) -> Tensor:
         step, level = len(self.sigmas), as_column(sigma, x)
         self.sigmas.append(float(sigma.flatten()[0]))
+        if step >= MOST_STEPS or (self._expected is not None and self.sigmas[-1:] != [*self._expected[step : step + 1]]):
+            raise _OtherCourse
         self.latents.append(x.detach().clone())
         denoised = x - level * self._derivative(step, x).to(x)
         for function in (model_options or {}).get("sampler_post_cfg_function", ()):
@@ -74,18 +85,17 @@ class _Probe:
 
 
 def probe(
-    sampler: Any, guider: Any, sigmas: Tensor, start: Tensor, derivative: Callable[[int, Tensor], Tensor], seed: int = 0
+    sampler: Any, guider: Any, sigmas: Tensor, start: Tensor, derivative: Derivative, expected: Sequence[float] | None = None
 ) -> Course:
     """Run a sampler on small latents, with derivatives given for each evaluation; random numbers stay as they are."""
-    stand_in = _Probe(guider, derivative)
+    stand_in = _Probe(guider, derivative, expected)
     devices = [start.device.index or 0] if start.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
-        options = {"model_options": {"transformer_options": {"sample_sigmas": sigmas}}, "seed": seed}
+        options = {"model_options": {"transformer_options": {"sample_sigmas": sigmas}}, "seed": 0}
         end = sampler.sample(stand_in, sigmas, options, None, start.clone(), torch.zeros_like(start), None, True)
-    size = float(end.abs().max())
-    return Course(
-        tuple(stand_in.sigmas), float(sigmas[-1]), size > NOISE, stand_in.guidance_parts, (*stand_in.latents, end)
-    )
+    noise = float(end.abs().max()) > NOISE
+    latents = *stand_in.latents, end
+    return Course(tuple(stand_in.sigmas), float(sigmas[-1]), noise, stand_in.guidance_parts, latents)
 
 
 def course_of(sampler: Any, guider: Any, sigmas: Tensor, ndim: int) -> Course:
@@ -94,14 +104,15 @@ def course_of(sampler: Any, guider: Any, sigmas: Tensor, ndim: int) -> Course:
     Raises: ValueError if it goes by what the model says, as adaptive ones do.
     """
     start = torch.zeros((1,) * ndim, device=sigmas.device)
-    course = probe(sampler, guider, sigmas, start, lambda _step, x: torch.zeros_like(x))
-    generator = torch.Generator().manual_seed(0)
-    wild = probe(sampler, guider, sigmas, start + 1, lambda _step, x: 9 * torch.randn(x.shape, generator=generator))
-    if course.sigmas != wild.sigmas:
+    random = torch.Generator().manual_seed(0)
+    try:
+        course = probe(sampler, guider, sigmas, start, lambda _step, x: torch.zeros_like(x))
+        probe(sampler, guider, sigmas, start + 1, lambda _, x: torch.randn(x.shape, generator=random), course.sigmas)
+    except _OtherCourse:
         raise ValueError(
             f"lesa needs to know a sampler's steps before it begins, but {name_of(sampler)} chooses them as it goes; "
             "take another sampler, or leave LESA Accelerate out."
-        )
+        ) from None
     return course
 
 
