@@ -69,10 +69,21 @@ def flux(pipe: Any) -> Any:
     c = pipe.transformer.config
     hidden = c.num_attention_heads * c.attention_head_dim
     unet = dict(
-        image_model="flux", in_channels=c.in_channels // 4, out_channels=c.in_channels // 4, patch_size=2,
-        vec_in_dim=c.pooled_projection_dim, context_in_dim=c.joint_attention_dim, hidden_size=hidden, mlp_ratio=4.0,
-        num_heads=c.num_attention_heads, depth=c.num_layers, depth_single_blocks=c.num_single_layers,
-        axes_dim=list(c.axes_dims_rope), theta=10000, qkv_bias=True, guidance_embed=c.guidance_embeds,
+        image_model="flux",
+        in_channels=c.in_channels // 4,
+        out_channels=c.in_channels // 4,
+        patch_size=2,
+        vec_in_dim=c.pooled_projection_dim,
+        context_in_dim=c.joint_attention_dim,
+        hidden_size=hidden,
+        mlp_ratio=4.0,
+        num_heads=c.num_attention_heads,
+        depth=c.num_layers,
+        depth_single_blocks=c.num_single_layers,
+        axes_dim=list(c.axes_dims_rope),
+        theta=10000,
+        qkv_bias=True,
+        guidance_embed=c.guidance_embeds,
     )
     latents = comfy.latent_formats.LatentFormat()
     latents.latent_channels = c.in_channels // 4
@@ -155,9 +166,22 @@ def tiny_flux(seed: int = 0, guidance: bool = False) -> Any:
 
     config = comfy.supported_models.Flux(
         dict(
-            image_model="flux", in_channels=4, out_channels=4, patch_size=2, vec_in_dim=8, context_in_dim=16,
-            hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=1, depth_single_blocks=1, axes_dim=[4, 6, 6], theta=10000,
-            qkv_bias=True, guidance_embed=guidance, dtype=torch.float32,
+            image_model="flux",
+            in_channels=4,
+            out_channels=4,
+            patch_size=2,
+            vec_in_dim=8,
+            context_in_dim=16,
+            hidden_size=32,
+            mlp_ratio=2.0,
+            num_heads=2,
+            depth=1,
+            depth_single_blocks=1,
+            axes_dim=[4, 6, 6],
+            theta=10000,
+            qkv_bias=True,
+            guidance_embed=guidance,
+            dtype=torch.float32,
         )
     )
     config.latent_format = _latents(4)
@@ -171,9 +195,23 @@ def tiny_wan(seed: int = 0) -> Any:
 
     config = comfy.supported_models.WAN21_T2V(
         dict(
-            image_model="wan2.1", model_type="t2v", patch_size=(1, 2, 2), text_len=8, in_dim=4, dim=24, ffn_dim=32,
-            freq_dim=16, text_dim=16, out_dim=4, num_heads=2, num_layers=2, window_size=(-1, -1), qk_norm=True,
-            cross_attn_norm=True, eps=1e-6, dtype=torch.float32,
+            image_model="wan2.1",
+            model_type="t2v",
+            patch_size=(1, 2, 2),
+            text_len=8,
+            in_dim=4,
+            dim=24,
+            ffn_dim=32,
+            freq_dim=16,
+            text_dim=16,
+            out_dim=4,
+            num_heads=2,
+            num_layers=2,
+            window_size=(-1, -1),
+            qk_norm=True,
+            cross_attn_norm=True,
+            eps=1e-6,
+            dtype=torch.float32,
         )
     )
     config.latent_format = _latents(4, 3)
@@ -187,8 +225,15 @@ def tiny_qwen(seed: int = 0) -> Any:
 
     config = comfy.supported_models.QwenImage(
         dict(
-            image_model="qwen_image", patch_size=2, in_channels=16, out_channels=4, num_layers=2,
-            attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=(4, 6, 6),
+            image_model="qwen_image",
+            patch_size=2,
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(4, 6, 6),
             dtype=torch.float32,
         )
     )
@@ -203,9 +248,21 @@ def tiny_unet(seed: int = 0, v_prediction: bool = False) -> Any:
 
     config = comfy.supported_models.SD15(
         dict(
-            image_size=8, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=[1, 1], channel_mult=[1, 2],
-            transformer_depth=[1, 1], transformer_depth_output=[1, 1, 1, 1], transformer_depth_middle=1, context_dim=16,
-            use_spatial_transformer=True, num_heads=2, use_linear_in_transformer=False, legacy=False, dtype=torch.float32,
+            image_size=8,
+            in_channels=4,
+            out_channels=4,
+            model_channels=32,
+            num_res_blocks=[1, 1],
+            channel_mult=[1, 2],
+            transformer_depth=[1, 1],
+            transformer_depth_output=[1, 1, 1, 1],
+            transformer_depth_middle=1,
+            context_dim=16,
+            use_spatial_transformer=True,
+            num_heads=2,
+            use_linear_in_transformer=False,
+            legacy=False,
+            dtype=torch.float32,
         )
     )
     config.latent_format = _latents(4)

@@ -65,7 +65,12 @@ def latent_for(model: Any, size: int = 8, batch: int = 1) -> dict:
 
 
 def sample(
-    model: Any, sampler: str = "euler", steps: int = 12, cfg: float = 1.0, positive: Any = None, negative: Any = None,
+    model: Any,
+    sampler: str = "euler",
+    steps: int = 12,
+    cfg: float = 1.0,
+    positive: Any = None,
+    negative: Any = None,
     **options: Any,
 ) -> Tensor:
     """Run ComfyUI's node KSampler."""
@@ -224,13 +229,11 @@ def test_v_prediction_is_forecast_as_a_derivative():
 
 
 def test_conditions_in_one_batch_and_apart(flux: Any, monkeypatch: pytest.MonkeyPatch):
-    import comfy.model_management
-
     together = sample(accelerated(flux), cfg=3.0)
     with counted(flux) as calls:
         sample(accelerated(flux), cfg=3.0)
         assert calls() == 4
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_a, **_k: 0)
+    monkeypatch.setattr(flux.model, "memory_required", lambda *_a, **_k: float("inf"))
     fast, every = accelerated(flux), accelerated(flux, EVERY)
     with counted(flux) as calls:
         apart = sample(fast, cfg=3.0)
@@ -247,7 +250,7 @@ def test_a_condition_that_begins_within_the_run_begins_with_a_full_step(flux: An
     fast = accelerated(flux, Asked(forecaster=Reuse(), schedule=Schedule.at([0])))
     with counted(flux) as calls:
         sample(fast, positive=models.conditioning(1) + late)
-    assert calls() == 1 + 1 + 1  # the first step, and the one at which the condition begins: two areas in one batch or more
+    assert calls() == 2  # the first step, and the one at which the condition begins
     done = newest(fast).summary()
     assert done["cond"].full_steps == 2
 
@@ -293,7 +296,7 @@ def test_a_part_of_the_steps(flux: Any):
 
 
 class Control:
-    """A ControlNet that adds a constant: FLUX takes residuals of its double blocks."""
+    """A ControlNet that always says the same: FLUX takes residuals of its double blocks."""
 
     def __new__(cls) -> Any:
         import comfy.controlnet
@@ -303,7 +306,7 @@ class Control:
 
             def get_control(self, x: Tensor, *_args: Any) -> dict:
                 self.calls += 1
-                return {"input": [torch.full((len(x), 16, 32), 0.1)], "output": []}
+                return {"input": [torch.linspace(-1, 1, 32).square().expand(len(x), 16, 32)], "output": []}
 
             def get_models(self) -> list:
                 return []
@@ -415,8 +418,16 @@ def test_after_an_interruption_the_next_prompt_is_as_ever(flux: Any, monkeypatch
     noise = torch.randn(1, 4, 8, 8)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         comfy.sample.sample_custom(
-            fast, noise, 1.0, comfy.samplers.sampler_object("euler"), torch.linspace(1, 0, 13), models.conditioning(1),
-            models.conditioning(2), torch.zeros_like(noise), callback=stop, disable_pbar=True,
+            fast,
+            noise,
+            1.0,
+            comfy.samplers.sampler_object("euler"),
+            torch.linspace(1, 0, 13),
+            models.conditioning(1),
+            models.conditioning(2),
+            torch.zeros_like(noise),
+            callback=stop,
+            disable_pbar=True,
         )
     assert steps == [*range(6)]
     assert torch.equal(sample(fast), wanted) and torch.equal(sample(flux), plain)
@@ -465,8 +476,14 @@ def calibrated(model: Any, cfg: float = 1.0, sampler: str = "euler", steps: int 
     node = models.nodes().NODE_CLASS_MAPPINGS["LESACalibrate"]()
     given = dict(budgets="4", runs=4, seed=0, search=2, at_once=2) | options
     return node.calibrate(
-        model, models.conditioning(1), models.conditioning(2), cfg, comfy.samplers.sampler_object(sampler),
-        sigmas_of(model, steps), latent_for(model), **given,
+        model,
+        models.conditioning(1),
+        models.conditioning(2),
+        cfg,
+        comfy.samplers.sampler_object(sampler),
+        sigmas_of(model, steps),
+        latent_for(model),
+        **given,
     )
 
 
@@ -492,7 +509,7 @@ def test_what_is_calibrated_is_found_and_keeps_its_promise(flux: Any, sampler: s
     checked = made.table["curve"]["points"][0]["tried"]
     best = min(checked, key=lambda one: sum(one["drift"]))
     measured = float(out["result"][2].rsplit("drift", 1)[1].split()[0])
-    assert abs(measured - best["drift"][0]) < 0.5  # the sampler itself ends where its numbers said
+    assert abs(measured - best["drift"][0]) < 0.1  # the sampler itself ends where its numbers said
 
 
 def test_other_samplings_than_those_calibrated_are_refused(flux: Any):

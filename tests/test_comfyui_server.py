@@ -108,7 +108,10 @@ class Server:
         self.log = open(base / "log", "w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, str(Path(os.environ[models.VARIABLE]) / "main.py"), *told],
-            stdout=self.log, stderr=subprocess.STDOUT, env=environment, cwd=base,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=base,
         )
         self.output = base / "output"
 

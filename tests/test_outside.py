@@ -33,7 +33,9 @@ def asked(forecaster: Any = None, schedule: str = "every:3", **more: Any) -> Ask
     return Asked(forecaster or Lagrange(1), Schedule.parse(schedule), **more)
 
 
-def walk(run: OutsideRun, chosen: Any, answer: Callable[[int], list[Tensor]], kinds: Any = None, names: Any = None) -> list:
+def walk(
+    run: OutsideRun, chosen: Any, answer: Callable[[int], list[Tensor]], kinds: Any = None, names: Any = None
+) -> list:
     """Walk a run whose every step makes one call; return what each step had, and whether its call was made."""
     found = []
     for step in range(len(TIMES) - 1):

@@ -23,8 +23,8 @@ from . import sampling
 from .sampling import KEY, Course
 
 TOLERANCE = 1e-4
-UNUSED = 1e-9
-"""Coefficients below this are rounding."""
+UNUSED = 1e-6
+"""Coefficients below this share of the largest are rounding: samplers compute in float32."""
 
 
 # --- a sampler as numbers
@@ -45,9 +45,9 @@ def numbers_of(sampler: Any, guider: Any, sigmas: Tensor, course: Course, ndim: 
     Raises: ValueError if it does not make weighted sums of them.
     """
     steps = len(course.sigmas)
-    mixed = torch.randn(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    given = torch.cat([torch.zeros(1, steps), torch.eye(steps), mixed[None]]).double()
-    start = torch.zeros(steps + 2, dtype=torch.float64)
+    mixed = torch.randn(steps, generator=torch.Generator().manual_seed(0))
+    given = torch.cat([torch.zeros(1, steps), torch.eye(steps), mixed[None]])
+    start = torch.zeros(steps + 2)
     start[0] = start[-1] = 1.0
     shape = (-1,) + (1,) * (ndim - 1)
     told = sampling.probe(
@@ -55,8 +55,8 @@ def numbers_of(sampler: Any, guider: Any, sigmas: Tensor, course: Course, ndim: 
     )
     latents = torch.stack([x.flatten().double().cpu() for x in told.latents])
     found = Numbers(latents[:, 0] / latents[0, 0], latents[:, 1:-1])
-    expected = found.decay * latents[0, -1] + found.response @ mixed
-    size = found.decay.abs() * latents[0, -1].abs() + found.response.abs() @ mixed.abs()
+    expected = found.decay * latents[0, -1] + found.response @ mixed.double()
+    size = found.decay.abs() * latents[0, -1].abs() + found.response.abs() @ mixed.double().abs()
     if not ((expected - latents[:, -1]).abs() <= TOLERANCE * size.clamp_min(1e-6)).all():
         raise ValueError(
             f"rows are solved for samplers that make weighted sums of what the model gives, and {sampling.name_of(sampler)} "
@@ -140,8 +140,15 @@ class Rig:
     """One sampling of a guider, whose runs can be repeated: with other seeds, of other prompts, accelerated or not."""
 
     def __init__(
-        self, guider: Any, conds: Sequence[dict], sampler: Any, sigmas: Tensor, options: dict, latent: Tensor,
-        vae: Any = None, at_once: int = 1,
+        self,
+        guider: Any,
+        conds: Sequence[dict],
+        sampler: Any,
+        sigmas: Tensor,
+        options: dict,
+        latent: Tensor,
+        vae: Any = None,
+        at_once: int = 1,
     ):
         course = sampling.course_of(sampler, guider, sigmas, latent.ndim)
         check(course, sampler)
@@ -299,30 +306,65 @@ def check(course: Course, sampler: Any) -> None:
 class Calibrating:
     """A sampler of ComfyUI that makes no picture: within its one sampling a calibration is made."""
 
-    def __init__(self, sampler: Any, prompts: int, runs: int, budgets: Sequence[int], vae: Any, at_once: int, what: str,
-                 seed: int = 0, search: int = 60, on_point: Any = None):
+    def __init__(
+        self,
+        sampler: Any,
+        prompts: int,
+        runs: int,
+        budgets: Sequence[int],
+        vae: Any,
+        at_once: int,
+        what: str,
+        seed: int = 0,
+        search: int = 60,
+        on_point: Any = None,
+    ):
         self._sampler, self._prompts, self._runs, self._budgets = sampler, prompts, runs, tuple(budgets)
         self._vae, self._at_once, self._what, self._seed, self._search = vae, at_once, what, seed, search
         self._on_point = on_point
         self.predictor: Solved | None = None
 
-    def sample(self, guider: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor,
-               latent_image: Tensor | None = None, denoise_mask: Any = None, disable_pbar: bool = False) -> Tensor:
+    @property
+    def checked_prompt(self) -> int:
+        """The prompt of the first run that is checked on, whose seed is `VALIDATION_SEED`."""
+        held = self._runs // 3 if self._runs > 3 else self._runs
+        return (self._runs - held) % self._prompts
+
+    def sample(
+        self,
+        guider: Any,
+        sigmas: Tensor,
+        extra_args: dict,
+        callback: Any,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Any = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
         """Calibrate; returns the latents as they came."""
         if denoise_mask is not None:
-            raise ValueError("a calibration is made without a noise mask; give it a latent without, such as an empty one.")
+            raise ValueError(
+                "a calibration is made without a noise mask; give it a latent without, such as an empty one."
+            )
         latent = (torch.zeros_like(noise) if latent_image is None else latent_image)[:1]
         mine = guider.conds
         conds = [self._prepared(guider, k, latent) for k in range(self._prompts)]
         rig = Rig(guider, conds, self._sampler, sigmas, extra_args["model_options"], latent, self._vae, self._at_once)
         calls = [f"{k % self._prompts} {self._what}" for k in range(self._runs)]
         options = lesa.CalibrateOptions(
-            seed=self._seed, most=self._search, batch_size=max(self._runs, 1), pictures=self._vae is not None,
+            seed=self._seed,
+            most=self._search,
+            batch_size=max(self._runs, 1),
+            pictures=self._vae is not None,
             progress=False,
         )
         try:
             self.predictor = lesa.calibrate(
-                rig, calls, options=options, budgets=self._budgets or None, on_point=self._on_point,
+                rig,
+                calls,
+                options=options,
+                budgets=self._budgets or None,
+                on_point=self._on_point,
                 sampling_of=f"{self._what} {sampling.name_of(self._sampler)} {sigmas.tolist()}",
             )
         finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lesa.host.outside import FULL, REFUSE, Asked
+from lesa.learn.calibrate import APART
 from lesa.learn.collecting import VALIDATION_SEED
 from lesa.learn.metrics import psnr
 from lesa.predictors import Predictor
@@ -41,7 +44,9 @@ class Accelerate:
                 "model": ("MODEL",),
                 "predictor": (
                     [CALIBRATED, UNTRAINED, FOLDER],
-                    {"tooltip": "What LESA Calibrate made for this model, a cautious default, or a folder's predictor."},
+                    {
+                        "tooltip": "What LESA Calibrate made for this model, a cautious default, or a folder's predictor."
+                    },
                 ),
                 "budget": (
                     "INT",
@@ -65,7 +70,9 @@ class Accelerate:
         if budget and quality.strip():
             raise ValueError("a budget says how many steps are full, and a quality chooses them; give one of them.")
         if folder.strip() and predictor != FOLDER:
-            raise ValueError(f"a folder goes with the predictor {FOLDER!r}, got {predictor!r}; choose that, or leave it empty.")
+            raise ValueError(
+                f"a folder goes with the predictor {FOLDER!r}, got {predictor!r}; choose that, or leave it empty."
+            )
         asked = Asked(
             forecaster=Default() if predictor == UNTRAINED else None,
             predictor=read(folder.strip()) if predictor == FOLDER else None,
@@ -112,35 +119,61 @@ class Calibrate:
                 "runs": ("INT", {"default": 12, "min": 2, "max": 64, "tooltip": "A third of them is checked on."}),
                 "seed": ("INT", {"default": 0, "min": 0, "max": 1000}),
                 "search": ("INT", {"default": 16, "min": 1, "max": 200, "tooltip": "Schedules tried for a budget."}),
-                "at_once": ("INT", {"default": 1, "min": 1, "max": 64, "tooltip": "Runs that go through the model together."}),
+                "at_once": (
+                    "INT",
+                    {"default": 1, "min": 1, "max": 64, "tooltip": "Runs that go through the model together."},
+                ),
             },
             "optional": {"vae": ("VAE",), **prompts},
         }
 
     def calibrate(
-        self, model: Any, positive: Any, negative: Any, cfg: float, sampler: Any, sigmas: Tensor, latent_image: dict,
-        budgets: str, runs: int, seed: int, search: int, at_once: int, vae: Any = None, **others: Any,
+        self,
+        model: Any,
+        positive: Any,
+        negative: Any,
+        cfg: float,
+        sampler: Any,
+        sigmas: Tensor,
+        latent_image: dict,
+        budgets: str,
+        runs: int,
+        seed: int,
+        search: int,
+        at_once: int,
+        vae: Any = None,
+        **others: Any,
     ) -> dict:
         """Calibrate; returns the accelerated model, pictures in full and accelerated, and what was found."""
         if sampling.of(model) is not None:
-            raise ValueError("a model is calibrated as it is, got one that is accelerated; connect it before that node.")
+            raise ValueError(
+                "a model is calibrated as it is, got one that is accelerated; connect it before that node."
+            )
         prompts = [positive, *(others[name] for name in sorted(others))]
         lines: list[str] = []
         made = calibrating.Calibrating(
-            sampler, len(prompts), runs, numbers_in(budgets), vae, at_once, seed=seed, search=search,
+            sampler,
+            len(prompts),
+            runs,
+            numbers_in(budgets),
+            vae,
+            at_once,
+            seed=seed,
+            search=search,
             what=calibrating.digest_of([prompts, negative, cfg, latent_image["samples"]]),
             on_point=lambda point, _pictures: lines.append(say(point)),
         )
         run = Run(model, prompts, negative, cfg, latent_image["samples"])
         run(made, sigmas, seed=0)
         chosen = sampling.accelerated(model, Asked(budget=made.predictor and len(made.predictor.full)))
-        pictures, found = self._shown(run, chosen, sampler, sigmas, VALIDATION_SEED + seed, vae)
+        one = replace(run, prompts=[prompts[made.checked_prompt]])
+        pictures, found = self._shown(one, chosen, sampler, sigmas, VALIDATION_SEED + seed * APART, vae)
         text = "\n".join([*lines, found])
         return {"ui": {"text": [text]}, "result": (chosen, pictures, text)}
 
     def _shown(self, run: Run, chosen: Any, sampler: Any, sigmas: Tensor, seed: int, vae: Any) -> tuple[Tensor, str]:
-        """Sample the first prompt in full and accelerated, as any other node would."""
-        full, fast = run(sampler, sigmas, seed), run.of(chosen)(sampler, sigmas, seed)
+        """Sample a run that was checked in full and accelerated, as any other node would."""
+        full, fast = run(sampler, sigmas, seed), replace(run, model=chosen)(sampler, sigmas, seed)
         drift = 10 * float(((fast - full).norm() / full.norm()).square().clamp_min(1e-12).log10())
         if vae is None:
             return torch.zeros(1, 8, 8, 3), f"seed {seed}: drift {drift:.2f} dB"
@@ -150,26 +183,25 @@ class Calibrate:
         return torch.cat(drawn, dim=2), f"seed {seed}: drift {drift:.2f} dB, PSNR {psnr(*arrays):.2f} dB"
 
 
+@dataclass(frozen=True)
 class Run:
-    """Samples a model as its nodes do, with any sampler."""
+    """Samples a model on some prompts, as its nodes do, with any sampler."""
 
-    def __init__(self, model: Any, prompts: list, negative: Any, cfg: float, latent: Tensor):
-        self._model, self._prompts, self._negative, self._cfg, self._latent = model, prompts, negative, cfg, latent
-
-    def of(self, model: Any) -> Run:
-        return Run(model, self._prompts, self._negative, self._cfg, self._latent)
+    model: Any
+    prompts: Sequence[Any]
+    negative: Any
+    cfg: float
+    latent: Tensor
 
     def __call__(self, sampler: Any, sigmas: Tensor, seed: int) -> Tensor:
         import comfy.sample
         import comfy.samplers
 
-        guider = comfy.samplers.CFGGuider(self._model)
-        names = [calibrating.positive(k) for k in range(len(self._prompts))]
-        if not isinstance(sampler, calibrating.Calibrating):
-            names = names[:1]
-        guider.inner_set_conds({**dict(zip(names, self._prompts, strict=False)), "negative": self._negative})
-        guider.set_cfg(self._cfg)
-        latent = comfy.sample.fix_empty_latent_channels(self._model, self._latent)[:1]
+        guider = comfy.samplers.CFGGuider(self.model)
+        named = {calibrating.positive(k): prompt for k, prompt in enumerate(self.prompts)}
+        guider.inner_set_conds({**named, "negative": self.negative})
+        guider.set_cfg(self.cfg)
+        latent = comfy.sample.fix_empty_latent_channels(self.model, self.latent)[:1]
         noise = comfy.sample.prepare_noise(latent, seed)
         return guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=seed)
 
@@ -186,6 +218,7 @@ def numbers_in(text: str) -> tuple[int, ...]:
 
 
 def say(point: Point) -> str:
+    """Say what was found for a number of full steps."""
     return f"{point.full_steps} full steps, {point.kept.rows} on {point.kept.schedule}: {point.promise}"
 
 

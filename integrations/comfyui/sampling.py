@@ -28,6 +28,8 @@ KEY = "lesa"
 SAME = 1e-4
 """By what share the noise level of an evaluation may be another than the one expected."""
 NOISE = 1e-4
+"""What a sampler makes of zeros, if it is more than this, is noise that it adds."""
+OLDEST = "0.3.52"
 NAMES = ("cond", "uncond")
 SPECIAL = ("control", "area", "mask", "hooks", "gligen")
 CHANGING = "some in a part of the run"
@@ -73,7 +75,9 @@ class _Probe:
     def __call__(self, x: Tensor, sigma: Tensor, model_options: Any = None, seed: Any = None) -> Tensor:
         step, level = len(self.sigmas), as_column(sigma, x)
         self.sigmas.append(float(sigma.flatten()[0]))
-        if step >= MOST_STEPS or (self._expected is not None and self.sigmas[-1:] != [*self._expected[step : step + 1]]):
+        if step >= MOST_STEPS or (
+            self._expected is not None and self.sigmas[-1:] != [*self._expected[step : step + 1]]
+        ):
             raise _OtherCourse
         self.latents.append(x.detach().clone())
         denoised = x - level * self._derivative(step, x).to(x)
@@ -85,7 +89,12 @@ class _Probe:
 
 
 def probe(
-    sampler: Any, guider: Any, sigmas: Tensor, start: Tensor, derivative: Derivative, expected: Sequence[float] | None = None
+    sampler: Any,
+    guider: Any,
+    sigmas: Tensor,
+    start: Tensor,
+    derivative: Derivative,
+    expected: Sequence[float] | None = None,
 ) -> Course:
     """Run a sampler on small latents, with derivatives given for each evaluation; random numbers stay as they are."""
     stand_in = _Probe(guider, derivative, expected)
@@ -339,6 +348,8 @@ class Accelerated:
 
         sampler, noise = executor.class_obj, rest[1] if len(rest) > 1 else kwargs["noise"]
         course = course_of(sampler, guider, sigmas, noise.ndim)
+        if not course.sigmas:  # nothing is sampled
+            return executor(guider, sigmas, extra_args, *rest, **kwargs)
         sampling = Sampling(
             course, is_flow(guider), name_of(sampler), self.asked, lambda: weights_of(guider.model_patcher)
         )
@@ -360,10 +371,12 @@ class Accelerated:
 def accelerated(patcher: Any, asked: Asked) -> Any:
     """Return a clone of a model that is accelerated.
 
-    Raises: ValueError if the model is accelerated already.
+    Raises: ValueError if the model is accelerated already; RuntimeError if this ComfyUI is too old.
     """
     from comfy.patcher_extension import WrappersMP
 
+    if not hasattr(WrappersMP, "PREDICT_NOISE"):
+        raise RuntimeError(f"lesa needs ComfyUI {OLDEST} or newer, got one whose guiders cannot be wrapped; update it.")
     if of(patcher) is not None:
         raise ValueError("a model is accelerated once, but this one is already; use one LESA Accelerate for a model.")
     clone = patcher.clone()
