@@ -6,6 +6,7 @@ import json
 import sys
 import types
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -197,13 +198,13 @@ class Sampler:
 
 
 def euler(model: Callable, x: Tensor, sigmas: Tensor, noise: float = 0.0) -> Tensor:
-    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, then in pairwise(sigmas):
         x = x + (x - model(x, now.expand(len(x)))) / now * (then - now) + noise * torch.randn_like(x)
     return x
 
 
 def heun(model: Callable, x: Tensor, sigmas: Tensor) -> Tensor:
-    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, then in pairwise(sigmas):
         d = (x - model(x, now.expand(len(x)))) / now
         ahead = x + d * (then - now)
         if then > 0:
@@ -298,7 +299,7 @@ def test_one_sampling(sampling: Any, noise: bool):
 def test_an_evaluation_that_was_not_expected_is_an_error(sampling: Any):
     course = sampling.Course((1.0, 0.8), 0.0, False, False, ())
     run = sampling.Sampling(course, True, "mine", Asked(), lambda: "")
-    with pytest.raises(RuntimeError, match="mine was to evaluate the model at sigma 1.0 as number 1"):
+    with pytest.raises(RuntimeError, match="mine was to evaluate the model at sigma 1\\.0 as number 1"):
         run.evaluate(lambda x, sigma: x, torch.zeros(1, 1, 1, 1), torch.tensor([0.5]))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -59,8 +59,8 @@ def numbers_of(sampler: Any, guider: Any, sigmas: Tensor, course: Course, ndim: 
     size = found.decay.abs() * latents[0, -1].abs() + found.response.abs() @ mixed.double().abs()
     if not ((expected - latents[:, -1]).abs() <= TOLERANCE * size.clamp_min(1e-6)).all():
         raise ValueError(
-            f"rows are solved for samplers that make weighted sums of what the model gives, and {sampling.name_of(sampler)} "
-            "does not; calibrate another sampler, or forecast without training."
+            "rows are solved for samplers that make weighted sums of what the model gives, and "
+            f"{sampling.name_of(sampler)} does not; calibrate another sampler, or forecast without training."
         )
     return found
 
@@ -242,10 +242,8 @@ class Rig:
                 told[prompt] = conds
                 raise _Heard([])
 
-            try:
+            with suppress(_Heard):
                 self._evaluate([member], self._latent, self._course.sigmas[0], ask)
-            except _Heard:
-                pass
         self._told = told
         conds = told[self._prompts[0]]
         sampling.check_conditions(conds, self._options)
@@ -290,8 +288,8 @@ def check(course: Course, sampler: Any) -> None:
     name = sampling.name_of(sampler)
     if course.noise:
         raise ValueError(
-            f"rows are solved for samplers that add no noise, and {name} does as it steps; calibrate one that does not, "
-            "or use LESA Accelerate without training."
+            f"rows are solved for samplers that add no noise, and {name} does as it steps; calibrate one that does "
+            "not, or use LESA Accelerate without training."
         )
     if course.guidance_parts:
         raise ValueError(

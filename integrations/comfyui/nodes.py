@@ -44,9 +44,7 @@ class Accelerate:
                 "model": ("MODEL",),
                 "predictor": (
                     [CALIBRATED, UNTRAINED, FOLDER],
-                    {
-                        "tooltip": "What LESA Calibrate made for this model, a cautious default, or a folder's predictor."
-                    },
+                    {"tooltip": "What LESA Calibrate made for this model, a default, or a folder's predictor."},
                 ),
                 "budget": (
                     "INT",

@@ -248,8 +248,8 @@ class Sampling:
         expected = self.course.sigmas[self.step] if self.step < len(self.course.sigmas) else None
         if expected is None or abs(sigma - expected) > SAME * max(expected, SAME):
             raise RuntimeError(
-                f"{self.sampler} was to evaluate the model at sigma {expected} as number {self.step + 1}, and does so at "
-                f"{sigma:.6g}: its steps are not known before; take another sampler, or leave LESA Accelerate out."
+                f"{self.sampler} was to evaluate the model at sigma {expected} as number {self.step + 1}, and does so "
+                f"at {sigma:.6g}: its steps are not known before; take another sampler, or leave LESA Accelerate out."
             )
 
     def predict(

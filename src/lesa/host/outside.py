@@ -53,12 +53,12 @@ class OutsideRun:
     Raises: ValueError if the times do not fall from the first to the last.
     """
 
-    def __init__(self, times: Sequence[float], *, data: bool = False, storage: Storage = Storage()):
+    def __init__(self, times: Sequence[float], *, data: bool = False, storage: Storage | None = None):
         self.times = tuple(times_in_order(times).tolist())
         self._rows_of = DATA if data else None
         self.done: dict[str, StreamSummary] = {}
         self.chosen: Chosen | None = None
-        self.step, self._place, self._storage = -1, -1, storage
+        self.step, self._place, self._storage = -1, -1, storage or Storage()
         self._calls: dict[int, _Call] = {}
 
     def at(self, step: int) -> None:
