@@ -474,7 +474,7 @@ def calibrated(model: Any, cfg: float = 1.0, sampler: str = "euler", steps: int 
     import comfy.samplers
 
     node = models.nodes().NODE_CLASS_MAPPINGS["LESACalibrate"]()
-    given = dict(budgets="4", runs=4, seed=0, search=2, at_once=2) | options
+    given = dict(budgets="4", runs=4, seeds=0, search=2, at_once=2) | options
     return node.calibrate(
         model,
         models.conditioning(1),

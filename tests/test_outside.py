@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+import uuid
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -363,6 +364,13 @@ def test_budgets_are_read(extension: None):
         nodes.numbers_in("many")
 
 
+def test_no_input_is_called_as_the_page_expects_a_second_one_behind():
+    """ComfyUI's page adds 'control after generate' behind a widget of such a name, and values move by one."""
+    for node in models.nodes().NODE_CLASS_MAPPINGS.values():
+        given = node.INPUT_TYPES()
+        assert not {"seed", "noise_seed"} & {*given["required"], *given.get("optional", {})}
+
+
 def test_workflows_are_of_these_nodes():
     """Every link of an example joins an output with an input of its type, and values are as many as widgets."""
     known = models.nodes().NODE_CLASS_MAPPINGS
@@ -370,6 +378,7 @@ def test_workflows_are_of_these_nodes():
     assert [file.stem for file in files] == ["accelerate", "calibrate"]
     for file in files:
         workflow = json.loads(file.read_text())
+        assert str(uuid.UUID(workflow["id"])) == workflow["id"]
         nodes = {node["id"]: node for node in workflow["nodes"]}
         for link, source, slot, target, place, kind in workflow["links"]:
             assert link in nodes[source]["outputs"][slot]["links"]

@@ -313,12 +313,12 @@ class Calibrating:
         vae: Any,
         at_once: int,
         what: str,
-        seed: int = 0,
+        seeds: int = 0,
         search: int = 60,
         on_point: Any = None,
     ):
         self._sampler, self._prompts, self._runs, self._budgets = sampler, prompts, runs, tuple(budgets)
-        self._vae, self._at_once, self._what, self._seed, self._search = vae, at_once, what, seed, search
+        self._vae, self._at_once, self._what, self._seeds, self._search = vae, at_once, what, seeds, search
         self._on_point = on_point
         self.predictor: Solved | None = None
 
@@ -350,7 +350,7 @@ class Calibrating:
         rig = Rig(guider, conds, self._sampler, sigmas, extra_args["model_options"], latent, self._vae, self._at_once)
         calls = [f"{k % self._prompts} {self._what}" for k in range(self._runs)]
         options = lesa.CalibrateOptions(
-            seed=self._seed,
+            seed=self._seeds,
             most=self._search,
             batch_size=max(self._runs, 1),
             pictures=self._vae is not None,

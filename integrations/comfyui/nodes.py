@@ -115,7 +115,7 @@ class Calibrate:
                 "latent_image": ("LATENT",),
                 "budgets": ("STRING", {"default": "", "tooltip": "Full steps, such as 8, 6, 5; empty: a sixth."}),
                 "runs": ("INT", {"default": 12, "min": 2, "max": 64, "tooltip": "A third of them is checked on."}),
-                "seed": ("INT", {"default": 0, "min": 0, "max": 1000}),
+                "seeds": ("INT", {"default": 0, "min": 0, "max": 1000, "tooltip": "Another number takes other seeds."}),
                 "search": ("INT", {"default": 16, "min": 1, "max": 200, "tooltip": "Schedules tried for a budget."}),
                 "at_once": (
                     "INT",
@@ -136,7 +136,7 @@ class Calibrate:
         latent_image: dict,
         budgets: str,
         runs: int,
-        seed: int,
+        seeds: int,
         search: int,
         at_once: int,
         vae: Any = None,
@@ -156,7 +156,7 @@ class Calibrate:
             numbers_in(budgets),
             vae,
             at_once,
-            seed=seed,
+            seeds=seeds,
             search=search,
             what=calibrating.digest_of([prompts, negative, cfg, latent_image["samples"]]),
             on_point=lambda point, _pictures: lines.append(say(point)),
@@ -165,7 +165,7 @@ class Calibrate:
         run(made, sigmas, seed=0)
         chosen = sampling.accelerated(model, Asked(budget=made.predictor and len(made.predictor.full)))
         one = replace(run, prompts=[prompts[made.checked_prompt]])
-        pictures, found = self._shown(one, chosen, sampler, sigmas, VALIDATION_SEED + seed * APART, vae)
+        pictures, found = self._shown(one, chosen, sampler, sigmas, VALIDATION_SEED + seeds * APART, vae)
         text = "\n".join([*lines, found])
         return {"ui": {"text": [text]}, "result": (chosen, pictures, text)}
 
