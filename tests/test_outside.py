@@ -265,6 +265,8 @@ def test_what_acts_at_a_noise_level(sampling: Any):
     control = SimpleNamespace(timestep_range=(0.9, 0.4), previous_controlnet=None)
     conds = [[{}, {"timestep_start": 0.5}, {"control": control}], None]
     kinds = [sampling.kind_of(conds, sigma) for sigma in (1.0, 0.7, 0.6, 0.3)]
+    level = float(torch.tensor(0.1))  # a little more than 0.1, which ComfyUI takes for the same
+    assert sampling.is_active({"timestep_start": 0.1}, level) and sampling.is_active({"timestep_end": 0.7}, 0.7)
     assert kinds[1] == kinds[2] and len(set(kinds)) == 3
     assert "in a part of the run" in sampling.stream_of(conds, (1.0, 0.7))
     assert sampling.stream_of([[{}], [{}]], (1.0, 0.7)) == "cond and uncond"

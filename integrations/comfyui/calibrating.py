@@ -115,9 +115,11 @@ class _Heard(Exception):
 class _Model(sampling.Denoiser):
     """The denoiser: the derivatives of all conditions, one condition after the other, of all runs in a batch."""
 
+    rig: Rig
+
     def __init__(self, rig: Rig, patcher: Any):
         super().__init__(patcher)
-        object.__setattr__(self, "rig", rig)
+        object.__setattr__(self, "rig", rig)  # no part of it
 
     def forward(self, x: Tensor, sigma: float, guidance: Tensor | None = None) -> Tensor:
         found: list[Tensor] = []

@@ -260,8 +260,6 @@ def report_of(model: Any) -> str:
         f"{newest.steps / max(full, 1):.2f}, speedup {newest.speedup:.2f}x in {newest.seconds:.2f} s",
         str(summary),
     ]
-    if newest.course.noise:
-        lines.append("forecast: the data prediction, as this sampler adds noise")
     if how.samplings > 1:
         lines.append(f"sampling {how.samplings} of this model")
     return "\n".join(lines)

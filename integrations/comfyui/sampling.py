@@ -10,7 +10,7 @@ a clone of the model; whatever belongs to one sampling lives in the options of t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -156,20 +156,24 @@ def as_column(sigma: Tensor, x: Tensor) -> Tensor:
 
 def is_active(part: dict, sigma: float) -> bool:
     """Tell whether a part of a condition acts at a noise level (Conditioning Set Timestep Range)."""
-    start, end = part.get("timestep_start"), part.get("timestep_end")
-    return not ((start is not None and sigma > start) or (end is not None and sigma < end))
+    return _within(sigma, part.get("timestep_start"), part.get("timestep_end"))
+
+
+def _within(sigma: float, start: Any, end: Any) -> bool:
+    """Compare noise levels as ComfyUI does, in float32."""
+    first, last = (None if x is None else float(torch.as_tensor(x, dtype=torch.float32)) for x in (start, end))
+    return not ((first is not None and sigma > first) or (last is not None and sigma < last))
 
 
 def controls_of(part: dict, sigma: float) -> Iterator[bool]:
     """Yield of each ControlNet of a part of a condition whether it acts at a noise level."""
     control = part.get("control")
     while control is not None:
-        limits = getattr(control, "timestep_range", None)
-        yield limits is None or not (sigma > limits[0] or sigma < limits[1])
+        yield _within(sigma, *(getattr(control, "timestep_range", None) or (None, None)))
         control = getattr(control, "previous_controlnet", None)
 
 
-def kind_of(conds: Sequence[Any], sigma: float) -> Hashable:
+def kind_of(conds: Sequence[Any], sigma: float) -> tuple:
     """Say which parts of which conditions act at a noise level: while that stays as it is, outputs are forecast."""
     return tuple(
         cond and tuple((k, *controls_of(part, sigma)) for k, part in enumerate(cond) if is_active(part, sigma))
@@ -309,6 +313,11 @@ class Sampling:
         synchronize(x)
         self.full_seconds.append(time.perf_counter() - began)
 
+    def end(self, seconds: float) -> None:
+        """Say what the sampling took, and let go of all but its numbers: a report may be asked for much later."""
+        self.seconds, self._first, self._weights_of = seconds, None, str
+        self.run.free()
+
     @property
     def speedup(self) -> float:
         """How much longer the run would have taken with every step full, as its own full steps took."""
@@ -327,9 +336,8 @@ class Sampling:
 
 def synchronize(x: Tensor) -> None:
     """Wait until a device has done what it was asked for."""
-    device = getattr(torch, x.device.type, None)
-    if x.device.type != "cpu" and hasattr(device, "synchronize"):
-        device.synchronize()
+    if x.device.type != "cpu" and (wait := getattr(getattr(torch, x.device.type, None), "synchronize", None)):
+        wait()
 
 
 # --- a model
@@ -362,8 +370,7 @@ class Accelerated:
         finally:
             guider.model_options["transformer_options"]["wrappers"][WrappersMP.PREDICT_NOISE].pop(KEY)
         synchronize(result)
-        sampling.seconds = time.perf_counter() - began
-        sampling.run.free()
+        sampling.end(time.perf_counter() - began)
         self.newest, self.samplings = sampling, self.samplings + 1
         return result
 
@@ -422,11 +429,16 @@ def weights_in(patcher: Any) -> Iterator[tuple[str, Tensor]]:
     for name, patches in patcher.patches.items():
         for number, patch in enumerate(patches):
             yield from _added(f"{name} added {number}", patch)
+    if (wrapper := patcher.model_options.get("model_function_wrapper")) is not None:
+        yield f"within {_name_of(wrapper)}", torch.zeros(())
     for where in ("patches", "patches_replace"):
         for kind, some in patcher.model_options.get("transformer_options", {}).get(where, {}).items():
             for place, patch in some.items() if isinstance(some, dict) else enumerate(some):
-                name = getattr(patch, "__qualname__", type(patch).__name__)
-                yield f"{where} {kind} {place} {name}", torch.zeros(())
+                yield f"{where} {kind} {place} {_name_of(patch)}", torch.zeros(())
+
+
+def _name_of(patch: Any) -> str:
+    return getattr(patch, "__qualname__", type(patch).__name__)
 
 
 def _added(name: str, patch: Any) -> Iterator[tuple[str, Tensor]]:

@@ -286,5 +286,5 @@ def _untrained(facts: Facts, forecaster: Forecaster, asked: Asked) -> Chosen:
 
 def _made(facts: Facts, forecaster: Forecaster, schedule: Schedule, label: str) -> Chosen:
     chosen = Chosen(forecaster, lambda _times, _start: schedule)
-    chosen.label = label + (", of the data prediction" if facts.noise else "")
+    chosen.label = label + (", of the data prediction, as the sampler adds noise" if facts.noise else "")
     return chosen
