@@ -540,3 +540,27 @@ def test_samplers_that_rows_are_not_solved_for_are_refused(flux: Any):
 def test_a_calibration_of_a_guided_unet():
     out = calibrated(models.tiny_unet(), 2.0, budgets="5")
     assert "5 full steps" in out["result"][2]
+
+
+def test_an_interrupted_calibration_goes_on(flux: Any, monkeypatch: pytest.MonkeyPatch):
+    import comfy.model_management
+
+    from lesa.learn.solve import Solver
+
+    given = dict(steps=6, budgets="4, 3", runs=2, search=1)
+    solved, solve, interrupted = [], Solver.solve, comfy.model_management.InterruptProcessingException
+
+    def noted(solver: Any, budget: int, **options: Any) -> Any:
+        solved.append(budget)
+        return solve(solver, budget, **options)
+
+    def stop(_point: Any) -> str:
+        raise interrupted
+
+    monkeypatch.setattr(Solver, "solve", noted)
+    with monkeypatch.context() as patched, pytest.raises(interrupted):
+        patched.setattr(models.nodes().nodes, "say", stop)
+        calibrated(flux, **given)
+    report = calibrated(flux, **given)["result"][2]
+    assert solved == [4, 3] and "4 full steps" in report and "3 full steps" in report
+    sample(flux)
