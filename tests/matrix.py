@@ -182,7 +182,8 @@ def page(results: Sequence[tuple[Environment, dict[str, Any] | None]]) -> str:
     head = ["environment", "versions", "installed", "Python", *SHOWN, "passed", "failed", "skipped", "outside", "tests"]
     rows = [head, ["---"] * (4 + len(SHOWN)) + ["---:"] * 3 + ["---"] * 2]
     for one, found in results:
-        cells = _cells(found, one.wheel) if found else [one.python, *[""] * (len(head) - 5), "not had here"]
+        missing = "not run" if find_python(one.python) else "not had here"
+        cells = _cells(found, one.wheel) if found else [one.python, *[""] * (len(head) - 5), missing]
         rows.append([one.name, one.versions, one.installed, *cells])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"{HEAD.format(bounds=', '.join(f'`{one}`' for one in declared()))}\n{table}\n"
