@@ -172,7 +172,7 @@ Written by `make test-matrix`, which makes each of these environments and runs t
 somebody does with the wheel and no checkout, in an empty folder (`tests/outside.py`): every command's help; a tiny
 model collected for, trained for, calibrated and run by the program `lesa`; the demo, or what it says that it lacks.
 
-What `pyproject.toml` declares is what passes here: {bounds}. Python 3.10 ends with diffusers 0.41 and
+What `pyproject.toml` declares: {bounds}. Python 3.10 ends with diffusers 0.41 and
 transformers 5.20, the newest that are made for it.
 """
 
