@@ -172,7 +172,7 @@ Written by `make test-matrix`, which makes each of these environments and runs t
 somebody does with the wheel and no checkout, in an empty folder (`tests/outside.py`): every command's help; a tiny
 model collected for, trained for, calibrated and run by the program `lesa`; the demo, or what it says that it lacks.
 
-What `pyproject.toml` declares is what passes here: {bounds}. Python 3.10 ends with diffusers 0.41 and
+What `pyproject.toml` declares: {bounds}. Python 3.10 ends with diffusers 0.41 and
 transformers 5.20, the newest that are made for it.
 """
 
@@ -182,7 +182,8 @@ def page(results: Sequence[tuple[Environment, dict[str, Any] | None]]) -> str:
     head = ["environment", "versions", "installed", "Python", *SHOWN, "passed", "failed", "skipped", "outside", "tests"]
     rows = [head, ["---"] * (4 + len(SHOWN)) + ["---:"] * 3 + ["---"] * 2]
     for one, found in results:
-        cells = _cells(found, one.wheel) if found else [one.python, *[""] * (len(head) - 5), "not had here"]
+        missing = "not run" if find_python(one.python) else "not had here"
+        cells = _cells(found, one.wheel) if found else [one.python, *[""] * (len(head) - 5), missing]
         rows.append([one.name, one.versions, one.installed, *cells])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"{HEAD.format(bounds=', '.join(f'`{one}`' for one in declared()))}\n{table}\n"

@@ -45,13 +45,13 @@ def fingerprint(denoisers: Mapping[str, nn.Module]) -> str:
 
 
 def stamp(denoisers: Mapping[str, nn.Module]) -> int:
-    """Return a number that is another one, in this process, once weights, layers or adapters are exchanged: a cheap
-    look."""
+    """Return a number that is another one, in this process, once weights, layers or adapters are exchanged or cast: a
+    cheap look."""
     found: list[Any] = []
     for module in denoisers.values():
         for part in module.modules():
             found.append(id(part))
-            found.extend((id(x), x._version) for x in part._parameters.values() if x is not None)
+            found.extend((id(x), x._version, x.dtype) for x in part._parameters.values() if x is not None)
             if adapters := _adapters(part):
                 found.append((id(part), str(sorted(adapters.items()))))
     return hash(tuple(found))
