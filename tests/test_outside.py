@@ -23,7 +23,7 @@ from lesa.predictors.origin import Origin
 from lesa.predictors.shelf import Shelf
 from lesa.predictors.solved import Solved
 from lesa.rows.default import Default
-from lesa.rows.forecasters import Lagrange, Reuse
+from lesa.rows.forecasters import Lagrange, LinearRows, PlannedRow, Reuse
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
 
@@ -297,6 +297,24 @@ def test_one_sampling(sampling: Any, noise: bool):
         assert torch.allclose(found, wanted, atol=1e-5)
     assert calls == [1.0]
     assert run.summary()["uncond"].skipped_steps == 3
+
+
+def test_a_part_of_the_first_latents_is_added_after_guidance(sampling: Any):
+    """By hand: d = (x - D) / sigma is the first one and a quarter of the first latents, whatever guidance does."""
+    times = (1.0, 0.8, 0.6, 0.0)
+    rows = LinearRows(times, {step: PlannedRow((0,), (1.0,), 0.0, 0.25) for step in (1, 2)})
+    course = sampling.Course(times[:-1], 0.0, False, False, ())
+    run = sampling.Sampling(course, True, "euler", Asked(forecaster=rows, schedule=Schedule.at([0])), lambda: "")
+
+    def predict(x: Tensor, sigma: Tensor) -> Tensor:
+        cond, uncond = run.predict(lambda *_: [x - sigma, x - 2 * sigma], None, [[{}], [{}]], x, sigma, {})
+        return torch.maximum(cond, uncond)  # no weighted sum of them
+
+    for sigma in course.sigmas:
+        x = torch.full((1, 4, 2, 2), 4 * sigma)
+        found = run.evaluate(predict, x, torch.tensor([sigma]))
+        wanted = x - sigma * (1.0 if sigma == 1.0 else 1.0 + 0.25 * 4.0)
+        assert torch.allclose(found, wanted, atol=1e-5)
 
 
 def test_an_evaluation_that_was_not_expected_is_an_error(sampling: Any):

@@ -237,6 +237,7 @@ class Sampling:
         self.step, self.seconds, self.full_seconds = -1, 0.0, list[float]()
         self._asked, self._weights_of = asked, weights_of
         self._first: tuple[Sequence[Any], list[Tensor]] | None = None
+        self._latents = torch.empty(0)
 
     def evaluate(self, executor: Any, x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Stand in the way of an evaluation: what a guider makes of the conditions' predictions."""
@@ -245,7 +246,10 @@ class Sampling:
         self.run.at(self.step)
         denoised = executor(x, sigma, *args, **kwargs)
         if self.step == 0:
+            self._latents = x.detach().clone()
             self._decide(x, sigma, denoised)
+        if part := self.run.part_of_latents:
+            denoised = denoised - as_column(sigma, x) * part * self._latents
         return denoised
 
     def _check(self, sigma: float) -> None:
@@ -315,7 +319,7 @@ class Sampling:
 
     def end(self, seconds: float) -> None:
         """Say what the sampling took, and let go of all but its numbers: a report may be asked for much later."""
-        self.seconds, self._first, self._weights_of = seconds, None, str
+        self.seconds, self._first, self._weights_of, self._latents = seconds, None, str, torch.empty(0)
         self.run.free()
 
     @property

@@ -32,10 +32,11 @@ from lesa.predictors import Predictor
 from lesa.predictors.calibration import Calibration
 from lesa.predictors.facts import Facts, Mixture
 from lesa.predictors.shelf import Shelf
-from lesa.rows.default import DATA, Default
+from lesa.rows.default import Default
 from lesa.rows.forecasters import Forecaster, Reuse
 from lesa.rows.grid import times_in_order
 from lesa.rows.guidance import Guidance
+from lesa.rows.levels import DATA
 from lesa.rows.row import Storage
 from lesa.rows.schedule import Schedule
 
@@ -91,6 +92,16 @@ class OutsideRun:
         """Return what stands for the outputs of the call that was asked about last."""
         return [stream_run.forecast() for stream_run in self._calls[self._place].stream_runs]
 
+    @property
+    def part_of_latents(self) -> float:
+        """By what part of the run's first latents the host makes what guidance gives at this step more: 0 at full steps.
+
+        Solved rows have such a term, which acts on what their outputs are: after guidance, on derivatives.
+        """
+        plan = next((one.plan for call in self._calls.values() if call.planned for one in call.stream_runs), None)
+        row = plan.rows.get(self.step) if plan else None
+        return row.latents if row else 0.0
+
     def follow(self, chosen: Chosen) -> None:
         """Take what to forecast with, after the first step.
 
@@ -118,19 +129,19 @@ class _Call:
 
     def __init__(self, kind: Hashable, began: int, stream_runs: list[StreamRun]):
         self.kind, self.step, self._began, self.stream_runs = kind, began, began, stream_runs
-        self._planned = False
+        self.planned = False
         self._first: Sequence[Tensor] = ()
 
     def enter(self, step: int) -> bool:
         self.step = step
-        if not self._planned:
+        if not self.planned:
             return True
         for stream_run in self.stream_runs:
             stream_run.enter(step)
         return any(stream_run.full for stream_run in self.stream_runs)
 
     def keep(self, outputs: Sequence[Tensor]) -> None:
-        if not self._planned:
+        if not self.planned:
             self._first = outputs
             return
         for stream_run, output in zip(self.stream_runs, outputs, strict=True):
@@ -141,7 +152,7 @@ class _Call:
         """Plan, and keep what came before there was a plan."""
         for stream_run in self.stream_runs:
             stream_run.follow(chosen.plan(rows_of or stream_run.name, 0, self._began, times))
-        self._planned = True
+        self.planned = True
         if self._first:
             self.enter(self.step)
             self.keep(self._first)
