@@ -302,7 +302,8 @@ def test_one_sampling(sampling: Any, noise: bool):
 def test_a_part_of_the_first_latents_is_added_after_guidance(sampling: Any):
     """By hand: d = (x - D) / sigma is the first one and a quarter of the first latents, whatever guidance does."""
     times = (1.0, 0.8, 0.6, 0.0)
-    rows = LinearRows(times, {step: PlannedRow((0,), (1.0,), 0.0, 0.25) for step in (1, 2)})
+    table = {step: PlannedRow((0,), (1.0,), 0.0, 0.25) for step in (1, 2)}
+    rows = LinearRows(times, table, remembers_forecasts=False)
     course = sampling.Course(times[:-1], 0.0, False, False, ())
     run = sampling.Sampling(course, True, "euler", Asked(forecaster=rows, schedule=Schedule.at([0])), lambda: "")
 

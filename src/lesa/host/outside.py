@@ -94,7 +94,7 @@ class OutsideRun:
 
     @property
     def part_of_latents(self) -> float:
-        """By what part of the run's first latents the host makes what guidance gives at this step more: 0 at full steps.
+        """What part of the run's first latents the host adds to what guidance gives at this step: 0 at full steps.
 
         Solved rows have such a term, which acts on what their outputs are: after guidance, on derivatives.
         """
