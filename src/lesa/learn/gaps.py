@@ -160,10 +160,10 @@ def spreads(steps: int, budget: int, begins: Sequence[int] = (0,)) -> Iterator[t
             full = (some * (steps - 1)).round().int().tolist()
             for k in range(1, budget):
                 full[k] = min(max(full[k], full[k - 1] + 1), steps - budget + k)
-            yield _with(full, begins)
+            yield with_begins(full, begins)
 
 
-def _with(full: Sequence[int], begins: Sequence[int]) -> tuple[int, ...]:
+def with_begins(full: Sequence[int], begins: Sequence[int]) -> tuple[int, ...]:
     """Put what has to be full in the place of what is nearest to it."""
     free = [step for step in full if step not in begins]
     for begin in sorted(set(begins) - set(full)):

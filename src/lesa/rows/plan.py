@@ -126,7 +126,8 @@ class Plan:
 
         Raises: ValueError if no step is skipped.
         """
-        return LinearRows(self.times, self.rows, memory=self.memory, remembers_forecasts=self.remembers_forecasts)
+        held = dict(memory=self.memory, remembers_forecasts=self.remembers_forecasts)
+        return LinearRows(self.times, self.rows, begins=(self.start, *self.begins), **held)
 
     def to_json(self) -> str:
         """Write the plan as JSON, without loss, and with a digest that reading verifies."""
