@@ -2,8 +2,9 @@
 
 import copy
 import math
+from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 
 import pytest
 import torch
@@ -351,6 +352,44 @@ def test_a_plan_that_is_frozen_runs_as_it_did(name):
         assert plan.has_latents and plan == run.plans[0]
         with accelerate(subject.pipe, plan.freeze(), schedule=predictor.schedule, check=False):
             assert torch.equal(torch.as_tensor(subject.call(0)[0]), wanted)
+
+
+# --- runs that overflow
+
+
+@contextmanager
+def overflows(transformer, every: int):
+    """Let one in so many calls of a transformer give numbers that are not finite."""
+    calls = count(1)
+    undo = transformer.register_forward_hook(
+        lambda _transformer, _given, output: tuple(x / (next(calls) % every > 0) for x in output)
+    )
+    try:
+        yield
+    finally:
+        undo.remove()
+
+
+@pytest.mark.parametrize(("size", "schedule"), [(2, None), (1, SCHEDULE)])
+def test_runs_that_overflow_are_passed_over(tiny_flux, size, schedule):
+    """As those of a search may in float16: what is found is of the other runs."""
+    solver = Solver(tiny_flux, PROMPTS, [3, 4], CALL, batch_size=size)
+    with overflows(tiny_flux.transformer, 7):
+        predictor, report = solver.solve(None if schedule else 3, schedule, most=2, rounds=4, refine=1)
+    assert report.rounds and report.drift < -20
+    assert predictor.coefficients.isfinite().all()
+    assert solver.measure(predictor).drift == pytest.approx(report.drift, abs=0.01)
+
+
+def test_references_that_overflow_are_refused(tiny_flux):
+    with overflows(tiny_flux.transformer, 5), pytest.raises(ValueError, match="end in finite numbers"):
+        Solver(tiny_flux, PROMPTS, [3, 4], CALL)
+
+
+def test_what_differs_from_run_to_run_is_named():
+    subject = ZOO["helios_pyramid_guided"]()
+    with subject.around(), pytest.raises(ValueError, match="got runs at different times"):
+        Solver(subject.pipe, [subject.arguments], [0])
 
 
 # --- what is refused
