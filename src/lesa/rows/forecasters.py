@@ -178,8 +178,8 @@ class LinearRows(Forecaster):
     """Hold free rows: a number for every past step of every skipped step (L2P, arXiv 2604.26365), or a frozen plan's.
 
     They are bound to one grid, whose times may repeat and end above 0, and to the past that each of them was made for.
-    `memory` is the longest of these when not given; runs begin at the first of the
-    steps `begins`, and histories anew at the others.
+    `memory` is the longest of these when not given. Runs begin at the first of the steps `begins`, and histories anew
+    at the others.
 
     Raises: ValueError if there are no rows, or one of them has not one coefficient for each past step.
     """

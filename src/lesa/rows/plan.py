@@ -126,8 +126,9 @@ class Plan:
 
         Raises: ValueError if no step is skipped.
         """
-        held = dict(memory=self.memory, remembers_forecasts=self.remembers_forecasts)
-        return LinearRows(self.times, self.rows, begins=(self.start, *self.begins), **held)
+        begins = (self.start, *self.begins)
+        remembers = self.remembers_forecasts
+        return LinearRows(self.times, self.rows, memory=self.memory, remembers_forecasts=remembers, begins=begins)
 
     def to_json(self) -> str:
         """Write the plan as JSON, without loss, and with a digest that reading verifies."""
