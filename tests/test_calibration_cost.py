@@ -9,6 +9,7 @@ from zoo.pipelines import ZOO
 from lesa.learn import counted
 from lesa.learn.calibrate import CalibrateOptions, calibrate
 from lesa.learn.checks import Checks
+from lesa.learn.metrics import WINDOW
 from lesa.learn.references import References
 from lesa.learn.rivals import Rivals
 from lesa.learn.solve import Solver
@@ -124,6 +125,15 @@ def test_of_all_that_is_drawn_the_worst_pair_of_the_best_rows_is_kept(tiny_flux)
     assert list(checks.worst) == [best] != [tried[0]]
     checks.forget()
     assert not checks.worst
+
+
+def test_pictures_without_room_for_the_window_of_ssim_are_measured_by_psnr_alone():
+    subject = ZOO["unconditional_ddpm"]()
+    with subject.around():
+        checks = Checks(subject.pipe, [subject.arguments], [0], {}, pictures=True)
+        tried = checks.run("reuse", Reuse(), Schedule.every(2))
+    (pair,) = checks.worst.values()
+    assert pair[0].shape[0] < WINDOW and len(tried.psnr) == 1 and not tried.ssim
 
 
 def test_the_page_has_the_table_of_today_and_disks_have_room(cost):

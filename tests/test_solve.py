@@ -2,8 +2,9 @@
 
 import copy
 import math
+from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from lesa.host.runtime import accelerate
 from lesa.learn.gaps import Equations, Gaps, moves, spreads
 from lesa.learn.metrics import drift
 from lesa.learn.references import References
+from lesa.learn.rivals import Rivals, baked
 from lesa.learn.solve import Solver, solve
 from lesa.predictors import Origin, Predictor
 from lesa.predictors.solved import Solved
-from lesa.rows.forecasters import Reuse
-from lesa.rows.plan import compile
+from lesa.rows.forecasters import Lagrange, Reuse
+from lesa.rows.plan import Plan, compile
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
 
@@ -302,6 +304,92 @@ def test_rows_of_runs_from_mid_grid_are_for_no_other_runs(name):
             pytest.raises(ValueError, match=rf"add 0|begins at step {solver.start}"),
         ):
             subject.pipe(**{**subject.arguments, "strength": 1.0}, generator=torch.Generator().manual_seed(0))
+
+
+# --- rows without training, as they are kept
+
+
+@pytest.mark.parametrize("name", ["wan22_guided", "stable_diffusion_euler_ancestral_guided"])
+def test_rows_without_training_are_kept_as_they_run(name):
+    """Of a second denoiser, histories begin with its own first step."""
+    subject = ZOO[name]()
+    with subject.around():
+        solver = Solver(subject.pipe, [subject.arguments], [0])
+        full = tuple(sorted({*solver.begins, 1, 4}))
+        same = solver.predictor(full, solver.gaps(full).reuse())
+        for forecaster in (Lagrange(1), Lagrange(2)):
+            kept = baked(forecaster, same.origin, same.of)
+            (ran,) = solver.drift_of(forecaster, same.schedule)
+            assert solver.drift_of(kept) == pytest.approx([ran], abs=0.01)
+
+
+def test_rows_without_training_have_so_many_full_steps_where_guidance_begins_and_ends():
+    subject = ZOO["modular_qwen_interval_guided"]()
+    with subject.around():
+        solver = Solver(subject.pipe, [subject.arguments], [0])
+        assert solver.begins == (0, 1, 4)
+        given = Schedule.at([0, 1, 3, 4])
+        rivals, why = Rivals(subject.pipe, [subject.arguments], [0], {}).of(given, 4, solver.begins)
+    assert not why and any(one.schedule != given for one in rivals)
+    for one in rivals:
+        full = one.schedule.full_steps(solver.steps)
+        assert {0, 1, 4} <= set(full) and len(full) == 4
+
+
+@pytest.mark.parametrize("name", ["wan22_guided", "stable_diffusion_euler_ancestral_guided", "sdxl_heun_guided"])
+def test_a_plan_that_is_frozen_runs_as_it_did(name):
+    """With histories that begin anew, on times that repeat or end a little above 0, and with the first latents."""
+    subject = ZOO[name]()
+    with subject.around():
+        solver = Solver(subject.pipe, [subject.arguments], [0])
+        full = tuple(sorted({*solver.begins, 4}))
+        rows = solver.gaps(full).reuse()
+        rows[:, -1] = 0.1
+        predictor = solver.predictor(full, rows)
+        with accelerate(subject.pipe, predictor) as run:
+            wanted = torch.as_tensor(subject.call(0)[0])
+        plan = Plan.from_json(run.plans[0].to_json())
+        assert plan.has_latents and plan == run.plans[0]
+        with accelerate(subject.pipe, plan.freeze(), schedule=predictor.schedule, check=False):
+            assert torch.equal(torch.as_tensor(subject.call(0)[0]), wanted)
+
+
+# --- runs that overflow
+
+
+@contextmanager
+def overflows(transformer, every: int):
+    """Let one in so many calls of a transformer give numbers that are not finite."""
+    calls = count(1)
+    undo = transformer.register_forward_hook(
+        lambda _transformer, _given, output: tuple(x / (next(calls) % every > 0) for x in output)
+    )
+    try:
+        yield
+    finally:
+        undo.remove()
+
+
+@pytest.mark.parametrize(("size", "schedule"), [(2, None), (1, SCHEDULE)])
+def test_runs_that_overflow_are_passed_over(tiny_flux, size, schedule):
+    """As those of a search may in float16: what is found is of the other runs."""
+    solver = Solver(tiny_flux, PROMPTS, [3, 4], CALL, batch_size=size)
+    with overflows(tiny_flux.transformer, 7):
+        predictor, report = solver.solve(None if schedule else 3, schedule, most=2, rounds=4, refine=1)
+    assert report.rounds and report.drift < -20
+    assert predictor.coefficients.isfinite().all()
+    assert solver.measure(predictor).drift == pytest.approx(report.drift, abs=0.01)
+
+
+def test_references_that_overflow_are_refused(tiny_flux):
+    with overflows(tiny_flux.transformer, 5), pytest.raises(ValueError, match="end in finite numbers"):
+        Solver(tiny_flux, PROMPTS, [3, 4], CALL)
+
+
+def test_what_differs_from_run_to_run_is_named():
+    subject = ZOO["helios_pyramid_guided"]()
+    with subject.around(), pytest.raises(ValueError, match="got runs at different times"):
+        Solver(subject.pipe, [subject.arguments], [0])
 
 
 # --- what is refused

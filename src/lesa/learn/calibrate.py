@@ -276,15 +276,17 @@ class _Bench:
         near = [Schedule.parse(known[above].tried[0].schedule)] if above else []
         solution = self._solver.solve(budget, refine=options.refine, most=options.most, near=near)
         tried = {self._checks.run(SOLVED, solution.predictor, solution.predictor.schedule): solution.predictor}
-        rivals, left_out = self._rivals.of(solution.predictor.schedule, budget) if self._rivals else ([], "")
+        schedule, begins = solution.predictor.schedule, solution.predictor.begins
+        rivals, left_out = self._rivals.of(schedule, budget, begins) if self._rivals else ([], "")
         for rival in rivals:
+            origin = replace(solution.predictor.origin, schedule=str(rival.schedule))
             try:
-                one = self._checks.run(repr(rival.forecaster), *rival)
+                rows = baked(rival.forecaster, origin, solution.predictor.of)
+                one = self._checks.run(repr(rival.forecaster), rows, rival.schedule)  # what is kept, not its model
             except ValueError as error:  # such as a grid that this forecaster is not for
                 left_out = f"{left_out} {rival.forecaster!r}: {error}".strip()
                 continue
-            origin = replace(solution.predictor.origin, schedule=str(rival.schedule))
-            tried[one] = baked(rival.forecaster, origin, solution.predictor.of)
+            tried[one] = rows
         point = Point(
             budget,
             solution.report.drift,

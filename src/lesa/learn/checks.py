@@ -24,8 +24,8 @@ Metric = Callable[[np.ndarray, np.ndarray], float]
 
 class Checks:
     """Runs of some calls, each measured against its reference run: by the last latents and, with `pictures`, by what is
-    drawn, where these are pictures or clips. Of the rows that ended nearest since `forget`, the `worst` pair is kept:
-    what was drawn, and the reference's.
+    drawn, where these are pictures or clips; by SSIM where all of them have room for its window. Of the rows that ended
+    nearest since `forget`, the `worst` pair is kept: what was drawn, and the reference's.
 
     Raises: as `References` does.
     """
@@ -45,7 +45,8 @@ class Checks:
         self._known.pictures = []  # clips come as floats, four times as large as what is kept
         self.worst: dict[Tried, tuple[np.ndarray, np.ndarray]] = {}
         self._metrics: dict[str, Metric] = {"psnr": metrics.psnr}
-        if not needs.lacking("comparison"):
+        large = all(min(x.shape[-3:-1]) >= metrics.WINDOW for x in self._wanted or [])
+        if large and not needs.lacking("comparison"):
             self._metrics["ssim"] = metrics.ssim
 
     def run(self, rows: str, forecaster: Forecaster, schedule: Schedule) -> Tried:

@@ -70,8 +70,8 @@ class Gaps:
         """Return the row of the gap after the j-th full step, (J + 1,), given the rows before it.
 
         `gram` is of all columns, (J + 1, J + 1), and `target` what the gap's end lacks, (J + 1,); those of later full
-        steps do not matter. A gap that skips nothing, or whose steps move nothing, reuses. It may be held `near` other
-        rows than reuse, (J, J + 1), by the share `hold`.
+        steps do not matter. A gap that skips nothing, or whose steps move nothing, reuses, and so does one after a run
+        that overflowed. It may be held `near` other rows than reuse, (J, J + 1), by the share `hold`.
         """
         columns, moves, without = self.columns(j), self.moves(j), rows.clone()
         without[j] = self.reuse()[j]
@@ -81,6 +81,8 @@ class Gaps:
             without[j] = near[j]
         target = (target - gram @ self.ways(without)[j])[columns]
         gram = gram[columns][:, columns]
+        if not (gram.isfinite().all() and target.isfinite().all()):
+            return without[j]
         ridge = (RIDGE if near is None else hold) * gram.diagonal().mean()
         held = gram + ridge * torch.eye(len(columns), dtype=gram.dtype)
         without[j, columns] += torch.linalg.lstsq(held, target, driver="gelsd").solution / moves
@@ -160,10 +162,10 @@ def spreads(steps: int, budget: int, begins: Sequence[int] = (0,)) -> Iterator[t
             full = (some * (steps - 1)).round().int().tolist()
             for k in range(1, budget):
                 full[k] = min(max(full[k], full[k - 1] + 1), steps - budget + k)
-            yield _with(full, begins)
+            yield with_begins(full, begins)
 
 
-def _with(full: Sequence[int], begins: Sequence[int]) -> tuple[int, ...]:
+def with_begins(full: Sequence[int], begins: Sequence[int]) -> tuple[int, ...]:
     """Put what has to be full in the place of what is nearest to it."""
     free = [step for step in full if step not in begins]
     for begin in sorted(set(begins) - set(full)):

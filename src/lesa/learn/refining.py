@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -29,7 +30,7 @@ def refined(problem: Problem, found: Found, steps: int) -> Iterator[Found]:
     |e + D z|^2 / |e|^2 - 1: least squares with weights 1 / |e|^2. They are measured once, where the rows were found:
     later steps differ by what is left alone.
     """
-    changes = directions(problem, found) if steps else []
+    changes = directions(problem, found) if steps and math.isfinite(found.drift) else []
     if not changes:
         return
     moved = _moved(problem, found, changes)
@@ -44,12 +45,14 @@ def refined(problem: Problem, found: Found, steps: int) -> Iterator[Found]:
 
 
 def _moved(problem: Problem, found: Found, changes: list[Tensor]) -> list[Tensor]:
-    """Return how far each change of the rows moves the last latents, (calls, changes, elements) for each recording."""
+    """Return how far each change of the rows moves the last latents, (calls, changes, elements) for each recording; a
+    change under which a run overflows moves nothing, and is not made."""
     moved: list[list[Tensor]] = [[] for _ in found.recordings]
     for change in changes:
         runs = problem.run_rows(found.full, found.rows + change, of=OF).recordings
         for some, one, now in zip(moved, runs, found.recordings, strict=True):
-            some.append((_end(one) - _end(now)).float())
+            move = (_end(one) - _end(now)).float()
+            some.append(torch.where(move.isfinite().all(1, keepdim=True), move, 0.0))
     return [torch.stack(some, 1) for some in moved]
 
 

@@ -11,6 +11,7 @@ import torch
 from lesa.learn.calls import Call
 from lesa.learn.collect import record
 from lesa.learn.counted import counting
+from lesa.learn.gaps import with_begins
 from lesa.learn.planning import DISTURBED, PLANNED_ON, Planner
 from lesa.learn.references import BATCH
 from lesa.predictors import Origin
@@ -57,13 +58,16 @@ class Rivals:
             self._calls = [{"prompt": one} if isinstance(one, str) else one for one in self._calls]
         self._pipe, self._call, self._planner, self.transformer_runs = pipe, dict(call), None, 0
 
-    def of(self, schedule: Schedule, budget: int) -> tuple[list[Rival], str]:
+    def of(self, schedule: Schedule, budget: int, begins: Sequence[int] = ()) -> tuple[list[Rival], str]:
         """Return each on a schedule of so many full steps planned for it, and on the one given; and why there are no
-        plans, where runs cannot be recorded to plan on."""
+        plans, where runs cannot be recorded to plan on.
+
+        The steps `begins`, at which other streams run than before, are full in all of them.
+        """
         found, why = [Rival(one, schedule) for one in UNTRAINED], ""
         try:
             planner = self._planned_by()
-            found += [Rival(one, planner.search(one, budget)) for one in UNTRAINED]
+            found += [Rival(one, _planned(planner, one, budget, begins)) for one in UNTRAINED]
         except ValueError as error:
             why = f"no schedules were planned for rows without training: {error}"
         return list(dict.fromkeys(found)), why
@@ -92,16 +96,25 @@ class Rivals:
                 self.transformer_runs += runs() * (calls if self._together else 1)
 
 
+def _planned(planner: Planner, forecaster: Forecaster, budget: int, begins: Sequence[int]) -> Schedule:
+    """Return the schedule planned for a forecaster, with the steps `begins` among its full ones."""
+    full = planner.search(forecaster, budget).full_steps(planner.steps, planner.begins[0])
+    return Schedule.at(with_begins(sorted({*full, *planner.begins}), begins))
+
+
 @torch.no_grad()
 def baked(forecaster: Forecaster, origin: Origin, of: str = "output") -> Solved:
-    """Return a predictor whose rows are those that a forecaster has on the origin's grid and schedule."""
+    """Return a predictor whose rows are those that a forecaster has on the origin's grid and schedule.
+
+    They combine nothing from before a step at which histories begin anew.
+
+    Raises: ValueError if the forecaster has no rows on this grid.
+    """
     made, forecaster = Solved(origin, of=of), forecaster.for_stream(of)
-    for step in range(len(made.grid) - 1):
-        past = [k for k in made.full if k < step]
-        if step in made.full or not past:
-            continue
+    steps = len(made.grid) - 1
+    for step, past in made.pasts_of(made.full, steps).items():
         newest = past[-forecaster.memory :]
         row = forecaster.row(made.grid, step, newest).coefficients
         made.coefficients[step] = 0.0
-        made.coefficients[step, len(past) - len(newest) : len(past)] = row.float().double()
+        made.coefficients[step, [made.full.index(k) for k in newest]] = row.float().double()
     return made

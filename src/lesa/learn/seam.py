@@ -355,7 +355,7 @@ def _latents(run: _Recording) -> tuple[Tensor, Tensor, Sampler | str]:
     if isinstance(sampler, Sampler) and not sampler.injects_noise:
         missed = _missed(sampler, velocity * free, before * free, after * free)
         if missed > EXPLAINED:
-            sampler = f"its numbers leave {missed:.0%} of a recorded step unexplained"
+            sampler = f"its numbers leave {missed:.0%} of a recorded step unexplained."
     return velocity * free, latents * free, sampler
 
 

@@ -94,14 +94,22 @@ class Problem(References):
     def _check(self) -> None:
         assert self.numbers is not None
         first, walked = self.reference[0], {run.ticks for run in self.reference}
-        alike = all(
-            run.moment.start == self.start and torch.equal(run.moment.times, self.times) and run.begins == first.begins
-            for run in self.reference
-        )
-        if walked != {self.ticks} or not alike or len(self.numbers) != self.ticks:
+        unlike = {
+            f"of {sorted(walked)} steps": walked != {self.ticks} or len(self.numbers) != self.ticks,
+            "from different steps on": any(run.moment.start != self.start for run in self.reference),
+            "at different times": any(not torch.equal(run.moment.times, self.times) for run in self.reference),
+            "whose streams begin at different steps": any(run.begins != first.begins for run in self.reference),
+        }
+        if found := [words for words, is_so in unlike.items() if is_so]:
             raise ValueError(
-                f"rows are solved for runs that walk one grid to its end, got runs of {sorted(walked)} steps from step "
-                f"{self.start} on, on grids of {self.steps}; use calls with as many steps each, from the same on."
+                f"rows are solved for runs that walk one grid to its end, here of {self.steps} steps from step "
+                f"{self.start} on, got runs {' and '.join(found)}; use calls with as many steps each, from the same "
+                "on, or an untrained forecaster."
+            )
+        if not (self.weights > 0).all():
+            raise ValueError(
+                "rows are solved on reference runs that end in finite numbers, got some that overflow without any "
+                f"step skipped; run this {type(self.pipe).__name__} in bfloat16 or float32."
             )
 
     def check_full(self, full: Sequence[int]) -> None:

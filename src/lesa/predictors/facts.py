@@ -53,7 +53,7 @@ class Mixture:
 
     def __str__(self) -> str:
         if not self.is_known:
-            return f"of a kind of its own ({self.unexplained:.0%} unexplained)"
+            return f"a kind of its own ({self.unexplained:.0%} unexplained)"
         return " : ".join(f"{weight:.3g}" for weight in self.weights) + (" with rescaled norms" * self.rescaled)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lesa.rows.grid import matches, validate
+from lesa.rows.grid import matches, times_in_order
 from lesa.rows.row import Row
 
 
@@ -177,8 +177,9 @@ class PlannedRow(NamedTuple):
 class LinearRows(Forecaster):
     """Hold free rows: a number for every past step of every skipped step (L2P, arXiv 2604.26365), or a frozen plan's.
 
-    They are bound to one grid and to the past that each of them was made for. `memory` is the longest of these when
-    not given.
+    They are bound to one grid, whose times may repeat and end above 0, and to the past that each of them was made for.
+    `memory` is the longest of these when not given. Runs begin at the first of the steps `begins`, and histories anew
+    at the others.
 
     Raises: ValueError if there are no rows, or one of them has not one coefficient for each past step.
     """
@@ -190,6 +191,7 @@ class LinearRows(Forecaster):
         *,
         memory: int | None = None,
         remembers_forecasts: bool = True,
+        begins: tuple[int, ...] = (),
     ) -> None:
         if not rows:
             raise ValueError("linear rows hold at least one row, got none; without skipped steps use Reuse().")
@@ -199,8 +201,8 @@ class LinearRows(Forecaster):
                     f"a row has one coefficient for each past step, got {len(row.coefficients)} for {len(row.past)} "
                     f"at step {step}; repair this row."
                 )
-        self.grid = validate(grid)
-        self.rows = dict(rows)
+        self.grid = times_in_order(grid)
+        self.rows, self.begins = dict(rows), begins
         self.memory = memory or max(len(row.past) for row in rows.values())
         self.remembers_forecasts = remembers_forecasts
 

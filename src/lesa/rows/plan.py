@@ -126,7 +126,9 @@ class Plan:
 
         Raises: ValueError if no step is skipped.
         """
-        return LinearRows(self.times, self.rows, memory=self.memory, remembers_forecasts=self.remembers_forecasts)
+        begins = (self.start, *self.begins)
+        remembers = self.remembers_forecasts
+        return LinearRows(self.times, self.rows, memory=self.memory, remembers_forecasts=remembers, begins=begins)
 
     def to_json(self) -> str:
         """Write the plan as JSON, without loss, and with a digest that reading verifies."""
