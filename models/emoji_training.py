@@ -5,6 +5,7 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Recipe(ABC):
     haste = 1.0  # factor of the learning rates: a short training takes longer strides
     columns = 10  # of the contact sheet
     shift = 2.0  # of the times trained on, as schedulers have it
+    clock = staticmethod(time.monotonic)  # seconds that count as training
 
     def pictures(self, folder: Path, captions: list[str]) -> Tensor:
         """Draw captions as uint8 of shape (N, 3, PIXELS, PIXELS), or (N, 3, frames, PIXELS, PIXELS)."""
@@ -74,6 +76,10 @@ class Recipe(ABC):
     @abstractmethod
     def pack(self, pipe: Any, means: Tensor) -> Tensor:
         """Make of the autoencoder's latents what the transformer sees."""
+
+    def latents(self, pipe: Any, folder: Path, captions: list[str]) -> Callable[[Tensor], Tensor]:
+        """Return the call that gives the latents of captions by their indices: each caption's picture is one."""
+        return packed_latents(self, pipe, self.pictures(folder, captions)).__getitem__
 
     @abstractmethod
     def tokens(self, pipe: Any, captions: list[str]) -> tuple[Tensor, ...]:
@@ -160,7 +166,7 @@ def train_vae(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32:
     generator, mixed = torch.Generator().manual_seed(step), torch.autocast("cpu", torch.bfloat16, enabled=not float32)
     bar = tqdm(total=round(minutes * 60), initial=round(spent), unit="s", desc="vae", mininterval=5)
     while spent < minutes * 60:
-        start = time.monotonic()
+        start = recipe.clock()
         for learner, peak in zip(learners, peaks, strict=True):
             learner.param_groups[0]["lr"] = peak * cosine(spent / (minutes * 60), warmup=0.03)
         batch = drawn[torch.randint(len(drawn), (recipe.vae_batch,), generator=generator)]
@@ -178,7 +184,7 @@ def train_vae(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32:
         for learner in learners:
             learner.step()
         step += 1
-        spent += (elapsed := time.monotonic() - start)
+        spent += (elapsed := recipe.clock() - start)
         bar.update(round(spent) - bar.n)
         if step % 50 == 0:
             psnr = -10 * math.log10(difference.square().mean().item() / 4)
@@ -255,7 +261,7 @@ def train_transformer(recipe: Recipe, folder: Path, runs: Path, minutes: float, 
     torch.set_flush_denormal(True)
     captions = prompts(folder, "train")
     pipe = recipe.build_pipeline(folder)
-    latents = packed_latents(recipe, pipe, recipe.pictures(folder, captions))
+    latents = recipe.latents(pipe, folder, captions)
     tokens = recipe.tokens(pipe, [*recipe.unconditional, *captions])
     learners = optimisers(recipe, pipe)
     peaks = [o.param_groups[0]["lr"] for o in learners]
@@ -275,11 +281,12 @@ def train_transformer(recipe: Recipe, folder: Path, runs: Path, minutes: float, 
     bar = tqdm(total=round(minutes * 60), initial=round(spent), unit="s", desc=recipe.name, mininterval=5)
     running = 0.0
     while spent < minutes * 60:
-        start = time.monotonic()
+        start = recipe.clock()
         for learner, peak in zip(learners, peaks, strict=True):
             learner.param_groups[0]["lr"] = peak * cosine(spent / (minutes * 60))
         chosen = torch.randint(len(captions), (batch,), generator=generator)
-        clean, noise = latents[chosen], torch.randn(batch, *latents.shape[1:], generator=generator)
+        clean = latents(chosen)
+        noise = torch.randn(clean.shape, generator=generator)
         dropped = torch.rand(batch, generator=generator) < recipe.dropped
         empty = torch.randint(len(recipe.unconditional), (batch,), generator=generator)
         rows = torch.where(dropped, empty, len(recipe.unconditional) + chosen)
@@ -299,7 +306,7 @@ def train_transformer(recipe: Recipe, folder: Path, runs: Path, minutes: float, 
         with torch.no_grad():
             floats = [key for key, t in live.items() if t.is_floating_point()]
             torch._foreach_lerp_([average[k] for k in floats], [live[k] for k in floats], 1 - decay)
-        spent += time.monotonic() - start
+        spent += recipe.clock() - start
         running = loss.item() if not running else 0.98 * running + 0.02 * loss.item()
         bar.update(round(spent) - bar.n)
         bar.set_postfix(loss=f"{running:.4f}", step=step, refresh=False)
