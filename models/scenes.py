@@ -169,15 +169,16 @@ class Atlas:
         lists = [[Thing(size, *rest) for rest in product(COLOURS, names)] for size in sizes]
         return [(things, np.stack([self.tinted(thing) for thing in things])) for things in lists]
 
-    def recognise(self, picture: np.ndarray, ground: np.ndarray, place: Place, size: str) -> Thing:
-        """Say what stands in a place: the thing that leaves the least squared difference there.
+    def recognise(self, picture: np.ndarray, ground: np.ndarray, place: Place, size: str) -> Thing | None:
+        """Say what stands in a place: the thing that leaves the least squared difference, None if the bare ground does.
 
         All names, colours and sizes are compared, each where it fits best among the place's corners and between them;
         `picture` and its `ground` are floats.
         """
         candidates = self._candidates(size == "sky")
         found = [_best(things, shapes, picture, ground, place, size) for things, shapes in candidates]
-        return max(found, key=lambda pair: pair[0])[1]
+        explained, thing = max(found, key=lambda pair: pair[0])
+        return thing if explained > 0 else None
 
     def are_found(self, prompt: str, picture: np.ndarray) -> list[bool]:
         """Tell for each thing that a prompt names whether a uint8 RGB picture has it in its place, colour and size."""
