@@ -32,7 +32,7 @@ LOUD = 3.0  # root mean square of the embedded noise
 class Scene(Flux):
     name = "scene"
     dropped = 0.1
-    batch = 32
+    batch = 16
     haste = 2.0
     shift = 2.5
     vae_batch = 24
