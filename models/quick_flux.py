@@ -3,15 +3,15 @@
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_flux import FluxAttention
-from torch import Tensor, nn
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxTransformer2DModel
+from torch import Tensor
 
 
 class NormAndTurn(torch.autograd.Function):
     """Root-mean-square norm and rotary embedding in one: queries or keys of shape (B, S, heads, D), pairs turned."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, turn: Tensor, eps: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, turn: Tensor, eps: float) -> Tensor:
         full = x.float()
         scale = torch.linalg.vector_norm(full, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         normed = full * scale
@@ -19,7 +19,7 @@ class NormAndTurn(torch.autograd.Function):
         return _turned(normed * weight, turn).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         normed, scale, weight, turn = ctx.saved_tensors
         back = _turned(grad.float(), turn.conj())
         along = back * normed
@@ -74,6 +74,6 @@ def _heads(attn: FluxAttention, x: Tensor, parts: tuple, norms: tuple, turn: Ten
     return query, key, value
 
 
-def quicken(transformer: nn.Module) -> None:
+def quicken(transformer: FluxTransformer2DModel) -> None:
     """Let a FluxTransformer2DModel attend so while it is trained; it is not saved."""
     transformer.set_attn_processor(QuickProcessor())
