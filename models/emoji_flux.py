@@ -118,8 +118,8 @@ class Flux(Recipe):
             pipe.text_encoder_2(t5)[0],
             pipe.text_encoder(clip).pooler_output,
             timestep=sigma,
-            img_ids=pipe._prepare_latent_image_ids(1, side, side, "cpu", torch.float32),
-            txt_ids=torch.zeros(self.text_tokens, 3),
+            img_ids=pipe._prepare_latent_image_ids(1, side, side, noised.device, torch.float32),
+            txt_ids=torch.zeros(self.text_tokens, 3, device=noised.device),
             return_dict=False,
         )[0]
 

@@ -75,7 +75,7 @@ class Scene(Flux):
         def drawn(chosen: torch.Tensor) -> torch.Tensor:
             chance = random.Random(str(chosen.tolist()))
             pictures = np.stack([atlas.draw(scenes[k], chance) for k in chosen.tolist()])
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(pipe.vae.device.type, torch.bfloat16):
                 return packed_latents(self, pipe, torch.from_numpy(pictures).movedim(-1, 1)).float()
 
         return drawn

@@ -1,7 +1,7 @@
 """The embedded model `emoji-scene`: its captions, pictures and recogniser, how it is trained, and what it draws."""
 
 import random
-from itertools import combinations
+from itertools import combinations, count
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from emoji_scene import Scene, hand_on
+from emoji_training import export, train_transformer
 from quick_flux import quicken
 from scenes import PIXELS, RELATIONS, SIZES, SKY_SIZE, Atlas, caption, pair, parse, places
 
@@ -154,6 +155,36 @@ def test_a_caption_is_drawn_otherwise_each_time(untrained):
     assert first.shape == (2, Scene.image_tokens, 16)
     assert (first[0] - second[0]).abs().max() > 0.1
     assert torch.equal(first, latents(torch.tensor([3, 4])))
+
+
+class Small(Scene):
+    """A recipe whose clock stands still but for a step's start and end: each step takes a second."""
+
+    width, batch = 64, 2
+
+    def __init__(self):
+        ticks = count()
+        self.clock = lambda: float(next(ticks))
+
+
+def test_a_training_goes_on_where_it_was_and_what_it_writes_draws(tmp_path):
+    folder, runs = tmp_path / "scene", tmp_path / "runs"
+    (folder / "prompts").mkdir(parents=True)
+    for name in ("emoji.json", "emoji.png", "call.json"):
+        (folder / name).symlink_to(MODEL / name)
+    for split, prompts in SPLITS.items():
+        (folder / "prompts" / f"{split}.txt").write_text("\n".join(prompts[:20]))
+    Scene().build_vae().save_pretrained(folder / "vae")
+    for seconds in (2, 3):
+        train_transformer(Small(), folder, runs, seconds / 60)
+        kept = torch.load(runs / "scene.pt", weights_only=True)
+        assert (kept["spent"], kept["step"]) == (seconds, seconds)
+    export(Small(), folder, runs)
+    pipe = lesa.load(folder)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(SPLITS["validation"][0], num_inference_steps=2).images[0].size == (PIXELS, PIXELS)
+    learned, written = kept["average"]["transformer/proj_out.weight"], pipe.transformer.proj_out.weight.float()
+    torch.testing.assert_close(written, learned, atol=0.01, rtol=0.01)
 
 
 def test_the_quick_attention_is_that_of_diffusers():
