@@ -29,6 +29,7 @@ class Flux(Recipe):
     text_tokens = TEXT_TOKENS
     image_tokens = IMAGE_TOKENS
     width = 192
+    shifts = (0.5, 1.15)  # of the sampler: at a sixteenth of the image tokens and at all of them
 
     def build_vae(self) -> AutoencoderKL:
         return AutoencoderKL(
@@ -95,8 +96,8 @@ class Flux(Recipe):
         start_at_identity(transformer, ("norm1.linear", "norm1_context.linear", "norm.linear"))
         scheduler = FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True,
-            base_shift=0.5,
-            max_shift=1.15,
+            base_shift=self.shifts[0],
+            max_shift=self.shifts[1],
             base_image_seq_len=self.image_tokens // 16,
             max_image_seq_len=self.image_tokens,
         )
