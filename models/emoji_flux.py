@@ -26,6 +26,10 @@ class Flux(Recipe):
     name = "flux"
     text_encoders = ("text_encoder", "text_encoder_2")
     dropped = 0.05
+    text_tokens = TEXT_TOKENS
+    image_tokens = IMAGE_TOKENS
+    width = 192
+    shifts = (0.5, 1.15)  # of the sampler: at a sixteenth of the image tokens and at all of them
 
     def build_vae(self) -> AutoencoderKL:
         return AutoencoderKL(
@@ -52,7 +56,7 @@ class Flux(Recipe):
         vae.register_to_config(shift_factor=means.mean().item(), scaling_factor=1 / means.std().item())
 
     def build_pipeline(self, folder):
-        clip, t5 = build_tokenizers(all_prompts(folder))
+        clip, t5 = build_tokenizers(all_prompts(folder), self.text_tokens)
         clip_model = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=len(clip),
@@ -60,7 +64,7 @@ class Flux(Recipe):
                 intermediate_size=128,
                 num_hidden_layers=2,
                 num_attention_heads=4,
-                max_position_embeddings=TEXT_TOKENS,
+                max_position_embeddings=self.text_tokens,
                 bos_token_id=0,
                 eos_token_id=1,
                 pad_token_id=1,
@@ -83,7 +87,7 @@ class Flux(Recipe):
             num_layers=2,
             num_single_layers=4,
             attention_head_dim=64,
-            num_attention_heads=3,
+            num_attention_heads=self.width // 64,
             joint_attention_dim=128,
             pooled_projection_dim=64,
             guidance_embeds=False,
@@ -92,10 +96,10 @@ class Flux(Recipe):
         start_at_identity(transformer, ("norm1.linear", "norm1_context.linear", "norm.linear"))
         scheduler = FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True,
-            base_shift=0.5,
-            max_shift=1.15,
-            base_image_seq_len=IMAGE_TOKENS // 16,
-            max_image_seq_len=IMAGE_TOKENS,
+            base_shift=self.shifts[0],
+            max_shift=self.shifts[1],
+            base_image_seq_len=self.image_tokens // 16,
+            max_image_seq_len=self.image_tokens,
         )
         vae = AutoencoderKL.from_pretrained(folder / "vae")
         return FluxPipeline(scheduler, vae, clip_model, clip, t5_model, t5, transformer)
@@ -105,18 +109,18 @@ class Flux(Recipe):
         return pipe._pack_latents(means, *means.shape)
 
     def tokens(self, pipe, captions):
-        padding = dict(padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
+        padding = dict(padding="max_length", max_length=self.text_tokens, truncation=True, return_tensors="pt")
         return tuple(tokenizer(captions, **padding).input_ids for tokenizer in (pipe.tokenizer, pipe.tokenizer_2))
 
     def velocity(self, pipe, noised, sigma, clip, t5):
-        side = int(IMAGE_TOKENS**0.5)
+        side = int(self.image_tokens**0.5)
         return pipe.transformer(
             noised,
             pipe.text_encoder_2(t5)[0],
             pipe.text_encoder(clip).pooler_output,
             timestep=sigma,
-            img_ids=pipe._prepare_latent_image_ids(1, side, side, "cpu", torch.float32),
-            txt_ids=torch.zeros(TEXT_TOKENS, 3),
+            img_ids=pipe._prepare_latent_image_ids(1, side, side, noised.device, torch.float32),
+            txt_ids=torch.zeros(self.text_tokens, 3, device=noised.device),
             return_dict=False,
         )[0]
 
@@ -137,9 +141,9 @@ def build_clip_tokenizer(corpus: list[str], length: int) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=length)
 
 
-def build_tokenizers(corpus: list[str]) -> tuple[CLIPTokenizer, T5TokenizerFast]:
+def build_tokenizers(corpus: list[str], length: int) -> tuple[CLIPTokenizer, T5TokenizerFast]:
     """Make CLIP's and T5's kinds of tokenizer with one token for each word of the corpus."""
-    return build_clip_tokenizer(corpus, TEXT_TOKENS), build_t5_tokenizer(corpus)
+    return build_clip_tokenizer(corpus, length), build_t5_tokenizer(corpus)
 
 
 def build_t5_tokenizer(corpus: list[str]) -> T5TokenizerFast:

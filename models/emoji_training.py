@@ -5,6 +5,7 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Recipe(ABC):
     haste = 1.0  # factor of the learning rates: a short training takes longer strides
     columns = 10  # of the contact sheet
     shift = 2.0  # of the times trained on, as schedulers have it
+    clock = staticmethod(time.monotonic)  # seconds that count as training
 
     def pictures(self, folder: Path, captions: list[str]) -> Tensor:
         """Draw captions as uint8 of shape (N, 3, PIXELS, PIXELS), or (N, 3, frames, PIXELS, PIXELS)."""
@@ -74,6 +76,10 @@ class Recipe(ABC):
     @abstractmethod
     def pack(self, pipe: Any, means: Tensor) -> Tensor:
         """Make of the autoencoder's latents what the transformer sees."""
+
+    def latents(self, pipe: Any, folder: Path, captions: list[str]) -> Callable[[Tensor], Tensor]:
+        """Return the call that gives the latents of captions by their indices: each caption's picture is one."""
+        return packed_latents(self, pipe, self.pictures(folder, captions)).__getitem__
 
     @abstractmethod
     def tokens(self, pipe: Any, captions: list[str]) -> tuple[Tensor, ...]:
@@ -160,7 +166,7 @@ def train_vae(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32:
     generator, mixed = torch.Generator().manual_seed(step), torch.autocast("cpu", torch.bfloat16, enabled=not float32)
     bar = tqdm(total=round(minutes * 60), initial=round(spent), unit="s", desc="vae", mininterval=5)
     while spent < minutes * 60:
-        start = time.monotonic()
+        start = recipe.clock()
         for learner, peak in zip(learners, peaks, strict=True):
             learner.param_groups[0]["lr"] = peak * cosine(spent / (minutes * 60), warmup=0.03)
         batch = drawn[torch.randint(len(drawn), (recipe.vae_batch,), generator=generator)]
@@ -178,7 +184,7 @@ def train_vae(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32:
         for learner in learners:
             learner.step()
         step += 1
-        spent += (elapsed := time.monotonic() - start)
+        spent += (elapsed := recipe.clock() - start)
         bar.update(round(spent) - bar.n)
         if step % 50 == 0:
             psnr = -10 * math.log10(difference.square().mean().item() / 4)
@@ -224,7 +230,8 @@ def start_at_identity(transformer: nn.Module, endings: tuple[str, ...]) -> None:
 @torch.no_grad()
 def packed_latents(recipe: Recipe, pipe: Any, drawn: Tensor) -> Tensor:
     """Encode uint8 pictures as the transformer sees them."""
-    return recipe.pack(pipe, torch.cat([recipe.encode(pipe.vae, to_unit(part)).mean for part in drawn.split(64)]))
+    parts = [to_unit(part.to(pipe.vae.device)) for part in drawn.split(64)]
+    return recipe.pack(pipe, torch.cat([recipe.encode(pipe.vae, part).mean for part in parts]).cpu())
 
 
 def trained_parts(recipe: Recipe, pipe: Any) -> dict[str, nn.Module]:
@@ -250,41 +257,58 @@ def optimisers(recipe: Recipe, pipe: Any) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train_transformer(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32: bool = False) -> None:
+def resume(
+    path: Path,
+    live: dict[str, Tensor],
+    average: dict[str, Tensor],
+    learners: list[torch.optim.Optimizer],
+    device: str,
+) -> tuple[float, int]:
+    """Fill in what a checkpoint kept, if there is one; return the seconds spent and the steps done."""
+    if not path.exists():
+        return 0.0, 0
+    state = torch.load(path, weights_only=True, map_location=device)
+    for key, t in live.items():
+        t.copy_(state["live"][key])
+        average[key].copy_(state["average"][key])
+    for learner, kept in zip(learners, state["learners"], strict=True):
+        learner.load_state_dict(kept)
+    return state["spent"], state["step"]
+
+
+def train_transformer(
+    recipe: Recipe, folder: Path, runs: Path, minutes: float, float32: bool = False, device: str = "cpu"
+) -> None:
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     captions = prompts(folder, "train")
-    pipe = recipe.build_pipeline(folder)
-    latents = packed_latents(recipe, pipe, recipe.pictures(folder, captions))
-    tokens = recipe.tokens(pipe, [*recipe.unconditional, *captions])
+    pipe = recipe.build_pipeline(folder).to(device)
+    latents = recipe.latents(pipe, folder, captions)
+    tokens = [part.to(device) for part in recipe.tokens(pipe, [*recipe.unconditional, *captions])]
+    clock = recipe.clock if device == "cpu" else time.monotonic
     learners = optimisers(recipe, pipe)
     peaks = [o.param_groups[0]["lr"] for o in learners]
     live = trained_state(recipe, pipe)
     average = {key: t.clone() for key, t in live.items()}
-    spent, step, saved = 0.0, 0, time.monotonic()
-    if (path := runs / f"{recipe.name}.pt").exists():
-        state = torch.load(path, weights_only=True)
-        for key, t in live.items():
-            t.copy_(state["live"][key])
-            average[key].copy_(state["average"][key])
-        for learner, kept in zip(learners, state["learners"], strict=True):
-            learner.load_state_dict(kept)
-        spent, step = state["spent"], state["step"]
+    path = runs / f"{recipe.name}.pt"
+    spent, step = resume(path, live, average, learners, device)
+    saved = time.monotonic()
     generator = torch.Generator().manual_seed(step)
-    batch, mixed = recipe.batch, torch.autocast("cpu", torch.bfloat16, enabled=not float32)
+    batch, mixed = recipe.batch, torch.autocast(device, torch.bfloat16, enabled=not float32)
     bar = tqdm(total=round(minutes * 60), initial=round(spent), unit="s", desc=recipe.name, mininterval=5)
     running = 0.0
     while spent < minutes * 60:
-        start = time.monotonic()
+        start = clock()
         for learner, peak in zip(learners, peaks, strict=True):
             learner.param_groups[0]["lr"] = peak * cosine(spent / (minutes * 60))
         chosen = torch.randint(len(captions), (batch,), generator=generator)
-        clean, noise = latents[chosen], torch.randn(batch, *latents.shape[1:], generator=generator)
+        clean = latents(chosen)
+        noise = torch.randn(clean.shape, generator=generator)
         dropped = torch.rand(batch, generator=generator) < recipe.dropped
         empty = torch.randint(len(recipe.unconditional), (batch,), generator=generator)
-        rows = torch.where(dropped, empty, len(recipe.unconditional) + chosen)
+        rows = torch.where(dropped, empty, len(recipe.unconditional) + chosen).to(device)
         uniform = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
-        level, noised, target = recipe.disturb(clean, noise, uniform)
+        level, noised, target = recipe.disturb(*(t.to(device) for t in (clean, noise, uniform)))
         with mixed, sdpa_kernel(SDPBackend.MATH):  # the fused backward is slower here
             velocity = recipe.velocity(pipe, noised, level, *(t[rows] for t in tokens))
         loss = F.mse_loss(velocity.float(), target)
@@ -299,7 +323,7 @@ def train_transformer(recipe: Recipe, folder: Path, runs: Path, minutes: float, 
         with torch.no_grad():
             floats = [key for key, t in live.items() if t.is_floating_point()]
             torch._foreach_lerp_([average[k] for k in floats], [live[k] for k in floats], 1 - decay)
-        spent += time.monotonic() - start
+        spent += clock() - start
         running = loss.item() if not running else 0.98 * running + 0.02 * loss.item()
         bar.update(round(spent) - bar.n)
         bar.set_postfix(loss=f"{running:.4f}", step=step, refresh=False)
@@ -313,7 +337,7 @@ def train_transformer(recipe: Recipe, folder: Path, runs: Path, minutes: float, 
 def export(recipe: Recipe, folder: Path, runs: Path) -> None:
     """Write the averaged weights of the newest checkpoint in diffusers' format."""
     pipe = recipe.build_pipeline(folder)
-    average = torch.load(runs / f"{recipe.name}.pt", weights_only=True)["average"]
+    average = torch.load(runs / f"{recipe.name}.pt", weights_only=True, map_location="cpu")["average"]
     for key, t in trained_state(recipe, pipe).items():
         t.copy_(average[key])
     pipe.transformer.to(torch.bfloat16)
@@ -379,13 +403,16 @@ def main(recipe: Recipe, description: str | None) -> None:
     parser.add_argument("--minutes", type=float, help="of training in all, resumed ones included")
     parser.add_argument("--runs", type=Path, help="folder of the checkpoints (default: .runs/ and the model's name)")
     parser.add_argument("--float32", action="store_true", help="train without bfloat16, where it is slower")
+    parser.add_argument("--device", default="cpu", help="that the transformer is trained on")
+    parser.add_argument("--batch", type=int, default=recipe.batch, help="pictures a step (default: %(default)s)")
     parser.add_argument("--count", type=int, default=200, help="held-out prompts to evaluate")
     options = parser.parse_args()
     runs = options.runs or Path(".runs") / options.folder.name
     if options.what == "vae":
         train_vae(recipe, options.folder, runs, options.minutes or 12, options.float32)
     elif options.what == recipe.name:
-        train_transformer(recipe, options.folder, runs, options.minutes or 120, options.float32)
+        recipe.batch = options.batch
+        train_transformer(recipe, options.folder, runs, options.minutes or 120, options.float32, options.device)
     elif options.what == "export":
         export(recipe, options.folder, runs)
     else:

@@ -175,7 +175,7 @@ def first_block_cache(_runs: Runs) -> list[Method]:
 
 def magcache(runs: Runs) -> list[Method]:
     """diffusers' MagCache: what it found in one run says which steps are skipped in all others."""
-    ratios = lru_cache(maxsize=1)(lambda pipe: _magnitudes(pipe, runs))
+    ratios = lru_cache(maxsize=1)(lambda pipe: magnitudes(pipe, runs))
     return [
         peer(
             "MagCache (diffusers)",
@@ -192,7 +192,7 @@ def magcache(runs: Runs) -> list[Method]:
     ]
 
 
-def _magnitudes(pipe: Any, runs: Runs) -> list[float]:
+def magnitudes(pipe: Any, runs: Runs) -> list[float]:
     """Calibrate MagCache on a run of the pipeline; it prints what it finds, as a list in its last line."""
     printed = StringIO()
     with cached("MagCacheConfig", calibrate=True, num_inference_steps=runs.steps)(pipe), redirect_stdout(printed):
