@@ -173,7 +173,7 @@ def test_other_weights_are_others(pipe):
 def test_the_weights_are_looked_at_again_only_when_they_change(pipe, monkeypatch):
     calibrate(pipe)
     looked = []
-    monkeypatch.setattr("lesa.host.choice.fingerprint", lambda some: looked.append(0) or fingerprint(some))
+    monkeypatch.setattr("lesa.host.found.fingerprint", lambda some: looked.append(0) or fingerprint(some))
     with lesa.accelerate(pipe):
         for _ in range(3):
             draw(pipe)

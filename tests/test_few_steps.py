@@ -216,7 +216,7 @@ def test_the_commands_collect_train_and_compare_at_few_steps(tmp_path, capsys, m
     assert str(predictor.schedule) == schedule and predictor.memory == 2
     assert predictor.origin.model.split(" with ") == [model[0], *model[2:]]
     capsys.readouterr()
-    compared = ["--pairs", "2", "--timed", "0", "--predictors", str(out), "--out", str(tmp_path / "bench")]
+    compared = ["--all", "--pairs", "2", "--timed", "0", "--predictors", str(out), "--out", str(tmp_path / "bench")]
     assert main(["bench", *model, *compared]) == 0
     table = capsys.readouterr().out
     for method in ("fewer steps", "reuse", "Taylor-1 (our tap)", "LESA", "bound (output tap)"):

@@ -76,7 +76,7 @@ def test_a_skipped_step_is_the_weighted_sum_of_its_row(tiny_hunyuan, place):
     assert seen.full == EVERY.full_steps(STEPS)
     for stream, plan in plans.items():
         features = seen.features[stream]
-        for step, (past, coefficients, _) in plan.rows.items():
+        for step, (past, coefficients, *_) in plan.rows.items():
             expected = torch.einsum("k,knc->nc", torch.tensor(coefficients), features[list(past)])
             torch.testing.assert_close(features[step], expected, rtol=0, atol=1e-5)
 

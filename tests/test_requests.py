@@ -60,7 +60,7 @@ def predictor(request, text) -> Predictor:
     if request.param == "trained":
         return LESA(origin(text))
     made = Solved(origin(text))
-    made.set_gaps(torch.eye(4).double() * 0.9)
+    made.set_gaps(torch.eye(4, 5).double() * 0.9)
     return made
 
 

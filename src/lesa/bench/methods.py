@@ -192,7 +192,7 @@ def line_up_planned(
             plain = untrained(reuse, lagrange=True, place=place, rivals=rivals, rows=rows)
             plain = {name: one for name, one in plain.items() if only is None or name in only}
             methods += [forecast(name, one, plan(one, budget, place), place) for name, one in plain.items()]
-        methods += [forecast(label(one), one, one.schedule_for(grid, budget)) for one in chosen]
+        methods += [forecast(label(one), one, one.schedule_for(grid, budget, one.begins[0])) for one in chosen]
     return methods
 
 

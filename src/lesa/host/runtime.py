@@ -350,7 +350,9 @@ def _schedule_for(forecaster: Forecaster, schedule: Schedule | None, budget: int
         raise ValueError("a schedule has its number of full steps; pass schedule= or budget=, not both.")
     if schedule is None and (schedule_for := own_schedules(forecaster, budget)) is not None:
         if isinstance(forecaster, predictors.Predictor):
-            forecaster.schedule_for(forecaster.grid, budget)  # an error now rather than in the run
+            forecaster.schedule_for(
+                forecaster.grid, budget, forecaster.begins[0]
+            )  # an error now rather than in the run
         return schedule_for
     if budget is not None:
         raise ValueError(f"a budget picks among a predictor's schedules, got {forecaster!r}; pass a schedule instead.")

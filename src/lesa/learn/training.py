@@ -121,7 +121,7 @@ class Problem:
         sampler: Sampler | None = None,
     ):
         self.grid = predictor.grid if grid is None else grid
-        schedule = schedule or predictor.schedule_for(self.grid)
+        schedule = schedule or predictor.schedule_for(self.grid, None, predictor.begins[0])
         self.steps = len(self.grid) - 1
         self.full = predictor.full_of(schedule, self.steps)
         self.pasts = predictor.pasts_of(self.full, self.steps)
