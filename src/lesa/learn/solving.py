@@ -143,12 +143,9 @@ class Problem(References):
         schedule = str(Schedule.at([self.start + k for k in full]))
         versions = {package: version(package) for package in ("torch", "diffusers")}
         grid, kind, tap = tuple(self.times.tolist()), type(first).__name__, tap_of(first, OUTPUT)
-        facts = dict(training=training, versions=versions)
-        made = Solved(
-            Origin(name, kind, configuration(first), tap, grid, schedule, STREAMS, **facts),
-            latents=self.latents,
-            of="output" if self.levels is None else DATA,
-        )
+        facts = name, kind, configuration(first), tap, grid, schedule, STREAMS
+        origin = Origin(*facts, training=training, versions=versions)
+        made = Solved(origin, self.latents, "output" if self.levels is None else DATA)
         made.set_gaps(rows)
         return made
 
