@@ -19,6 +19,7 @@ OUTSIDE = [
         path.relative_to(ROOT).as_posix()
         for pattern in (
             *(f"models/{one}" for one in ("*/README.md", "*/sheet.png", "*/*/README.md", "*/*/sheet.png")),
+            *("integrations/*/README.md", "integrations/*/*.png"),
             SCRIPTS,
         )
         for path in ROOT.glob(pattern)
