@@ -4,7 +4,7 @@ STAMP := .venv/.installed
 OLDEST := .venv-oldest
 
 .PHONY: setup demo docs test test-all test-oldest test-matrix faults lint format clean gpu-report \
-	bench bench-claims bench-grids bench-histories bench-qwen bench-video support resources
+	bench bench-all bench-claims bench-grids bench-histories bench-qwen bench-video support resources
 
 setup: $(STAMP)
 
@@ -63,6 +63,7 @@ clean:
 
 # What each makes stands at its head; models/recipes/ trains the predictors that they measure.
 bench: setup; benchmarks/flux.sh
+bench-all: setup; $(BIN)/python benchmarks/all.py && $(BIN)/python benchmarks/tables.py
 bench-claims: setup; benchmarks/claims.sh
 bench-grids: setup; benchmarks/grids.sh
 bench-histories: setup; benchmarks/histories.sh

@@ -86,8 +86,8 @@ def test_each_has_the_times_planned_for_it_and_is_rebuilt(pipe, grid):
 def test_the_nearest_by_real_runs_is_taken(pipe, grid):
     every, few = Schedule.every(1), Schedule.at([0, 1])
     tried = [samplers.at_times(EULER, samplers.times_of(grid, on), on) for on in (few, every)]
-    assert samplers._nearest(pipe, tried, PAIRS) is tried[1]
-    assert samplers._nearest(pipe, tried, []) is tried[0]
+    assert samplers.nearest(pipe, tried, PAIRS) is tried[1]
+    assert samplers.nearest(pipe, tried, []) is tried[0]
 
 
 def test_they_take_velocities_of_flow_matching_alone(pipe):

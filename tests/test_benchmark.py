@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from lesa.bench import benchmark, cost, records, report
+from lesa.bench import benchmark, compare, cost, records, report
 from lesa.bench.bound import add_bounds, bound_error, decode
 from lesa.bench.cost import Watch
 from lesa.bench.lines import Pair, Record, Time
@@ -34,6 +34,7 @@ from lesa.learn import metrics
 from lesa.learn.collect import record
 from lesa.learn.metrics import float_psnr, psnr, relative_error
 from lesa.predictors import L2P, LESA, Origin, Predictor
+from lesa.predictors.solved import Solved
 from lesa.rows import plan
 from lesa.rows.forecasters import Reuse, Taylor
 from lesa.rows.schedule import Schedule
@@ -436,11 +437,40 @@ def test_times_are_of_one_thread(pipe, monkeypatch):
         torch.set_num_threads(threads)
 
 
+def test_calibrated_rows_are_methods_beside_the_predictors(pipe):
+    solved, ours = trained(Solved, "at:0,3,6", {}), trained(LESA, "at:0,3,6", {})
+    options = dict(schedules=[Schedule.every(2)], budgets=[], rows={})
+    lined_up = compare.line_up(pipe, compare.CompareOptions(predictors=[ours], calibrated=[solved], **options))
+    kept = [method for method in lined_up if method.name == "calibrated"]
+    assert [method.schedule for method in kept] == ["at:0,3,6"] and kept[0].recipe == {"predictor": solved.digest()}
+    assert "LESA" in {method.name for method in lined_up}
+    for one in (True, False):
+        shown = compare.CompareOptions(predictors=[], calibrated=[solved] if one else [], **options)
+        assert ("calibrated" in {method.name for method in compare.line_up(pipe, shown)}) is one
+
+
 def test_a_step_is_full_if_a_block_ran_in_any_of_its_streams(pipe):
     watch = Watch(pipe)
     with watch.counting():
         pipe(PROMPTS[0], negative_prompt="fish", true_cfg_scale=2.0, callback_on_step_end=watch.on_step_end)
     assert watch.full_steps == STEPS
+
+
+def test_a_pipeline_of_before_callbacks_on_step_end_is_watched(pipe):
+    """Its `callback` is told of the same steps."""
+
+    class Before(type(pipe)):
+        def __call__(self, prompt, callback, **call):
+            def tell(_pipe, step, time, tensors):
+                callback(step, time, tensors["latents"])
+                return tensors
+
+            return super().__call__(prompt, callback_on_step_end=tell, **call)
+
+    before = Before(**pipe.components)
+    pairs = [Pair(PROMPTS[0], 0)]
+    told, known = benchmark.observe(before, REUSE, pairs), benchmark.observe(pipe, REUSE, pairs)
+    assert told.full == known.full and torch.equal(told.latents, known.latents)
 
 
 @pytest.mark.parametrize("place", ["feature", "output"])

@@ -198,7 +198,7 @@ def observe(pipe: Any, method: Method, pairs: Sequence[Pair]) -> Drawn:
         return _together([observe(pipe, method, [pair]) for pair in pairs])
     watch = Watch(pipe)
     with method.switch(pipe), watch.counting(), watch.counting_flops(), watch.recording():
-        drawn = decoded(pipe, pairs, **method.call, callback_on_step_end=watch.on_step_end)
+        drawn = decoded(pipe, pairs, **method.call, **watch.listening())
         times = torch.as_tensor(pipe.scheduler.timesteps).tolist()
     full = () if method.partial else tuple(watch.full)
     flops = [watch.flops / len(pairs)] * len(pairs)
@@ -328,7 +328,7 @@ def _cost(pipe: Any, method: Method, pair: Pair) -> Cost:
         return watch.on_step_end(*state)
 
     def call() -> None:
-        decoded(pipe, [pair], **method.call, callback_on_step_end=on_step_end)
+        decoded(pipe, [pair], **method.call, **watch.listening(on_step_end))
 
     with method.switch(pipe) as run, watch.counting():
         counted, ours = flops(pipe, call), run if isinstance(run, Run) else None
@@ -389,5 +389,5 @@ def _turn(pipe: Any, method: Method, pairs: Sequence[Pair]) -> list[Time]:
 def _time(pipe: Any, method: Method, pair: Pair, watch: Watch) -> tuple[float, float]:
     with watch.timing():
         began = time.perf_counter()
-        decoded(pipe, [pair], **method.call, callback_on_step_end=watch.on_step_end)
+        decoded(pipe, [pair], **method.call, **watch.listening())
         return watch.seconds, time.perf_counter() - began

@@ -45,7 +45,8 @@ class CompareOptions:
 
     `methods` alone, if there are any (of `lesa.bench.methods`); else those without training and the `predictors` (by
     default those shipped with the model) on each of the `schedules` and on those planned for the `budgets`, numbers of
-    full steps; `usual` are the budgets of long runs if none are named. It is planned on the runs of `data`, or on new
+    full steps; `usual` are the budgets of long runs if none are named. `calibrated` are predictors of calibrations, on
+    the schedules that they were solved for, measured beside them. It is planned on the runs of `data`, or on new
     ones of prompts that the model comes with. `peers` adds other projects' caches by their names (or 'all'), `fine` a
     run of so many steps that PSNR is measured against too, `bound` the bound of each schedule. `only` keeps the methods
     of these names; `rows` are compared in place of the usual ones without training, by their names in tables.
@@ -62,6 +63,7 @@ class CompareOptions:
     budgets: Sequence[int] | None = None
     usual: Sequence[int] = BUDGETS
     predictors: Sequence[Predictor] | None = None
+    calibrated: Sequence[Predictor] = ()
     data: Store | None = None
     peers: Sequence[str] = ()
     fine: int | None = None
@@ -149,6 +151,7 @@ def line_up(pipe: Any, options: CompareOptions, folder: str | Path | None = None
     if options.methods:
         return list(options.methods)
     predictors = shipped(pipe, not options.demo) if options.predictors is None else options.predictors
+    predictors = [*predictors, *options.calibrated]
     more: Any = dict(reuse=not options.demo, rivals=not options.demo, rows=options.rows)
     lined_up = methods.line_up(_steps(pipe), _schedules(pipe, options), predictors, **more)
     if _budgets(pipe, options):
@@ -181,7 +184,7 @@ def _left_out(pipe: Any, options: CompareOptions, lined_up: Sequence[Method]) ->
     """
     there, known = {method.recipe.get("predictor") for method in lined_up}, {method.key for method in lined_up}
     found: list[Method] = []
-    for one in options.predictors or ():
+    for one in (*(options.predictors or ()), *options.calibrated):
         if one.digest() in there or isinstance(one, ContinuousLESA):
             continue
         if len(one.grid) - 1 != _steps(pipe):

@@ -21,15 +21,18 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from lesa.host.head import to_tokens
 from lesa.host.intercept import intercept
 from lesa.host.tap import part_of, tap_of
+from lesa.learn.calls import takes
 from lesa.learn.trajectory import draw_tokens
 
+OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+"""(pipeline, step, time step, tensors by name) -> what is put in place of some of these"""
 PACKAGES = ("lesa-cache", "torch", "diffusers", "transformers", "numpy", "scikit-image")
 
 
 class Watch:
     """Looks at one call of a pipeline from the outside: times its denoising loop, or sees what its steps do.
 
-    The loop begins when the transformer is first called and ends with the last step's `callback_on_step_end`, which
+    The loop begins when the transformer is first called and ends with what the pipeline tells of its last step, which
     comes right after the scheduler's step: text encoders and decoder are outside, and what an acceleration does in the
     transformer's calls is inside. Work queued on a GPU is waited for at both ends. A step is full if the last block ran
     in it, in whatever stream; seeing that hooks a block, so it is left to calls that are not timed.
@@ -108,6 +111,16 @@ class Watch:
             return [a.elapsed_time(b) / 1000 for a, b in pairwise(marks)]
         return [b - a for a, b in pairwise(marks)]
 
+    def listening(self, on_step_end: OnStepEnd | None = None) -> dict[str, Any]:
+        """Return the argument of a call by which its pipeline tells `on_step_end` of each step, by default this one's.
+
+        Pipelines of before `callback_on_step_end` have a `callback`, which is told the same.
+        """
+        pipe, told = self._pipe, on_step_end or self.on_step_end
+        if takes(pipe, "callback_on_step_end"):
+            return {"callback_on_step_end": told}
+        return {"callback": lambda step, timestep, latents: told(pipe, step, timestep, {"latents": latents})}
+
     def on_step_end(self, pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's `callback_on_step_end`; keeps the last `latents`, and changes nothing."""
         if self._ran:
@@ -116,7 +129,7 @@ class Watch:
         self._ran, self._passed = False, []
         if self._began is not None:
             self._marks.append(_mark(pipe.transformer))
-        if step == pipe.num_timesteps - 1:
+        if step == len(pipe.scheduler.timesteps) - 1:
             _wait_for(pipe.transformer)
             self.seconds = time.perf_counter() - (self._began or 0.0)
             self.latents = tensors["latents"]

@@ -15,6 +15,7 @@ from lesa.bench.lines import TRAINING, Key
 from lesa.host.runtime import accelerate
 from lesa.host.tap import OUTPUT, place_of
 from lesa.predictors import LESA, ContinuousLESA, Predictor
+from lesa.predictors.solved import Solved
 from lesa.rows.default import Default
 from lesa.rows.forecasters import Forecaster, Lagrange, Reuse, Taylor
 from lesa.rows.rivals import ABCache, FoCa, Hermite, MeanCache, Spectrum
@@ -76,6 +77,8 @@ REFERENCE = Method(*kept.REFERENCE)
 """The run that all others are measured against."""
 
 
+CALIBRATED = "calibrated"
+"""What a calibration kept: solved rows, or rows without training where these were better on its checked calls."""
 BOUND = "bound (output tap)"
 """No method: `bound_error` as pictures. Forecasts of what enters the final norm can be above it."""
 
@@ -130,6 +133,8 @@ def rebuild(entry: Mapping[str, Any], predictors: Sequence[Predictor] = ()) -> M
 
 def label(predictor: Predictor) -> str:
     """Name a predictor in tables: its method, and in brackets what sets it apart from the usual one of its kind."""
+    if isinstance(predictor, Solved):
+        return CALIBRATED
     training, place = predictor.origin.training, _place(predictor)
     apart = [] if place == FEATURE else [f"{place} tap"]
     apart += ["with forecasts"] if isinstance(predictor, LESA) and predictor.remembers_forecasts else []

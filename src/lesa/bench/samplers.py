@@ -106,11 +106,11 @@ def line_up(
         schedules = list(dict.fromkeys(plan(one, budget) for one in CANDIDATES))
         for name, kind in KINDS.items():
             tried = [at_times(name, times_of(grid, one), one) for one in (schedules if kind else schedules[:1])]
-            methods.append(_nearest(pipe, tried, pairs))
+            methods.append(nearest(pipe, tried, pairs))
     return methods
 
 
-def _nearest(pipe: Any, tried: Sequence[Method], pairs: Sequence[Pair]) -> Method:
+def nearest(pipe: Any, tried: Sequence[Method], pairs: Sequence[Pair]) -> Method:
     """Return the method whose runs of these pairs end nearest to the reference runs'; without pairs the first."""
     if len(tried) == 1 or not pairs:
         return tried[0]

@@ -18,6 +18,7 @@ from lesa.learn import ranks
 from lesa.learn.collecting import as_collected, opened
 from lesa.learn.ranks import Ranks
 from lesa.predictors import Predictor
+from lesa.predictors.calibration import Calibration
 from lesa.predictors.shipped import SHIPPED_FOLDER
 from lesa.rows.named import named
 
@@ -40,7 +41,8 @@ def _compare(given: Namespace, name: str) -> None:
         load = options.load_options(given)
         out = options.folder(given.out)
         pipe = loaded(as_collected(load, chosen.data) if chosen.data else load)
-        chosen = replace(chosen, predictors=_predictors(pipe, given.predictors))
+        calibrated = [found for place in given.calibrated for found in Calibration.read(place).predictors()]
+        chosen = replace(chosen, predictors=_predictors(pipe, given.predictors), calibrated=calibrated)
         steps = compare(pipe, prompts, out, chosen, at=at).setting["call"]["num_inference_steps"]
         if at.leads:
             options.say(f"\n{len(prompts)} prompts of {source}, {steps} steps\n")

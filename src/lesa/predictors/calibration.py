@@ -104,6 +104,13 @@ class Calibration:
             raise ValueError(f"{folder} holds another predictor than the one calibrated; calibrate anew.")
         return found
 
+    def predictors(self) -> list[Predictor]:
+        """Load the predictors of all budgets, the one of the most full steps first.
+
+        Raises: as `predictor` does.
+        """
+        return [self.predictor(budget) for budget in sorted(self.budgets, reverse=True)]
+
     def budget_for(self, budget: int | None = None, quality: str | None = None) -> int:
         """Return the budget to run with: the one named, the smallest that keeps a quality, or the one chosen.
 

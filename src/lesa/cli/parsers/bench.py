@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
     example = "lesa demo --model models/emoji-flux --pairs 8"
     parser = options.command(commands, "demo", "bench.demo", words, example, EMBEDDED)
     parser.set_defaults(peers=[], fine=None, bound=False, differences=None, predictors=None, only=None, anew=True)
-    parser.set_defaults(rows=None, demo=True, whole=False)
+    parser.set_defaults(calibrated=[], rows=None, demo=True, whole=False)
     _add_comparison(parser, pairs=32, timed=4, budgets=(6,), out="out/demo")
     words = "compare the methods on many pairs, with paired differences and the bound"
     examples = (
@@ -35,6 +35,8 @@ def add(commands: Any) -> None:
 
 def _add_choices(parser: ArgumentParser) -> None:
     parser.add_argument("--predictors", nargs="+", metavar="FOLDER", help="default: those shipped with the model")
+    words = "calibrations, in the folders of a shelf (lesa shelf): their rows beside the predictors"
+    parser.add_argument("--calibrated", nargs="+", default=[], metavar="FOLDER", help=words)
     _add_differences(parser)
     parser.add_argument(
         "--peers", nargs="+", default=[], metavar="NAME", help="other projects' caches, and better samplers; or: all"
