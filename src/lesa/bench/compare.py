@@ -21,6 +21,7 @@ from lesa.bench.scores import Score
 from lesa.host import needs
 from lesa.host.pipelines import arguments_of, source_of, steps_of
 from lesa.host.tap import OUTPUT
+from lesa.learn import said
 from lesa.learn.call_files import prompts_of, read_prompts
 from lesa.learn.calls import Call
 from lesa.learn.plan import FEW_STEPS, finder, planner_of, shipped_prompts
@@ -85,6 +86,7 @@ class CompareOptions:
             )
 
 
+@said.once()
 def compare(
     pipe: Any,
     prompts: Sequence[Call],
