@@ -46,6 +46,7 @@ from lesa.predictors.calibration import Quality
 from lesa.predictors.curve import SOLVED, Point, Tried
 from lesa.predictors.shelf import Shelf
 from lesa.predictors.shipped import shipped_for
+from lesa.rows.forecasters import Forecaster
 
 HEADS = (
     "full steps",
@@ -73,16 +74,23 @@ def pipeline(options: argparse.Namespace) -> Any:
     return pipe
 
 
-def everyone(known: Checks, plans: Rivals, budget: int) -> list[Tried]:
-    """Run every row without training on the schedule that real runs choose for it; returns all, the best one first.
+def everyone(known: Checks, plans: Rivals, budget: int, refined: int) -> list[Tried]:
+    """Run every row without training on the schedule that algebra plans for it, and so many of the best of them on the
+    one that real runs choose; returns all, the best one first.
 
-    The best of them is found on the held-out prompts themselves, which favours them.
+    What is best is found on the held-out prompts themselves, which favours them.
     """
-    found = []
-    for name, forecaster in untrained(True, lagrange=True, place=OUTPUT, rivals=True).items():
-        schedule = plans.refined(forecaster, budget)
-        found.append(known.run(f"{name}, refined plan", forecaster, schedule))
+    found: list[Tried] = []
+
+    def run(name: str, forecaster: Forecaster, schedule: lesa.Schedule) -> float:
+        found.append(known.run(name, forecaster, schedule))
         print(f"{budget} full steps, {name} on {schedule}: drift {metrics.interval(found[-1].drift)}", flush=True)
+        return fmean(found[-1].drift)
+
+    rows = untrained(True, lagrange=True, place=OUTPUT, rivals=True)
+    planned = {name: run(f"{name}, planned", one, plans.planned(one, budget)) for name, one in rows.items()}
+    for name in sorted(rows, key=planned.__getitem__)[:refined]:
+        run(f"{name}, refined plan", rows[name], plans.refined(rows[name], budget))
     return sorted(found, key=lambda one: fmean(one.drift))
 
 
@@ -119,7 +127,7 @@ def measured(options: argparse.Namespace, pipe: Any, points: Sequence[Point]) ->
         rival = min((one for one in point.tried if one.rows != SOLVED), key=lambda one: fmean(one.drift))
         found.append(known.run(rival.rows, by_name[rival.rows], lesa.Schedule.parse(rival.schedule)))
         if options.rivals:
-            found += everyone(known, plans, point.full_steps)
+            found += everyone(known, plans, point.full_steps, options.rivals)
         try:
             trained = shipped_for(pipe, budget=point.full_steps)
             schedule = trained.schedule_for(kept.grid, point.full_steps)
@@ -155,7 +163,7 @@ def main() -> None:
     parser.add_argument("--checked", type=int)
     parser.add_argument("--pairs", type=int, default=200, help="held-out ones (200)")
     parser.add_argument("--batch", type=int, default=25)
-    parser.add_argument("--rivals", action="store_true", help="every row without training, on a plan that is refined")
+    parser.add_argument("--rivals", type=int, default=0, help="every row without training, planned; so many refined")
     parser.add_argument("--refine", type=int, default=lesa.CalibrateOptions.refine)
     parser.add_argument("--seed", type=int, default=0, help="of the calibration's noise and choice of prompts")
     options = parser.parse_args()

@@ -66,11 +66,19 @@ class Rivals:
         """
         found, why = [Rival(one, schedule) for one in UNTRAINED], ""
         try:
-            planner = self._planned_by()
-            found += [Rival(one, _planned(planner, one, budget, begins)) for one in UNTRAINED]
+            found += [Rival(one, self.planned(one, budget, begins)) for one in UNTRAINED]
         except ValueError as error:
             why = f"no schedules were planned for rows without training: {error}"
         return list(dict.fromkeys(found)), why
+
+    def planned(self, forecaster: Forecaster, budget: int, begins: Sequence[int] = ()) -> Schedule:
+        """Return the schedule that algebra plans for a forecaster, with the steps `begins` among its full ones.
+
+        Raises: ValueError as `lesa.learn.collect.record` and `Planner` do.
+        """
+        planner = self._planned_by()
+        full = planner.search(forecaster, budget).full_steps(planner.steps, planner.begins[0])
+        return Schedule.at(with_begins(sorted({*full, *planner.begins}), begins))
 
     def refined(self, forecaster: Forecaster, budget: int) -> Schedule:
         """Return the schedule that real runs choose for a forecaster, among plans of more and more caution.
@@ -94,12 +102,6 @@ class Rivals:
                 yield
             finally:
                 self.transformer_runs += runs() * (calls if self._together else 1)
-
-
-def _planned(planner: Planner, forecaster: Forecaster, budget: int, begins: Sequence[int]) -> Schedule:
-    """Return the schedule planned for a forecaster, with the steps `begins` among its full ones."""
-    full = planner.search(forecaster, budget).full_steps(planner.steps, planner.begins[0])
-    return Schedule.at(with_begins(sorted({*full, *planner.begins}), begins))
 
 
 @torch.no_grad()
