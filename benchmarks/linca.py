@@ -22,7 +22,7 @@ from typing import Any
 import lesa
 from lesa.bench import benchmark, linca
 from lesa.bench.compare import shipped
-from lesa.bench.lines import Key, Record
+from lesa.bench.lines import DRIFT, Key, Record
 from lesa.bench.methods import FEATURE, Method, forecast, label
 from lesa.bench.report import markdown
 from lesa.host.tap import place_of, tap_of
@@ -54,7 +54,7 @@ def measured(pipe: Any, methods: Sequence[Method], prompts: Sequence[str], seed:
 
 
 def drift_of(records: Sequence[Record]) -> float:
-    return fmean(record.drift for record in records)
+    return fmean(record.scores[DRIFT] for record in records)
 
 
 def trained(pipe: Any, runs: Sequence[Trajectory], schedule: Schedule, checks: Sequence[str]) -> Method:
@@ -83,7 +83,7 @@ def lines(pipe: Any, runs: Sequence[Trajectory], schedule: Schedule, options: ar
     return [
         [
             *(str(schedule), count, method.name),
-            f"{interval([record.drift for record in found[method.key]]):.2f}",
+            f"{interval([record.scores[DRIFT] for record in found[method.key]]):.2f}",
             f"{interval([record.psnr for record in found[method.key]]):.2f}",
             seconds if method is ours else "",
         ]

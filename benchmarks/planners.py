@@ -145,13 +145,13 @@ def budcache(task: Task, prompts: int, **options: Any) -> Found:
 
 
 def budcache_for_less(task: Task) -> Found:
-    """Search with no more transformer runs than our planner takes: on as many prompts as leave enough tries, half of
-    them to anneal."""
+    """Search with as many transformer runs as our planner takes: on as many prompts as leave enough tries, half of them
+    to anneal, and anew where it ends early."""
     model, each = task.model, task.model.reference_runs // len(task.model.prompts)
     one = each * task.budget // model.steps
     prompts = min(max(1, task.limit // (each + TRIES * one)), len(model.prompts))
-    most = (task.limit - each * prompts) // (one * prompts)
-    settings = planners.PUBLISHED._replace(iterations=min(planners.PUBLISHED.iterations, most // 2))
+    most = max(1, (task.limit - each * prompts) // (one * prompts))
+    settings = planners.PUBLISHED._replace(iterations=min(planners.PUBLISHED.iterations, most // 2), starts=most)
     return budcache(task, prompts, first=1, most=most, settings=settings)
 
 

@@ -166,6 +166,9 @@ def test_budcache_keeps_its_first_steps_and_its_limit():
     planners.budcache(loss, 30, 8, first=1, most=60)
     assert any(full[:2] != (0, 1) for full in run)
     assert planners.budcache(loss, 4, 4).full == (0, 1, 2, 3)
+    alone = planners.PUBLISHED._replace(iterations=0, jumps=0)
+    once, often = (planners.budcache(loss, 30, 3, most=99, settings=alone._replace(starts=n)).tried for n in (1, 99))
+    assert once < often == 99
     with pytest.raises(ValueError, match="change the budget"):
         planners.budcache(loss, 4, 5)
 

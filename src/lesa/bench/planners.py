@@ -20,6 +20,8 @@ from lesa.rows.forecasters import Forecaster
 Full = tuple[int, ...]
 Loss = Callable[[Full], float]
 """What is left at the end of real runs with these full steps, the less the better."""
+Around = Callable[[Full], Sequence[Full]]
+"""The schedules that are near one."""
 
 SPANS = 6
 """MeanCache's spans go from 0, which is reuse, to one less."""
@@ -148,6 +150,7 @@ class Annealing(NamedTuple):
     rounds: int = 20
     window: int = 3
     jumps: int = 2
+    starts: int = 1
 
 
 PUBLISHED = Annealing()
@@ -173,10 +176,10 @@ def budcache(
 ) -> Search:
     """Search as BudCache does (arXiv 2606.13496): simulated annealing by real runs, then hill climbing from the best.
 
-    It begins at random, with the first budget / 4 steps full, or so many `first` ones. A move shifts a full step within
-    a window, or swaps it with any other; a worse one is taken with probability exp(-change / temperature). Hill
-    climbing then goes to the best of all shifts and of some swaps drawn for each full step, while there is a better
-    one. No schedule is run twice, and at most so many are.
+    It begins at random, as often as its settings say, with the first budget / 4 steps full, or so many `first` ones. A
+    move shifts a full step within a window, or swaps it with any other; a worse one is taken with probability
+    exp(-change / temperature). Hill climbing then goes to the best of all shifts and of some swaps drawn for each full
+    step, while there is a better one. No schedule is run twice, and at most so many are.
 
     Raises: ValueError if the budget does not fit.
     """
@@ -186,25 +189,46 @@ def budcache(
     drawn, known = random.Random(seed), dict[Full, float]()
 
     def real(full: Full) -> float:
-        if full not in known:
-            known[full] = loss(full) if len(known) < most else math.inf
-        return known[full]
+        if full in known:
+            return known[full]
+        if len(known) >= most:
+            return math.inf
+        return known.setdefault(full, loss(full))
 
-    here = tuple(sorted([*range(first), *drawn.sample(range(first, steps), budget - first)]))
-    start = real(here)
-    for number in range(settings.iterations if first < budget < steps else 0):
+    def around(full: Full) -> Sequence[Full]:
+        return _neighbours(full, steps, first, settings, drawn)
+
+    best: Full = ()
+    for _ in range(settings.starts):
+        if best and len(known) >= most:
+            break
+        start = tuple(sorted([*range(first), *drawn.sample(range(first, steps), budget - first)]))
+        found = _climbed(_annealed(start, real, around, settings, drawn), real, around, settings)
+        best = min(best or found, found, key=real)
+    return Search(best, known[best], len(known))
+
+
+def _annealed(here: Full, real: Loss, around: Around, settings: Annealing, drawn: random.Random) -> Full:
+    """Return the best schedule that annealing came to."""
+    best, start = here, real(here) or 1.0  # nothing is better than no loss
+    for number in range(settings.iterations):
         cooled = (settings.coldest / settings.hottest) ** (number / settings.iterations)
-        moved = drawn.choice(_neighbours(here, steps, first, settings, drawn))
+        moved = drawn.choice(around(here) or [here])
         worse = (real(moved) - real(here)) / (settings.hottest * cooled * start)
         if worse < 0 or drawn.random() < math.exp(-worse):
             here = moved
-    best = min(known, key=lambda full: known[full])
+        best = min(best, here, key=real)
+    return best
+
+
+def _climbed(here: Full, real: Loss, around: Around, settings: Annealing) -> Full:
+    """Return where going to the best neighbour ends."""
     for _ in range(settings.rounds):
-        around = min(_neighbours(best, steps, first, settings, drawn), key=real, default=best)
-        if real(around) >= known[best]:
+        better = min(around(here), key=real, default=here)
+        if real(better) >= real(here):
             break
-        best = around
-    return Search(best, known[best], sum(map(math.isfinite, known.values())))
+        here = better
+    return here
 
 
 def _neighbours(full: Full, steps: int, first: int, settings: Annealing, drawn: random.Random) -> Sequence[Full]:
