@@ -312,11 +312,12 @@ class Found:
         if key in self._kept:
             return self._kept[key]
         nearest = min(reasons, key=lambda reason: reason[0])[1]
+        took = next((f" ({one.name} took {one.took})" for one in self._calibrations if one.took), "")
         more = f" ({len(reasons) - 1} more fit less)" if len(reasons) > 1 else ""
         raise ValueError(
             f"there are predictors for these weights, but none fits this run: {nearest}{more}. Call the pipeline "
             "as they were made, or calibrate with the arguments of this call: lesa.calibrate(pipe, prompts, "
-            f"budget=8, ...), or say what such runs do instead: {INSTEAD}."
+            f"budget=8, ...){took}, or say what such runs do instead: {INSTEAD}."
         )
 
 

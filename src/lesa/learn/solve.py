@@ -167,7 +167,7 @@ class Solver(Problem):
         of so many."""
         for one in near:
             if isinstance(one, Solved) and one.basis and len(one.full) == budget and not matches(one.grid, self.times):
-                return one.basis.at(self.times.double(), self.gram / self.calls).search(self.response)
+                return one.basis.at(self.times.double(), self.gram / len(self.weights)).search(self.response)
         return None
 
     def _starts(self, budget: int, near: Sequence[Solved | Schedule]) -> list[Full]:
