@@ -1,6 +1,7 @@
 """Rows carried to other grids: exact where outputs are polynomials in t, the same on their own grid, else refused."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from test_solve import CALL, PROMPTS
 import lesa
 from lesa.host.facts import listen
 from lesa.learn.bases import basis_of
+from lesa.learn.calibrate import CalibrateOptions, calibrate
 from lesa.learn.solve import Solver
 from lesa.predictors import Predictor
 from lesa.predictors.fingerprint import fingerprint
@@ -171,6 +173,27 @@ def test_rows_without_a_basis_are_not_carried(solver):
         made.carried(grid(7), euler(grid(7)))
 
 
+def test_rows_solved_near_those_of_another_grid_try_no_schedule(tiny_flux, solver):
+    there = Solver(tiny_flux, PROMPTS, range(2), dict(CALL, num_inference_steps=7))
+    first, _ = solver.solve(schedule=Schedule.at([0, 3, 5]), refine=0)
+    known = first.basis.at(there.times.double(), there.gram / 2)
+    torch.testing.assert_close(known.gram[:8, :8], there.gram / 2, rtol=0, atol=0)
+    found, report = there.solve(3, near=[first], refine=0)
+    assert found.full == known.search(there.response)
+    assert report.tried == 0 and report.counts.search == 0 < report.counts.rounds
+    assert report.drift == pytest.approx(there.rounds(found.full, 6)[0].drift)
+
+
+def test_a_calibration_begins_near_another_of_the_same_weights(tiny_flux, tmp_path):
+    shelf, options = Shelf(tmp_path), CalibrateOptions(most=3, refine=0, progress=False, pictures=False, rivals=False)
+    calls: list[dict[str, Any]] = [dict(CALL, num_inference_steps=steps) for steps in (8, 7)]
+    calibrate(tiny_flux, PROMPTS, None, options, budget=3, shelf=shelf, **calls[0])
+    found = calibrate(tiny_flux, PROMPTS, None, options, budget=3, shelf=shelf, near=True, **calls[1])
+    assert found.curve and found.curve.points[0].transformer_runs["search"] == 0 and len(shelf.all()) == 2
+    with pytest.raises(LookupError, match="got none on the shelf"):
+        calibrate(tiny_flux, PROMPTS, None, options, budget=3, shelf=Shelf(tmp_path / "new"), near=True, **calls[1])
+
+
 # --- found at a run's first step
 
 
@@ -185,7 +208,8 @@ def calibrated(tiny_flux, solver, tmp_path, monkeypatch):
     with listen(tiny_flux) as facts:
         draw(tiny_flux, **CALL)
     predictor, _ = solver.solve(schedule=Schedule.at([0, 3, 5]), refine=0)
-    table = {"checked": {"3": {"psnr": {"mean": 40.0}}}}
+    points = [{"transformer_runs": {"reference": 1000, "search": 200 + k}} for k in range(2)]
+    table = {"checked": {"3": {"psnr": {"mean": 40.0}}}, "curve": {"points": points}}
     return Shelf().put(fingerprint({"transformer": tiny_flux.transformer}), facts[0], {3: predictor}, table).name
 
 
@@ -203,7 +227,11 @@ def test_rows_carried_to_other_times_are_found_and_it_is_said(tiny_flux, calibra
 @pytest.mark.parametrize(
     ("call", "asked", "words"),
     [
-        ({"num_inference_steps": 3}, {}, "not carried to these 3: rows of 8 steps are carried to 40% of these or more"),
+        (
+            {"num_inference_steps": 3},
+            {},
+            r"3 steps instead of 8\), and not carried to these: rows of 8 steps are carried to 40% of these or more",
+        ),
         ({"num_inference_steps": 9}, {}, "rows are carried to times from 1.0000 to"),
         ({"height": 48}, {"quality": "psnr:30"}, "nothing was checked there, got quality 'psnr:30'"),
         ({"height": 48}, {"budget": 5}, "calibrated for the budgets 3, got 5"),
@@ -212,7 +240,10 @@ def test_rows_carried_to_other_times_are_found_and_it_is_said(tiny_flux, calibra
 )
 def test_runs_that_rows_are_not_carried_to_are_refused(tiny_flux, calibrated, call, asked, words):
     with (
-        pytest.raises(ValueError, match=rf"none fits this run: {calibrated} is for .*{words}"),
+        pytest.raises(
+            ValueError,
+            match=rf"none fits this run: {calibrated} is for other runs .*{words}.* took 1,401 transformer runs",
+        ),
         lesa.accelerate(tiny_flux, **asked),
     ):
         draw(tiny_flux, **{**CALL, **call})

@@ -118,7 +118,7 @@ def calibrate(given: Namespace) -> int:
         if pictures is not None:
             worst[point.full_steps] = pictures
 
-    asked = dict(budget=given.budget, budgets=given.budgets, target=given.target)
+    asked = dict(budget=given.budget, budgets=given.budgets, target=given.target, near=given.near)
     pipe = loaded(load)
     predictor = calibration.calibrate(pipe, prompts, given.out, chosen, **asked, on_point=told)
     curve = predictor.curve

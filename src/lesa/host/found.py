@@ -100,10 +100,11 @@ class Found:
         Raises: ValueError if there are predictors for these weights and none of them fits, unless there is a fallback.
         """
         reasons: list[tuple[int, str]] = []
-        for calibration in [*self._calibrations, *self._of_hub()]:
+        calibrations = [*self._calibrations, *self._of_hub()]
+        for calibration in calibrations:
             if (found := self._calibrated(calibration, first, reasons)) is not None:
                 return found
-        for calibration in sorted(self._calibrations, key=partial(_apart, first.times)):
+        for calibration in sorted(calibrations, key=partial(_apart, first.times)):
             if (found := self._carried(calibration, first, reasons)) is not None:
                 return found
         for predictor in self._predictors():
@@ -156,7 +157,9 @@ class Found:
         return True
 
     def _calibrated(self, calibration: Calibration, first: FirstStep, reasons: list[tuple[int, str]]) -> Chosen | None:
-        """Choose among the budgets of a calibration if it fits; else add the reason why not."""
+        """Choose among the budgets of a calibration if it fits; else add why not, unless its rows may be carried."""
+        if self._is_elsewhere(calibration, first):
+            return None
         differences = first.facts.differences(calibration.facts)
         if calibration.fingerprint != self._weights:
             differences.insert(0, "other weights")
@@ -177,16 +180,22 @@ class Found:
 
     def _carried(self, calibration: Calibration, first: FirstStep, reasons: list[tuple[int, str]]) -> Chosen | None:
         """Choose rows of a calibration carried to other times, if nothing else differs; else add the reason why not."""
-        known, here = calibration.facts, first.facts
-        if not _other_times(calibration, here.times) or here.differences(replace(known, times=here.times)):
+        if not self._is_elsewhere(calibration, first):
             return None
         try:
             key = self._carry(calibration, first, reasons)
         except ValueError as error:
-            steps = f"{known.steps} steps, and its rows are not carried to these {here.steps}"
-            reasons.append((0, f"{calibration.name} is for {steps}: {without_stop(error)}"))
+            differences = "; ".join(first.facts.differences(calibration.facts))
+            why = f"({differences}), and not carried to these: {without_stop(error)}"
+            reasons.append((1, f"{calibration.name} is for other runs {why}"))
             return None
         return self._judged(key, first, reasons)
+
+    def _is_elsewhere(self, calibration: Calibration, first: FirstStep) -> bool:
+        """Tell whether a run differs from those of a calibration in its times, and in nothing else."""
+        known = replace(calibration.facts, times=first.facts.times)
+        others = calibration.fingerprint != self._weights or first.facts.differences(known)
+        return not others and _other_times(calibration, first.times)
 
     def _carry(self, calibration: Calibration, first: FirstStep, reasons: list[tuple[int, str]]) -> tuple:
         """Keep rows carried to the run's times as a choice; returns its key.
@@ -303,11 +312,12 @@ class Found:
         if key in self._kept:
             return self._kept[key]
         nearest = min(reasons, key=lambda reason: reason[0])[1]
+        took = next((f" ({one.name} took {one.took})" for one in self._calibrations if one.took), "")
         more = f" ({len(reasons) - 1} more fit less)" if len(reasons) > 1 else ""
         raise ValueError(
             f"there are predictors for these weights, but none fits this run: {nearest}{more}. Call the pipeline "
             "as they were made, or calibrate with the arguments of this call: lesa.calibrate(pipe, prompts, "
-            f"budget=8, ...), or say what such runs do instead: {INSTEAD}."
+            f"budget=8, ...){took}, or say what such runs do instead: {INSTEAD}."
         )
 
 

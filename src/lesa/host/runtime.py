@@ -225,7 +225,8 @@ def accelerate(
     called; then the model is as it was. Without a schedule it is the forecaster's own.
 
     Without a forecaster either, what fits is found for each run at its first step: what was calibrated for these
-    weights and such runs (`lesa.calibrate`, `lesa shelf`), else what is shipped beside the model, else what is in the
+    weights and such runs (`lesa.calibrate`, `lesa shelf`), else for others that differ in their times alone, whose rows
+    are carried to these where they can be, else what is shipped beside the model, else what is in the
     repository `hub`; where nothing was made for these weights, a cautious default that needs no training, with a
     warning. `budget`, a number of full steps, or `quality`, 'psnr:40', 'ssim:0.97' or 'drift:-45' as the mean over the
     prompts checked, choose among the budgets that were calibrated.

@@ -8,6 +8,7 @@ reuse, on schedules planned for these and on the solved one's own. Where one of 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from lesa.learn.references import BATCH
 from lesa.learn.rivals import Rivals, baked
 from lesa.learn.solve import Solver
 from lesa.predictors.base import check_place
-from lesa.predictors.calibration import Quality
+from lesa.predictors.calibration import Calibration, Quality
 from lesa.predictors.curve import SOLVED, Curve, Point
 from lesa.predictors.fingerprint import fingerprint
 from lesa.predictors.shelf import Shelf, versions
@@ -91,6 +92,7 @@ def calibrate(
     budget: int | None = None,
     budgets: Sequence[int] | None = None,
     target: str | None = None,
+    near: bool = False,
     shelf: Shelf | None = None,
     on_point: OnPoint | None = None,
     **call: Any,
@@ -108,6 +110,10 @@ def calibrate(
     'psnr:40', 'ssim:0.97' or 'drift:-45' is kept on the mean of the checked calls by the smallest budget that does, of
     those named or of all. Without any of them the budget is a sixth of the steps, and two at least.
 
+    With `near` it begins with a calibration on the shelf that differs in its times alone, the one of the nearest number
+    of steps: of budgets whose rows can be carried no schedule is tried, as their algebra on the reference runs here
+    says which steps are full.
+
     Returns the predictor of the budget asked for, of several the largest, or the one that keeps the target; its `curve`
     says what was found for all. All go to the `shelf`, by default the user's (see `lesa.predictors.shelf`), and that
     one to a `folder` too, if one is named. What is done is kept on the shelf meanwhile: the same call goes on after it
@@ -115,15 +121,15 @@ def calibrate(
     what was drawn, and the reference's; or None.
 
     Raises: ValueError if there are no calls, if the options do not fit, or as `lesa.learn.solve.Solver` does;
-        LookupError if no budget keeps the target; RuntimeError if another process makes the same calibration; OSError
-        if the shelf cannot be written to.
+        LookupError if no budget keeps the target, or nothing is near; RuntimeError if another process makes the same
+        calibration; OSError if the shelf cannot be written to.
     """
     wanted = _Wanted.of(budget, budgets, target)
     if folder is not None:
         check_place(folder)
-    plan = _Plan.of(pipe, calls, options, call, shelf or Shelf())
+    plan = _Plan.of(pipe, calls, options, call, shelf or Shelf(), near)
     with plan.journal.alone(), Progress(options.progress) as progress:
-        bench = _Bench(plan, progress)
+        bench = _Bench(plan, progress, near)
         curve, chosen = wanted.find(bench, on_point or (lambda _point, _pictures: None))
         bench.keep(curve, chosen.full_steps, wanted.target)
     predictor = bench.predictors[chosen.full_steps]
@@ -201,17 +207,27 @@ class _Plan:
     shelf: Shelf
     fingerprint: str
     journal: Journal
+    near: list[Calibration]
+    """Those that it may begin with."""
 
     @classmethod
     def of(
-        cls, pipe: Any, calls: Sequence[Call], options: CalibrateOptions, call: dict[str, Any], shelf: Shelf
+        cls,
+        pipe: Any,
+        calls: Sequence[Call],
+        options: CalibrateOptions,
+        call: dict[str, Any],
+        shelf: Shelf,
+        near: bool,
     ) -> _Plan:
         """Raise ValueError if there are no calls, or too few."""
         if not len(calls):
             raise ValueError("a calibration needs prompts, or calls, got none; four to twelve are enough.")
         solved_on, checked_on = split([plain(one) for one in calls], options)
         weights = fingerprint({name: getattr(pipe, name) for name in denoisers_of(pipe)})
+        known = shelf.calibrations(weights) if near else []
         what = dict(
+            near=[sorted(one.digests.items()) for one in known] if near else None,
             solved_on=solved_on,
             checked_on=checked_on,
             options=options,
@@ -221,7 +237,7 @@ class _Plan:
             versions=versions(),
         )
         journal = Journal(shelf.folder / UNDER_WAY / weights[:16], **what)
-        return cls(pipe, solved_on, checked_on, options, call, shelf, weights, journal)
+        return cls(pipe, solved_on, checked_on, options, call, shelf, weights, journal, known)
 
 
 def _described(pipe: Any) -> list[str]:
@@ -236,7 +252,7 @@ def _described(pipe: Any) -> list[str]:
 class _Bench:
     """What a calibration works with: calls to solve on and calls to check on, their runs, and what is done so far."""
 
-    def __init__(self, plan: _Plan, progress: Progress):
+    def __init__(self, plan: _Plan, progress: Progress, near: bool = False):
         self._options, self._shelf, self._fingerprint = plan.options, plan.shelf, plan.fingerprint
         self._journal, self.progress = plan.journal, progress
         pipe, options, call = plan.pipe, plan.options, plan.call
@@ -246,6 +262,7 @@ class _Bench:
             self.progress.say("reference runs")
             self._solver = Solver(pipe, *plan.solved_on, call, batch_size=size, on_run=self.progress.counter())
         self._facts: Facts = heard[0]
+        self._near = self._nearest(plan.near) if near else None
         self._checks = Checks(
             pipe, *plan.checked_on, call, pictures=options.pictures, batch_size=size, on_run=self.progress.counter()
         )
@@ -275,7 +292,8 @@ class _Bench:
         checked, planned = self._checks.transformer_runs, self._planned
         self._checks.forget()
         above = min((one for one in known if one > budget), default=None)
-        near = [Schedule.parse(known[above].tried[0].schedule)] if above else []
+        near: list[Solved | Schedule] = [Schedule.parse(known[above].tried[0].schedule)] if above else []
+        near += self._elsewhere(budget)
         solution = self._solver.solve(budget, refine=options.refine, most=options.most, near=near)
         tried = {self._checks.run(SOLVED, solution.predictor, solution.predictor.schedule): solution.predictor}
         schedule, begins = solution.predictor.schedule, solution.predictor.begins
@@ -303,6 +321,27 @@ class _Bench:
             left_out,
         )
         return point, tried[point.kept]
+
+    def _nearest(self, known: Sequence[Calibration]) -> Calibration:
+        """Return the calibration at other times whose number of steps is the nearest.
+
+        Raises: LookupError if there is none.
+        """
+        same = (one for one in known if not self._facts.differences(replace(one.facts, times=self._facts.times)))
+        found = [one for one in same if self._facts.differences(one.facts)]
+        if not found:
+            raise LookupError(
+                "near= begins with a calibration of the same weights and calls at other times, got none on the shelf; "
+                "calibrate with more steps first, or leave it out."
+            )
+        return min(found, key=lambda one: abs(math.log(one.facts.steps / self.steps)))
+
+    def _elsewhere(self, budget: int) -> list[Solved]:
+        """Return the predictor of a budget that was calibrated at other times, if one is to begin near."""
+        if self._near is None or budget not in self._near.budgets:
+            return []
+        found = self._near.predictor(budget)
+        return [found] if isinstance(found, Solved) else []
 
     @property
     def _planned(self) -> int:

@@ -34,6 +34,7 @@ from lesa.learn.refining import refined
 from lesa.learn.searching import Search, without_one
 from lesa.learn.solving import Found, Full, Problem
 from lesa.predictors.solved import Solved
+from lesa.rows.grid import matches
 from lesa.rows.schedule import Schedule
 
 
@@ -119,7 +120,9 @@ class Solver(Problem):
         """Solve for the rows of a schedule; with a `budget`, of the best schedule of so many full steps.
 
         The schedule is searched for with real runs of `most` schedules at most (of 60, or of 12 where calls are run one
-        by one), also from those that are `near`: predictors or schedules of so many full steps, or of one more.
+        by one), also from those that are `near`: predictors or schedules of so many full steps, or of one more. Where
+        one of them is a predictor of so many for other times, whose rows may be carried here, no schedule is tried: its
+        algebra on the reference runs here says which steps are full.
         `rounds` is how many real runs of the calls follow each other at most, `refine` how many Gauss-Newton steps are
         taken on the end of the runs.
 
@@ -128,7 +131,10 @@ class Solver(Problem):
         if (budget is None) == (schedule is None):
             raise ValueError("rows are solved for a schedule, or a budget of full steps to find one; pass one of them.")
         began, before, report = time.perf_counter(), copy(self.counts), Report()
-        if schedule is None:
+        elsewhere = self._elsewhere(budget or 0, near)
+        if elsewhere is not None:
+            fulls = [elsewhere]
+        elif schedule is None:
             starts = self._starts(budget or 0, near)
             fulls, report.searched, report.tried = self._search.best(budget or 0, most, starts)
         else:
@@ -156,9 +162,18 @@ class Solver(Problem):
     def _of(self, schedule: Schedule) -> Full:
         return tuple(step - self.start for step in schedule.full_steps(self.steps, self.start))
 
+    def _elsewhere(self, budget: int, near: Sequence[Solved | Schedule]) -> Full | None:
+        """Return the full steps that the algebra of a predictor for other times says are the best here, if there is one
+        of so many."""
+        for one in near:
+            if isinstance(one, Solved) and one.basis and len(one.full) == budget and not matches(one.grid, self.times):
+                return one.basis.at(self.times.double(), self.gram / len(self.weights)).search(self.response)
+        return None
+
     def _starts(self, budget: int, near: Sequence[Solved | Schedule]) -> list[Full]:
         """Return schedules of so many full steps: those that are near, or what they leave without some of their own."""
-        known = {self._of(one.schedule if isinstance(one, Solved) else one) for one in near}
+        here = [one for one in near if not isinstance(one, Solved) or matches(one.grid, self.times)]
+        known = {self._of(one.schedule if isinstance(one, Solved) else one) for one in here}
         while known and len(next(iter(known))) > budget:
             known = {full for one in known for full in without_one(one, self.begins)}
             known = set(sorted(known, key=self._search.algebra.cost)[:4])

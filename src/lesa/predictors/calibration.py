@@ -84,6 +84,15 @@ class Calibration:
         """The budget that is taken where none is named."""
         return int(self.table.get("chosen", max(self.budgets)))
 
+    @property
+    def took(self) -> str:
+        """Say how many transformer runs it took, of one picture and stream; nothing where that is not known."""
+        runs = [dict(point["transformer_runs"]) for point in self.table.get("curve", {}).get("points", [])]
+        if not runs:
+            return ""
+        reference = max(one.pop("reference", 0) for one in runs)  # all budgets share them
+        return f"{reference + sum(sum(one.values()) for one in runs):,} transformer runs"
+
     def name_for(self, predictors: Mapping[int, Predictor]) -> str:
         """Return the name of its folder: the model's, the steps, the size of latents, and a few digits of its own."""
         model = next(iter(predictors.values())).origin.model

@@ -88,8 +88,11 @@ class Basis:
             full.append(min(max(step, full[-1] + 1), self.steps - count + k))
         return tuple(full)
 
-    def at(self, times: Tensor) -> Basis:
+    def at(self, times: Tensor, known: Tensor | None = None) -> Basis:
         """Return the basis of runs on another grid, (S' + 1,).
+
+        What is `known` there are inner products of reference runs' outputs and their first latents, (S' + 1, S' + 1),
+        means over calls: outputs have a part that changes from time to time, and is not between those recorded.
 
         Raises: ValueError, with the reason, if what was recorded does not say what runs there are made of.
         """
@@ -101,7 +104,10 @@ class Basis:
             )
         others = torch.eye(1 + len(self.answers), dtype=torch.float64)
         ways = torch.block_diag(interpolation(self.times[:-1], times[:-1]), others)
-        return replace(self, times=times, gram=ways @ self.gram @ ways.T, shares=self.shares @ ways.T)
+        gram = ways @ self.gram @ ways.T
+        if known is not None:
+            gram[: len(times), : len(times)] = known
+        return replace(self, times=times, gram=gram, shares=self.shares @ ways.T)
 
     def solve(self, response: Tensor, full: Full) -> Outcome:
         """Solve for the rows of these full steps, J of them, as a run of a sampler with this response comes to them."""

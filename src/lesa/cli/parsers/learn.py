@@ -92,6 +92,8 @@ def _add_calibrate(parser: ArgumentParser) -> None:
     budgets.add_argument("--budgets", type=options.read_counts, metavar="N,M", help="several numbers of full steps")
     words = "what checked calls keep with the fewest full steps: psnr:40, ssim:0.97 or drift:-45"
     parser.add_argument("--target", type=options.read_target, metavar="MEASURE:VALUE", help=words)
+    words = "begin with a calibration on the shelf, of other times: its algebra says which steps are full"
+    parser.add_argument("--near", action="store_true", help=words)
     words = "how many of the prompts are checked on; default: a third, or of less than four the same with other seeds"
     parser.add_argument("--checked", type=options.read_count, help=words)
     parser.add_argument("--refine", type=int, default=2, help="steps on the end of runs at most (2)")
