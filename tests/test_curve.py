@@ -39,6 +39,13 @@ def test_a_target_that_nothing_keeps_or_that_was_not_measured():
         Curve(50, (blind,)).least(Quality.parse("psnr:40"))
 
 
+@pytest.mark.parametrize(
+    ("target", "share"), [("psnr:48", 0), ("psnr:49", 0.5), ("psnr:50.5", 1), ("drift:-48", 0), ("drift:-49", 0.5)]
+)
+def test_the_share_of_calls_that_miss_a_target(target, share):
+    assert CURVE.at(8).kept.share_missing(Quality.parse(target)) == share
+
+
 def test_a_promise_says_mean_and_worst():
     pictures = "PSNR 49.00 dB (worst 48.00 dB), SSIM 0.9800 (worst 0.9700)"
     assert CURVE.at(8).promise == f"{pictures}, drift -49.00 dB (worst -48.00 dB) on 2 checked calls"

@@ -15,10 +15,14 @@ from lesa.bench.cost import Watch
 from lesa.bench.lines import Pair
 from lesa.bench.methods import REFERENCE, fewer_steps, more_steps
 from lesa.host.pipelines import with_call
+from lesa.host.runtime import accelerate
+from lesa.rows.rivals import Hermite
+from lesa.rows.schedule import Schedule
 
 PROMPT = "small red apple on white, left"
 PAIRS = [Pair("large blue fish on grey, right", 3), Pair("large green pear on white, left", 4)]
 STEPS = 8
+PLAN = Schedule.at([0, 2, 5])
 PACKAGES = {"dbcache": "cache_dit", "hicache": "hicache_pp"}
 
 
@@ -39,9 +43,14 @@ def one_of_each() -> list[Any]:
     for family in peers.FAMILIES:
         package = PACKAGES.get(family)
         absent = pytest.mark.skipif(package is not None and find_spec(package) is None, reason=f"no {package}")
-        kinds = {(method.name, method.alone): method for method in peers.line_up([family], STEPS, PROMPT)}
+        methods = [*peers.line_up([family], STEPS, PROMPT), *on_plan(family)]
+        kinds = {(method.name, method.alone): method for method in methods}
         chosen += [pytest.param(m, marks=absent, id=f"{m.name}, {m.schedule}") for m in kinds.values()]
     return chosen
+
+
+def on_plan(*families: str) -> list[Any]:
+    return peers.line_up_planned(families, STEPS, PROMPT, [len(PLAN.full_steps(STEPS))], lambda *_: PLAN)
 
 
 def state(pipe: Any) -> list[dict[str, Any]]:
@@ -92,11 +101,46 @@ def test_families_have_names():
 
 
 def test_every_peer_is_made_again_from_its_record():
-    for method in peers.line_up(list(peers.FAMILIES), STEPS, PROMPT):
+    for method in [*peers.line_up(list(peers.FAMILIES), STEPS, PROMPT), *on_plan(*peers.FAMILIES)]:
         again = peers.rebuild(method.entry())
         assert (again.key, again.call, again.alone) == (method.key, method.call, method.alone)
+        assert again.entry() == method.entry()
     with pytest.raises(LookupError, match="pab"):
         peers.rebuild({"name": "PAB", "schedule": "range 99", "recipe": method.recipe | {"peer": "pab"}})
+
+
+@pytest.mark.parametrize("method", [m for m in one_of_each() if "@plan" in m.id])
+def test_a_peer_on_a_plan_runs_its_last_block_at_the_full_steps_alone(pipe, method):
+    calls: list[int] = []
+    hook = pipe.transformer.single_transformer_blocks[-1].register_forward_hook(lambda *_: calls.append(1))
+    try:
+        benchmark.observe(pipe, method, PAIRS[:1])
+    finally:
+        hook.remove()
+    assert len(calls) == len(PLAN.full_steps(STEPS))
+
+
+def test_hicache_on_a_plan_draws_what_its_rows_draw(pipe):
+    pytest.importorskip("hicache_pp")
+    (method,) = on_plan("hicache")
+    drawn = benchmark.observe(pipe, method, PAIRS[:1])
+    with accelerate(pipe, Hermite(1), schedule=PLAN, tap="output"):
+        rows = benchmark.observe(pipe, REFERENCE, PAIRS[:1])
+    assert np.abs(drawn.pictures[0].astype(int) - rows.pictures[0]).max() <= 1
+
+
+def test_plans_are_asked_for_rows_like_the_peers_own():
+    asked: list[tuple[str, int, str]] = []
+
+    def plan(forecaster: Any, budget: int, tap: str) -> Schedule:
+        asked.append((repr(forecaster), budget, tap))
+        return PLAN
+
+    lined_up = peers.line_up_planned(["dbcache", "hicache", "taylorseer"], STEPS, PROMPT, [3], plan)
+    assert asked == [("Reuse()", 3, "feature"), ("Taylor(order=1)", 3, "feature"), (repr(Hermite(1)), 3, "output")]
+    assert {method.schedule for method in lined_up} == {str(PLAN)} and all("@plan" in m.name for m in lined_up)
+    only = peers.line_up_planned(["dbcache"], STEPS, PROMPT, [3], plan, only=[lined_up[1].name])
+    assert [method.key for method in only] == [lined_up[1].key] and len(asked) == 4
 
 
 def test_calibration_prints_nothing(pipe, capsys):

@@ -9,7 +9,7 @@ from test_report import FEWER, LESA, PAIRS, comparison, many  # noqa: F401
 
 from lesa.bench import brief, page, plots, records, report
 from lesa.bench.lines import Record
-from lesa.bench.records import REFERENCE, Comparison
+from lesa.bench.records import REFERENCE, Comparison, Result
 
 SIGNATURES = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
 
@@ -56,7 +56,38 @@ def test_names_do_not_cover_each_other(places):
     found = plots.spread(places, 0.05)
     assert all(b - a >= 0.05 - 1e-9 for a, b in itertools.pairwise(found))
     assert all(place <= 1 for place in found)
-    assert found == places or min(b - a for a, b in itertools.pairwise(places)) < 0.05
+    assert found == pytest.approx(places) or min(b - a for a, b in itertools.pairwise(places)) < 0.05
+
+
+def test_names_stay_about_where_their_curves_end():
+    assert plots.spread([0.1, 0.5, 0.5, 0.5, 0.9], 0.05) == pytest.approx([0.1, 0.45, 0.5, 0.55, 0.9])
+    assert plots.spread([0.5, 0.52, 0.9], 0.05) == pytest.approx([0.485, 0.535, 0.9])
+    assert plots.spread([0.99, 1.0], 0.05) == pytest.approx([0.95, 1.0])
+
+
+def test_a_method_on_two_kinds_of_schedule_has_a_curve_of_each():
+    results = [
+        Result(*("default", schedule), 4, 5, 40, 40, 40, 1, None) for schedule in ("its own", "every:3", "every:5")
+    ]
+    assert list(plots.curves(results)) == ["default, its own schedule", "default, evenly spaced"]
+
+
+def test_names_beside_a_plot_are_on_it(crowd, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append(figure))
+    plots.psnr_over(crowd.results(), tmp_path / "x.png")
+    (figure,) = saved
+    figure.draw_without_rendering()
+    names = [text.get_window_extent() for axes in figure.axes for text in axes.texts]
+    assert len(names) == plots.SHOWN and all(box.x1 <= figure.bbox.x1 for box in names)
+
+
+def test_steps_are_counted_in_whole_numbers(crowd, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append(figure))
+    plots.error_per_step(with_errors(crowd), tmp_path / "x.png")
+    (figure,) = saved
+    assert all(tick == int(tick) for axes in figure.axes for tick in axes.get_xticks())
 
 
 def with_errors(crowd: Comparison) -> Comparison:

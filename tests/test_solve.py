@@ -13,7 +13,7 @@ from zoo.pipelines import ZOO
 
 from lesa.host.intercept import mark_of
 from lesa.host.runtime import accelerate
-from lesa.learn.gaps import Equations, Gaps, moves, spreads
+from lesa.rows.gaps import Equations, Gaps, moves, spreads
 from lesa.learn.metrics import drift
 from lesa.learn.references import References
 from lesa.learn.rivals import Rivals, baked
@@ -128,7 +128,7 @@ def test_ways_are_the_plan_unrolled_through_the_sampler():
 @pytest.mark.parametrize("begins", [(0,), (0, 3)])
 @pytest.mark.parametrize("latents", [False, True])
 def test_rows_are_recovered_from_the_latents_that_they_gave(monkeypatch, begins, latents):
-    monkeypatch.setattr("lesa.learn.gaps.RIDGE", 1e-12)
+    monkeypatch.setattr("lesa.rows.gaps.RIDGE", 1e-12)
     gaps, rows = Gaps(multistep(), FULL, begins, latents), some_rows()
     rows[:, -1] *= latents
     if len(begins) > 1:
@@ -141,7 +141,7 @@ def test_rows_are_recovered_from_the_latents_that_they_gave(monkeypatch, begins,
 def test_a_large_ridge_leaves_reuse_and_so_does_an_empty_gap(monkeypatch):
     gram, target = torch.eye(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
     reuse = torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=torch.float64)
-    monkeypatch.setattr("lesa.learn.gaps.RIDGE", 1e12)
+    monkeypatch.setattr("lesa.rows.gaps.RIDGE", 1e12)
     held = Gaps(multistep(), FULL)
     torch.testing.assert_close(held.solve_row(held.reuse(), 2, gram, target), reuse, atol=1e-9, rtol=0)
     empty = Gaps(multistep(), (0, 3, 7))

@@ -21,6 +21,7 @@ from lesa.bench.scores import Score
 from lesa.host import needs
 from lesa.host.pipelines import arguments_of, source_of, steps_of
 from lesa.host.tap import OUTPUT
+from lesa.learn import said
 from lesa.learn.call_files import prompts_of, read_prompts
 from lesa.learn.calls import Call
 from lesa.learn.plan import FEW_STEPS, finder, planner_of, shipped_prompts
@@ -85,6 +86,7 @@ class CompareOptions:
             )
 
 
+@said.once()
 def compare(
     pipe: Any,
     prompts: Sequence[Call],
@@ -163,10 +165,17 @@ def line_up(pipe: Any, options: CompareOptions, folder: str | Path | None = None
             at.wait()
     lined_up += _left_out(pipe, options, lined_up)
     if options.peers:
-        names = list(peers.FAMILIES) if list(options.peers) == ["all"] else list(options.peers)
-        prompt = read_prompts(Path(source_of(pipe).model) / "prompts" / "train.txt")[0]
-        lined_up += peers.line_up(names, _steps(pipe), prompt)
+        lined_up += peers.line_up(_peers(options), _steps(pipe), _prompt(pipe))
     return _only(lined_up, options.only)
+
+
+def _peers(options: CompareOptions) -> list[str]:
+    return list(peers.FAMILIES) if list(options.peers) == ["all"] else list(options.peers)
+
+
+def _prompt(pipe: Any) -> str:
+    """Return a training prompt, for peers that calibrate themselves."""
+    return read_prompts(Path(source_of(pipe).model) / "prompts" / "train.txt")[0]
 
 
 def _left_out(pipe: Any, options: CompareOptions, lined_up: Sequence[Method]) -> list[Method]:
@@ -226,6 +235,9 @@ def _planned(
             return plan(forecaster, budget, OUTPUT)
 
         lined_up += samplers.line_up(pipe, grid, _budgets(pipe, options), at_output, _training_pairs(pipe))
+    if options.peers:
+        which = _peers(options), _steps(pipe), _prompt(pipe), _budgets(pipe, options)
+        lined_up += peers.line_up_planned(*which, plan, options.only)
     return lined_up
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -19,11 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lesa.bench.methods import Method
+from lesa.bench.methods import FEATURE, Method
 from lesa.host import needs, structure
 from lesa.host.clock import Moment, PipelineClock
 from lesa.host.denoiser import Passage, attach
-from lesa.host.tap import tap_of
+from lesa.host.tap import OUTPUT, tap_of
+from lesa.rows.forecasters import Forecaster, Reuse, Taylor
+from lesa.rows.rivals import Hermite
+from lesa.rows.schedule import Schedule
 
 INTERVALS, RANGES = (4, 7, 10), (2, 6)
 FIRST_BLOCK_THRESHOLDS = (0.1, 0.2, 0.4)
@@ -37,6 +40,8 @@ SAMPLER_STEPS = (10, 8, 6, 5)
 
 Switch = Callable[[Any], AbstractContextManager[Any]]
 Options = Callable[[], dict[str, Any]]
+Plan = Callable[[Forecaster, int, str], Schedule]
+"""(forecaster, budget, tap) -> the schedule planned for it"""
 
 
 class Runs(NamedTuple):
@@ -62,12 +67,48 @@ def line_up(names: Sequence[str], steps: int, prompt: str) -> list[Method]:
     ]
 
 
+class OnPlan(NamedTuple):
+    """A peer that takes a set of full steps: what its schedule is planned for, rows like its own and where they act,
+    and what turns it on for runs on that schedule."""
+
+    like: Forecaster
+    tap: str
+    switch: Callable[[Runs, Schedule], Switch]
+
+
+def line_up_planned(
+    names: Sequence[str],
+    steps: int,
+    prompt: str,
+    budgets: Sequence[int],
+    plan: Plan,
+    only: Collection[str] | None = None,
+) -> list[Method]:
+    """Line up the peers of these families that take a set of full steps, on the schedules planned for them; or those of
+    these names `only`."""
+    return [
+        _on_plan(family, name, Runs(steps, prompt), plan(one.like, budget, one.tap))
+        for budget in budgets
+        for family in dict.fromkeys(names)
+        for name, one in ON_PLANS.get(family, {}).items()
+        if only is None or name in only
+    ]
+
+
+def _on_plan(family: str, name: str, runs: Runs, schedule: Schedule) -> Method:
+    method = peer(name, str(schedule), ON_PLANS[family][name].switch(runs, schedule))
+    return replace(method, recipe={"peer": family, "planned": True, **runs._asdict()})
+
+
 def rebuild(entry: Mapping[str, Any]) -> Method:
     """Make a peer again from what records say of it.
 
     Raises: ValueError as `line_up` does; LookupError if its family has no such setting.
     """
     recipe, key = entry["recipe"], (entry["name"], entry["schedule"])
+    if recipe.get("planned") and entry["name"] in ON_PLANS.get(recipe["peer"], {}):
+        runs = Runs(recipe["steps"], recipe["prompt"])
+        return _on_plan(recipe["peer"], entry["name"], runs, Schedule.parse(entry["schedule"]))
     for method in line_up([recipe["peer"]], recipe["steps"], recipe["prompt"]):
         if method.key == key:
             return method
@@ -263,6 +304,13 @@ def dbcache(runs: Runs) -> list[Method]:
     ]
 
 
+def _masked(calibrator: str, runs: Runs, schedule: Schedule) -> Switch:
+    """Return the switch of DBCache with a mask that is this schedule."""
+    full = schedule.full_steps(runs.steps)
+    mask = [int(step in full) for step in range(runs.steps)]
+    return _dbcache(runs, lambda: dict(steps_computation_mask=mask, steps_computation_policy="static"), calibrator)
+
+
 def _dbcache(runs: Runs, options: Options, calibrator: str) -> Switch:
     @contextmanager
     def switch(pipe: Any) -> Iterator[None]:
@@ -287,14 +335,17 @@ def _dbcache(runs: Runs, options: Options, calibrator: str) -> Switch:
 class HiCache(Passage):
     """Lets hicache-pp say which steps are full and what the transformer returns on the others, as its quick start does.
 
-    It has no calls for pipelines, so it listens at our tap of the output.
+    It has no calls for pipelines, so it listens at our tap of the output. It takes no set of full steps either, but an
+    interval, which is counted at every step: where the `full` ones are given, it is 1 there and longer than a run
+    elsewhere.
     """
 
-    def __init__(self, pipe: Any, backend: str, interval: int, steps: int):
+    def __init__(self, pipe: Any, backend: str, interval: int, steps: int, full: Collection[int] = ()):
         self._its = hicache_pp = needs.module("hicache-pp", "HiCache++")
         self.clock = PipelineClock(pipe)
         self._run: Moment | None = None
-        options = dict(first_enhance=HICACHE_WARMUP, history=HICACHE_HISTORY, backend=backend)
+        self._full = full
+        options = dict(first_enhance=0 if full else HICACHE_WARMUP, history=HICACHE_HISTORY, backend=backend)
         self._state = hicache_pp.hicache_init(num_steps=steps, interval=interval, **options)
         self._forecast = {
             "hermite": hicache_pp.hicache_forecast,
@@ -315,6 +366,8 @@ class HiCache(Passage):
             self._its.hicache_reset(self._state)
         if run.step != self._state["step"]:
             raise RuntimeError(f"hicache-pp forecasts one call a step, got a second one at step {run.step}.")
+        if self._full:
+            self._state["interval"] = 1 if run.step in self._full else self._state["num_steps"] + 1
         self.full = self._its.hicache_decide(self._state) == "full"
         return self
 
@@ -335,24 +388,29 @@ class HiCache(Passage):
 
 def hicache(runs: Runs) -> list[Method]:
     """hicache-pp at the output, with each of its forecasts; those but Hermite's are fitted to the whole batch."""
-
-    def switch(backend: str, interval: int) -> Switch:
-        @contextmanager
-        def on(pipe: Any) -> Iterator[None]:
-            listener = HiCache(pipe, backend, interval, runs.steps)
-            with ExitStack() as undo:
-                undo.callback(listener.clock.attach())
-                undo.callback(attach(pipe.transformer, tap_of(pipe.transformer, "output"), listener.begin))
-                yield
-
-        return on
-
     names = {"hermite": "Hermite", "dmd": "DMD", "auto": "auto"}
     return [
-        peer(f"HiCache++ {name} (hicache-pp)", f"interval {n}", switch(backend, n), alone=backend != "hermite")
+        peer(f"HiCache++ {name} (hicache-pp)", f"interval {n}", _hicache(runs, backend, n), alone=backend != "hermite")
         for backend, name in names.items()
         for n in HICACHE_INTERVALS
     ]
+
+
+def _hicache(runs: Runs, backend: str, interval: int, full: Collection[int] = ()) -> Switch:
+    @contextmanager
+    def on(pipe: Any) -> Iterator[None]:
+        listener = HiCache(pipe, backend, interval, runs.steps, full)
+        with ExitStack() as undo:
+            undo.callback(listener.clock.attach())
+            undo.callback(attach(pipe.transformer, tap_of(pipe.transformer, OUTPUT), listener.begin))
+            yield
+
+    return on
+
+
+def _hermite(runs: Runs, schedule: Schedule) -> Switch:
+    """Return the switch of hicache-pp's Hermite forecasts on a schedule."""
+    return _hicache(runs, "hermite", runs.steps, schedule.full_steps(runs.steps))
 
 
 # --- samplers
@@ -391,3 +449,16 @@ FAMILIES: dict[str, Callable[[Runs], list[Method]]] = {
     "hicache": hicache,
 }
 """What `line_up` takes, by the names that `lesa bench --peers` knows."""
+
+ON_PLANS: dict[str, dict[str, OnPlan]] = {
+    "dbcache": {
+        "DBCache@plan (cache-dit)": OnPlan(Reuse(), FEATURE, partial(_masked, "")),
+        "DBCache + TaylorSeer@plan (cache-dit)": OnPlan(
+            Taylor(1), FEATURE, partial(_masked, "TaylorSeerCalibratorConfig")
+        ),
+    },
+    "hicache": {"HiCache++ Hermite@plan (hicache-pp)": OnPlan(Hermite(1), OUTPUT, _hermite)},
+}
+"""The peers that take a set of full steps, by their families and names. Others have rules of their own: diffusers'
+TaylorSeer an interval between two limits, First Block Cache and the thresholds of DBCache what they see, MagCache what
+it has calibrated."""

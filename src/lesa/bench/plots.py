@@ -24,7 +24,7 @@ from lesa.rows.plan import Plan
 STRONGEST = 2.0
 """The coefficient at which the colours of rows end."""
 PANELS_A_LINE, MOST_PANELS = 4, 12
-KINDS = {"at": "planned", "paper": "the paper's schedules"}
+KINDS = {"at": "planned", "paper": "the paper's schedules", "every": "evenly spaced", "its": "its own schedule"}
 """What schedules are called that begin with these words."""
 SHOWN = 7
 """How many curves have a colour and a name; the others are grey."""
@@ -33,6 +33,8 @@ GREY = "0.8"
 LINES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX"
 APART = 0.052
 """Of the height of axes: the least distance of names at the ends of curves."""
+LEFT, AXES, LETTER = 0.76, 5.9, 0.068
+"""Inches: what is left of axes that have names beside them, their width, and that of a letter of these names."""
 
 
 def _figure(width: float, height: float, **more: Any) -> Any:
@@ -58,8 +60,11 @@ def psnr_over(results: Sequence[Result], path: str | Path, over: str = "full_ste
     by, score = scores_of(shown)
     drawn, ends = curves(shown), list[tuple[float, float, str, str]]()
     styles = styles_of(highlighted(shown))
-    figure = _figure(9.5, 5.5)
-    axes = figure.add_axes((0.08, 0.1, 0.62, 0.86), xlabel=over.replace("_", " "), ylabel=f"{by}, dB [95 %]")
+    beside = max(map(len, styles), default=0) * LETTER + 0.5
+    width = LEFT + AXES + beside
+    figure = _figure(width, 5.5)
+    place = (LEFT / width, 0.1, AXES / width, 0.86)
+    axes = figure.add_axes(place, xlabel=over.replace("_", " "), ylabel=f"{by}, dB [95 %]")
     for name, line in sorted(drawn.items(), key=lambda one: one[0] in styles):
         line = sorted(line, key=lambda r: getattr(r, over))
         at = [getattr(r, over) for r in line]
@@ -75,7 +80,7 @@ def psnr_over(results: Sequence[Result], path: str | Path, over: str = "full_ste
     _name_ends(axes, ends)
     if others := len(drawn) - len(ends):
         axes.plot([], [], color=GREY, marker=".", label=f"{others} others")
-        figure.legend(loc=(0.71, 0.03), fontsize=8, frameon=False)
+        figure.legend(loc=((LEFT + AXES) / width + 0.01, 0.03), fontsize=8, frameon=False)
     _save(figure, path)
 
 
@@ -93,20 +98,24 @@ def _name_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None
             fontsize=8,
             va="center",
             annotation_clip=False,
-            arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.6, alpha=0.6, shrinkB=4),
+            arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.6, alpha=0.6, relpos=(0, 0.5), shrinkB=4),
         )
 
 
 def spread(places: Sequence[float], apart: float) -> list[float]:
-    """Move rising places from each other until each is so far above the one before, and the highest at most at 1."""
-    found: list[float] = []
-    for place in places:
-        found.append(max(place, found[-1] + apart) if found else place)
-    limit = 1.0
-    for k in reversed(range(len(found))):
-        found[k] = min(found[k], limit)
-        limit = found[k] - apart
-    return found
+    """Move rising places until each is so far above the one before, by as little as can be, the highest at most to 1.
+
+    Least squares under that order, by pooling those that are too near: each pool keeps its mean.
+    """
+    pools: list[tuple[float, int]] = []  # the place of a pool's first, were it alone at 0, and its size
+    for k, place in enumerate(places):
+        pools.append((place - k * apart, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (above, more), (below, some) = pools.pop(), pools.pop()
+            pools.append(((below * some + above * more) / (some + more), some + more))
+    firsts = [place for place, count in pools for _ in range(count)]
+    most = 1 - (len(places) - 1) * apart
+    return [min(first, most) + k * apart for k, first in enumerate(firsts)]
 
 
 def highlighted(results: Sequence[Result], ours: str = OURS) -> list[str]:
@@ -202,6 +211,7 @@ def error_per_step(comparison: Comparison, path: str | Path) -> None:
             style = styles.get(named[key]) or dict(color=GREY, linewidth=0.7, zorder=1)
             axes.plot(errors[key], markersize=2.5, **style, label=named[key])
         axes.set(title=f"{budget} full steps", xlabel="step", ylabel="relative error of the feature", yscale="log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     _legend_below(figure, panels, styles)
     _save(figure, path)
@@ -251,6 +261,8 @@ def rows(comparison: Comparison, path: str | Path) -> None:
         axes.set_ylabel("step that is forecast" if number % columns == 0 else "", fontsize=8)
         axes.set_xlabel("past step" if number >= len(maps) - columns else "", fontsize=8)
         axes.tick_params(labelsize=7)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
     if image is not None:
         figure.colorbar(image, ax=panels, shrink=0.6, label="coefficient")
     if len(maps) < all_of_them:

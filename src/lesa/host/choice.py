@@ -12,14 +12,18 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from torch import Tensor
+
 from lesa.host import data
 from lesa.host.clock import Moment, start_of
 from lesa.host.conditions import Judge, Noise
 from lesa.host.data import DataPrediction
 from lesa.host.facts import Facts, Heard
+from lesa.host.intercept import unmarked
 from lesa.host.tap import OUTPUT
 from lesa.predictors import Predictor
 from lesa.rows import plan as plans
+from lesa.rows import sampler
 from lesa.rows.default import Default
 from lesa.rows.detour import Detours
 from lesa.rows.forecasters import Forecaster, Reuse
@@ -139,6 +143,19 @@ class FirstStep:
         if self._facts is None:
             self._facts = self._heard.facts(self._moment, self._noise, *self.step)
         return self._facts
+
+    @property
+    def steps(self) -> int:
+        return len(self.times) - 1
+
+    @property
+    def response(self) -> Tensor:
+        """What the sampler makes of outputs, (S + 1, S), as `lesa.rows.sampler.Sampler` has it.
+
+        Raises: ValueError if that is no weighted sum.
+        """
+        scheduler, args, kwargs = self.step
+        return sampler.of(unmarked(scheduler), *args, **kwargs).response
 
     def judge(self, chosen: Chosen) -> None:
         """Raise ValueError if the run does not fit what is chosen."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -30,6 +32,7 @@ from lesa.predictors.calibration import Calibration, Quality, folder_of
 from lesa.predictors.fingerprint import fingerprint, stamp
 from lesa.predictors.shelf import Shelf, fetch
 from lesa.predictors.shipped import calibrations_beside, shipped
+from lesa.predictors.solved import Solved
 from lesa.rows.default import Default
 from lesa.rows.forecasters import Forecaster
 from lesa.rows.grid import matches, times_in_order
@@ -100,6 +103,9 @@ class Found:
         for calibration in [*self._calibrations, *self._of_hub()]:
             if (found := self._calibrated(calibration, first, reasons)) is not None:
                 return found
+        for calibration in sorted(self._calibrations, key=partial(_apart, first.times)):
+            if (found := self._carried(calibration, first, reasons)) is not None:
+                return found
         for predictor in self._predictors():
             if (found := self._trained(predictor, first, reasons)) is not None:
                 return found
@@ -168,6 +174,41 @@ class Found:
             if key in self._kept:
                 self._kept[key].promise = calibration.promise(budget)
         return self._judged(key, first, reasons)
+
+    def _carried(self, calibration: Calibration, first: FirstStep, reasons: list[tuple[int, str]]) -> Chosen | None:
+        """Choose rows of a calibration carried to other times, if nothing else differs; else add the reason why not."""
+        known, here = calibration.facts, first.facts
+        if not _other_times(calibration, here.times) or here.differences(replace(known, times=here.times)):
+            return None
+        try:
+            key = self._carry(calibration, first, reasons)
+        except ValueError as error:
+            steps = f"{known.steps} steps, and its rows are not carried to these {here.steps}"
+            reasons.append((0, f"{calibration.name} is for {steps}: {without_stop(error)}"))
+            return None
+        return self._judged(key, first, reasons)
+
+    def _carry(self, calibration: Calibration, first: FirstStep, reasons: list[tuple[int, str]]) -> tuple:
+        """Keep rows carried to the run's times as a choice; returns its key.
+
+        Raises: ValueError, with the reason, if they cannot be carried.
+        """
+        if self._quality is not None:
+            raise ValueError(f"nothing was checked there, got quality {self._quality!r}")
+        budget = calibration.budget_for(self._budget)
+        key = "carried", calibration.folder, calibration.when, budget, self._tap, first.times
+        if key not in self._kept and (predictor := self._loaded(calibration, budget, reasons)) is not None:
+            if not isinstance(predictor, Solved):
+                raise ValueError(f"rows that were solved for are carried, got {predictor!r}")
+            made, (known, here) = predictor.carried(first.times, first.response), (calibration.facts.steps, first.steps)
+            to = f"{here}" if here != known else f"{here} at other times"
+            self._keep(key, made, f"calibrated: {calibration.name}, rows carried from {known} steps to {to}", reasons)
+            if key in self._kept:
+                drift = f"drift {made.origin.training['drift']:.4g} dB by algebra, nothing checked"
+                self._kept[
+                    key
+                ].promise = f"{budget} full of {to}: {drift}; where calibrated, {calibration.promise(budget)}"
+        return key
 
     def _loaded(self, calibration: Calibration, budget: int, reasons: list[tuple[int, str]]) -> Predictor | None:
         """Load a predictor of a calibration; where that cannot be, warn."""
@@ -278,6 +319,11 @@ def _shipped(pipe: Any, budget: int | None) -> tuple[list[Predictor], str]:
         names = ", ".join(sorted({str(len(one.full)) for one in found}, key=int))
         return [], f"predictors shipped with it are for {names} full steps, got a budget of {budget}"
     return fitting, ""
+
+
+def _apart(times: Sequence[float], calibration: Calibration) -> float:
+    """Return how far a calibration's number of steps is from that of a run, as a factor's logarithm."""
+    return abs(math.log(calibration.facts.steps / (len(times) - 1)))
 
 
 def _other_times(calibration: Calibration, times: Sequence[float]) -> bool:

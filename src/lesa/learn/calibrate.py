@@ -20,6 +20,7 @@ from torch import nn
 from lesa.host.facts import Facts, listen
 from lesa.host.pipelines import arguments_of
 from lesa.host.runtime import denoisers_of
+from lesa.learn import said
 from lesa.learn.calls import Call, plain
 from lesa.learn.checks import Checks
 from lesa.learn.collecting import TRAINING_SEED, VALIDATION_SEED
@@ -80,6 +81,7 @@ class CalibrateOptions:
                 raise ValueError(f"{name}= is at least {least}, got {number}; raise it.")
 
 
+@said.once()
 def calibrate(
     pipe: Any,
     calls: Sequence[Call],

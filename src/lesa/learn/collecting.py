@@ -12,6 +12,7 @@ from lesa.host.loading import LoadOptions
 from lesa.host.pipelines import source_of, steps_of
 from lesa.host.tap import tap_of
 from lesa.learn import collect as collector
+from lesa.learn import said
 from lesa.learn.calls import Call, plain
 from lesa.learn.ranks import ALONE, Ranks
 from lesa.learn.trajectory import Store
@@ -43,6 +44,7 @@ class CollectOptions:
             )
 
 
+@said.once()
 def collect(
     pipe: Any,
     prompts: Sequence[Call],

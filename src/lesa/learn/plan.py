@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from lesa.host.pipelines import source_of
 from lesa.host.tap import OUTPUT, PAPER, PLACES, place_of, tap_of
+from lesa.learn import said
 from lesa.learn.call_files import read_prompts
 from lesa.learn.calls import Call, plain
 from lesa.learn.collect import record
@@ -97,6 +98,7 @@ def plans(
         yield Planned(schedule, promised, planner.real(options.forecaster, schedule), place, planner.steps)
 
 
+@said.once()
 def planner_of(pipe: Any, store: Store | None, place: str, prompts: Sequence[Call] | None = None) -> Planner:
     """Make a planner at a tap: of a store's runs, or of new ones, by default of prompts that the model comes with."""
     if store is not None:

@@ -11,12 +11,12 @@ import torch
 from lesa.learn.calls import Call
 from lesa.learn.collect import record
 from lesa.learn.counted import counting
-from lesa.learn.gaps import with_begins
 from lesa.learn.planning import DISTURBED, PLANNED_ON, Planner
 from lesa.learn.references import BATCH
 from lesa.predictors import Origin
 from lesa.predictors.solved import Solved
 from lesa.rows.forecasters import Forecaster, Lagrange, Reuse, Taylor
+from lesa.rows.gaps import with_begins
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from lesa.learn.gaps import Algebra, moves
 from lesa.learn.solving import Full, Problem
+from lesa.rows.gaps import Algebra, moves
 
 FORGIVENESS = (0.0, 4.0, 8.0, 12.0, 16.0, 24.0)
 """By what powers of a run's share early errors may count less in the plans by algebra that real runs choose from."""

@@ -27,6 +27,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from lesa.learn.bases import basis_of
 from lesa.learn.calls import Call
 from lesa.learn.references import BATCH, Counts, OnRun
 from lesa.learn.refining import refined
@@ -133,12 +134,13 @@ class Solver(Problem):
         else:
             fulls = [self._of(schedule)]
             self.check_full(fulls[0])
-        found, report = min((self._found(one, rounds, refine, report) for one in fulls), key=lambda one: one[0].drift)
+        all_found = (self._found(one, rounds, refine, report) for one in fulls)
+        solved, found, report = min(all_found, key=lambda one: one[1].drift)
         report.drift, report.seconds = found.drift, time.perf_counter() - began
         report.counts = self.counts - before
         report.counts.reference = self.counts.reference
         taken = dict(drift=found.drift, transformer_runs=report.counts.total)  # whatever was solved for before
-        return Solution(self.predictor(found.full, found.rows, **taken), report)
+        return Solution(self.predictor(found.full, found.rows, basis_of(self, solved), **taken), report)
 
     def curve(self, budgets: Sequence[int], **options: Any) -> Iterator[Solution]:
         """Solve for several budgets, from high to low: each search begins, too, near the schedule found before.
@@ -162,8 +164,8 @@ class Solver(Problem):
             known = set(sorted(known, key=self._search.algebra.cost)[:4])
         return [full for full in known if len(full) == budget]
 
-    def _found(self, full: Full, rounds: int, refine: int, searched: Report) -> tuple[Found, Report]:
-        """Find the rows of a schedule, and report it beside what was searched."""
+    def _found(self, full: Full, rounds: int, refine: int, searched: Report) -> tuple[Found, Found, Report]:
+        """Find the rows of a schedule, and report it beside what was searched; returns them as solved, and refined."""
         report = replace(searched, refined=[])
         found, report.rounds = self.rounds(full, rounds)
         reuse = self.reuse(full)
@@ -172,7 +174,7 @@ class Solver(Problem):
             found = reuse
         steps = [found, *refined(self, found, refine)]
         report.refined = [one.drift for one in steps[1:]]
-        return steps[-1], report
+        return found, steps[-1], report
 
 
 def solve(

@@ -14,10 +14,11 @@ from lesa.host.runtime import Run, denoisers_of
 from lesa.host.tap import OUTPUT, tap_of
 from lesa.learn.calls import Call
 from lesa.learn.counted import Recording
-from lesa.learn.gaps import Equations, Gaps
 from lesa.learn.references import BATCH, TINY, OnRun, References
 from lesa.predictors import Origin, configuration
 from lesa.predictors.solved import STREAMS, Solved
+from lesa.rows.basis import Basis
+from lesa.rows.gaps import Equations, Full, Gaps
 from lesa.rows.levels import DATA
 from lesa.rows.plan import PlannedRow
 from lesa.rows.schedule import Schedule
@@ -31,9 +32,6 @@ NOTHING = 0.05
 """Rounds end, too, where one is worse by less than this, in dB."""
 LEAST_HOLD, HOLDS = 1e-4, 100.0
 """How near to the best rows new ones are held after a round that was worse, and by what factor more after the next."""
-
-Full = tuple[int, ...]
-"""Full steps, counted from the run's first."""
 
 
 class Found(NamedTuple):
@@ -74,7 +72,7 @@ class Problem(References):
         self.latents = self.reference[0].moment.parts == 1
         ticks = range(self.ticks)
         self.begins = tuple(self.reference[0].begins)
-        grams = [self._weighed(run, self.columns(run, ticks)) for run in self.reference]
+        grams = [self.weighed(run, self.columns(run, ticks)) for run in self.reference]
         self.gram = sum(grams[1:], grams[0])
 
     def _run_in_full(self) -> list[Recording]:
@@ -131,8 +129,9 @@ class Problem(References):
         runs, _ = self.run(self.predictor(full, rows), of=of, keep=full, on_record=on_record)
         return Found(full, rows, runs, fmean(self.drifts(runs)))
 
-    def predictor(self, full: Full, rows: Tensor, **training: Any) -> Solved:
-        """Make a predictor of these rows, (J, J + 1), which remembers more facts about its `training`."""
+    def predictor(self, full: Full, rows: Tensor, basis: Basis | None = None, **training: Any) -> Solved:
+        """Make a predictor of these rows, (J, J + 1), which remembers more facts about its `training`, and may be
+        carried to other grids by a `basis`."""
         names = denoisers_of(self.pipe)
         first, *others = (getattr(self.pipe, name) for name in names)
         others = [[type(other).__name__, configuration(other)] for other in others]
@@ -145,18 +144,20 @@ class Problem(References):
         grid, kind, tap = tuple(self.times.tolist()), type(first).__name__, tap_of(first, OUTPUT)
         facts = name, kind, configuration(first), tap, grid, schedule, STREAMS
         origin = Origin(*facts, training=training, versions=versions)
-        made = Solved(origin, self.latents, "output" if self.levels is None else DATA)
+        made = Solved(origin, self.latents, "output" if self.levels is None else DATA, basis is not None)
         made.set_gaps(rows)
+        if basis is not None:
+            made.keep_basis(basis, self.response)
         return made
 
     # --- least squares
 
-    def _weighed(self, run: Recording, columns: Tensor, others: Tensor | None = None) -> Tensor:
+    def weighed(self, run: Recording, columns: Tensor, others: Tensor | None = None) -> Tensor:
         """Return the sum over a recording's calls of inner products of columns with (other) columns."""
         products = (columns if others is None else others) @ columns.mT
-        return (self._weights_of(run)[:, None, None] * products).sum(0)
+        return (self.weights_of(run)[:, None, None] * products).sum(0)
 
-    def _weights_of(self, run: Recording) -> Tensor:
+    def weights_of(self, run: Recording) -> Tensor:
         place = 0
         for one in self.reference:
             if (one.batch, one.number) == (run.batch, run.number):
@@ -185,8 +186,8 @@ class Problem(References):
             else:
                 moved = torch.einsum("ek,pkn->pen", gaps.ways(found.rows), columns)
                 missing = wanted.latents(gaps.ends) - run.latents(gaps.ends) + moved
-            gram.append(self._weighed(wanted, columns))
-            target.append(self._weighed(wanted, columns, missing))
+            gram.append(self.weighed(wanted, columns))
+            target.append(self.weighed(wanted, columns, missing))
         return Equations(sum(gram[1:], gram[0]), sum(target[1:], target[0]))
 
     def _missing(self, gaps: Gaps, wanted: Recording) -> Tensor:
@@ -221,13 +222,13 @@ class Problem(References):
         def solve_gap(j: int, run: Recording) -> PlannedRow:
             tick = full[j]
             columns = self._columns_so_far(run, full, j)
-            gram = self._weighed(wanted, columns)
+            gram = self.weighed(wanted, columns)
             missing = ends[:, j : j + 1] - decay[gaps.ends[j]] * noise
             if j:
                 expected = decay[tick] * noise + torch.einsum("k,pkn->pn", gaps.ways(rows)[j - 1], columns)[:, None]
                 kept = decay[gaps.ends[j]] / decay[tick] if abs(decay[tick]) > TINY else 1.0
                 missing = missing - kept * (run.latents([tick]) - self._added(wanted, [tick]) - expected)
-            target = self._weighed(wanted, columns, missing)[0]
+            target = self.weighed(wanted, columns, missing)[0]
             rows[j] = gaps.solve_row(rows, j, gram, target)
             coefficients = tuple(rows[j, gaps.lows[j] : j + 1].float().double().tolist())
             past = tuple(self.start + k for k in full[gaps.lows[j] : j + 1])

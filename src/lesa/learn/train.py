@@ -16,7 +16,7 @@ from lesa.host.head import head
 from lesa.host.pipelines import source_of
 from lesa.host.runtime import denoisers_of
 from lesa.host.tap import tap_of
-from lesa.learn import training
+from lesa.learn import said, training
 from lesa.learn.alone import alone_in
 from lesa.learn.beginning import Say, quiet, remember, staged, untrained
 from lesa.learn.calls import Call, plain
@@ -55,6 +55,7 @@ class Trained:
     curve: Curve | None = None
 
 
+@said.once()
 def train(
     pipe: Any,
     data: Store | str | Path | Sequence[Store | str | Path],

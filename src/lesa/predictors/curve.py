@@ -40,11 +40,22 @@ class Tried:
 
         Raises: ValueError if they were not measured so.
         """
-        found = self.score(quality.measure)
-        if found is None:
+        return quality.is_kept_by(fmean(self._measured(quality)))
+
+    def share_missing(self, quality: Quality) -> float:
+        """Return the share of the checked calls that do not keep a quality, from 0 to 1.
+
+        Raises: ValueError if they were not measured so.
+        """
+        values = self._measured(quality)
+        return sum(not quality.is_kept_by(value) for value in values) / len(values)
+
+    def _measured(self, quality: Quality) -> tuple[float, ...]:
+        values = getattr(self, quality.measure, ())
+        if not values:
             known = " and ".join(name for name in MEASURES if self.score(name))
             raise ValueError(f"checked calls were measured by {known}, got the target {quality}; take one of these.")
-        return quality.is_kept_by(found.mean)
+        return values
 
 
 @dataclass(frozen=True)

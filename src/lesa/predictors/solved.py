@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +13,10 @@ from torch import Tensor, nn
 from lesa.predictors.base import Predictor
 from lesa.predictors.curve import Curve
 from lesa.predictors.origin import Origin, configuration
+from lesa.rows.basis import Basis
 from lesa.rows.forecasters import Forecaster
-from lesa.rows.grid import times_in_order
+from lesa.rows.gaps import TINY, Full, Gaps
+from lesa.rows.grid import matches, times_in_order
 from lesa.rows.levels import DATA
 from lesa.rows.row import Row
 from lesa.rows.schedule import Schedule
@@ -32,6 +36,8 @@ class Solved(Predictor):
     output, so J (J + 1) / 2 numbers are a run (`gaps`). With `latents`, (S,), a part of the latents that the run began
     with is added at the sampler: one number more for each gap. `of` is what is combined: outputs, or the data
     predictions that follow from them at the sampler.
+
+    With a `basis` it keeps what its rows were solved on, and may be `carried` to other grids.
     """
 
     method = "solved"
@@ -39,7 +45,7 @@ class Solved(Predictor):
     curve: Curve | None = None
     """What the calibration that made it found, for all numbers of full steps; known to the process that made it."""
 
-    def __init__(self, origin: Origin, latents: bool = False, of: str = "output") -> None:
+    def __init__(self, origin: Origin, latents: bool = False, of: str = "output", basis: bool = False) -> None:
         if of not in ("output", DATA):
             raise ValueError(f"rows are of the output or of the data, got of={of!r}; name one of these.")
         nn.Module.__init__(self)  # a predictor's own wants times that fall, and this one runs on any
@@ -53,6 +59,9 @@ class Solved(Predictor):
         self.coefficients = nn.Parameter(torch.zeros(steps, self.memory, dtype=torch.float64))
         self.latents = nn.Parameter(torch.zeros(steps, dtype=torch.float64)) if latents else None
         self.set_gaps(torch.eye(self.memory, self.memory + 1, dtype=torch.float64))
+        self.has_basis = basis
+        for name, shape in _shapes(steps, self.memory).items() if basis else ():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
 
     @property
     def gaps(self) -> Tensor:
@@ -82,9 +91,52 @@ class Solved(Predictor):
     def _newest(self, step: int) -> int:
         return sum(k < step for k in self.full) - 1
 
+    # --- other grids
+
+    @property
+    def basis(self) -> Basis | None:
+        """Return what its rows were solved on; None if that was not kept."""
+        if not self.has_basis:
+            return None
+        kept = {name: self.get_buffer(name) for name in ("gram", "answers", "shares", "sizes")}
+        return Basis(self.grid, self.grid[list(self.full)], latents=self.latents is not None, **kept)
+
+    def keep_basis(self, basis: Basis, response: Tensor) -> None:
+        """Keep what its rows were solved on in runs of a sampler with this response, (S + 1, S).
+
+        `further` is by how much more rows that were refined since then move the latents at the end of each gap.
+        """
+        solved, moves = basis.solve(response, self.full).rows, _moves(response, self.full)
+        kept = {name: getattr(basis, name) for name in ("gram", "answers", "shares", "sizes")}
+        for name, numbers in {**kept, "further": (self.gaps - solved) * moves[:, None]}.items():
+            self.get_buffer(name).copy_(numbers)
+
+    def carried(self, times: Sequence[float] | Tensor, response: Tensor) -> Solved:
+        """Return a predictor for another grid, whose sampler has this response: full steps and rows by algebra alone.
+
+        Its origin's training says from how many steps it was carried, and the drift in dB that algebra has it end with.
+
+        Raises: ValueError, with the reason, if its rows cannot be carried there.
+        """
+        if matches(times_in_order(times), self.grid):
+            return self
+        if self.basis is None:
+            raise ValueError("of these rows nothing was kept to carry them to other times by; calibrate there.")
+        basis = self.basis.at(times_in_order(times))
+        full = basis.search(response)
+        rows, moves = basis.solve(response, full).rows, _moves(response, full)
+        rows = rows + torch.where(moves.abs() > TINY, 1 / moves, 0.0)[:, None] * self.get_buffer("further")
+        drift = 10 * math.log10(max(basis.left(response, full, rows), TINY))
+        training = {**self.origin.training, "carried_from": len(self.grid) - 1, "drift": drift}
+        grid, schedule = tuple(basis.times.tolist()), str(Schedule.at(full))
+        made = Solved(replace(self.origin, grid=grid, schedule=schedule, training=training), basis.latents)
+        made.set_gaps(rows)
+        return made
+
     def options(self) -> dict[str, Any]:
+        said = {"latents": self.latents is not None, "basis": self.has_basis}
         of = {} if self.of == "output" else {"of": self.of}
-        return of if self.latents is None else {"latents": True, **of}
+        return {name: True for name, so in said.items() if so} | of
 
     def numbers(self, stream: str) -> list[nn.Parameter]:
         return [self.coefficients, *([] if self.latents is None else [self.latents])]
@@ -139,3 +191,21 @@ class Solved(Predictor):
 
     def __repr__(self) -> str:
         return f"Solved({self.origin.model!r}, schedule={self.origin.schedule!r})"
+
+
+def _shapes(steps: int, count: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what is kept of a basis."""
+    vectors = steps + 1 + count
+    return {
+        "gram": (vectors, vectors),
+        "answers": (count,),
+        "shares": (count, vectors),
+        "sizes": (count,),
+        "further": (count, count + 1),
+    }
+
+
+def _moves(response: Tensor, full: Full) -> Tensor:
+    """Return by how much an output of all steps skipped in each gap moves the latents at its end, (J,)."""
+    gaps = Gaps(response, full)
+    return torch.tensor([gaps.moves(j) for j in range(len(full))], dtype=torch.float64)

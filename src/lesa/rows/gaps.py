@@ -18,6 +18,9 @@ RIDGE = 1e-7
 """What holds a row to reuse, as a share of the columns' mean square."""
 TINY = 1e-12
 
+Full = tuple[int, ...]
+"""Full steps, counted from the run's first."""
+
 
 class Equations(NamedTuple):
     """Weighted sums over calls: of the columns' inner products, and of those with what each gap's end lacks."""
