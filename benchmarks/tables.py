@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import like_for_like
 import results
 from results import ABOVE, BELOW, FEWER, LEVEL, PAPER, ROOT, Line
 
@@ -151,6 +152,7 @@ TABLES: dict[str, Callable[[Sequence[Line]], str]] = {
     "verdicts": verdicts,
     "every": every,
     "models": models,
+    "like-for-like": lambda _: like_for_like.table(like_for_like.PAGE.read_text()),
 }
 
 

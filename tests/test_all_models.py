@@ -172,3 +172,29 @@ def test_tables_with_figures_in_no_block_are_named_with_the_command_that_prints_
     for name, command in tables.OTHERWISE.items():
         text = (tables.ROOT / name).read_text()
         assert not re.match("make|python|lesa", command) or command.partition(" bench-")[0] in text, name
+
+
+def test_what_is_planned_is_held_apart_from_what_is_not(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    page = importlib.import_module("like_for_like")
+    methods = [
+        ("LESA (output tap)", "at:0,9", "5.00", -50.0),
+        ("reuse (output tap)", "at:0,8", "5.00", -40.0),
+        ("Lagrange-1", "at:0,7", "5.00", -47.0),
+        ("cache", "threshold 1", "4.00", -45.0),
+        ("fewer steps, UniPC", "10 steps", "5.00", -20.0),
+    ]
+    results = ["| method | schedule | step ratio | drift |", "| --- | --- | --- | --- |"]
+    results += [f"| {name} | {on} | {ratio} | {drift:.3f} |" for name, on, ratio, drift in methods]
+    heads = ["method", "schedule", "FLOP ratio", "LESA at no more FLOPs", "its schedule", ""]
+    equal = [f"| {' | '.join(heads)} |", "| --- | --- | --- | --- | --- | --- |"]
+    verdicts = ["level", "level", "above", "above"]
+    for (name, on, ratio, _), word in zip(methods[1:], verdicts, strict=True):
+        equal.append(f"| {name} | {on} | {ratio} | LESA (output tap) | at:0,9 | {word} |")
+    empty = ["| cost |", "| --- |", "", "| differences |", "| --- |", ""]
+    found = page.table("\n".join(["# A page", "", *results, "", *empty, *equal])).splitlines()[2:]
+    cells = {row[0]: row[1:] for row in ([cell.strip() for cell in line.strip("|").split("|")] for line in found)}
+    assert cells["without training, planned"] == ["2", "0", "2", "0", "3.0", "0"]
+    assert cells["other projects' caches, settings of their own"] == ["1", "1", "0", "0", "5.0", "0"]
+    assert cells["samplers with fewer steps"] == ["1", "1", "0", "0", "30.0", "1"]
+    assert cells["a run of 500 steps"] == ["0", "0", "0", "0", "", "0"]
