@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import shutil
 import warnings
 from pathlib import Path
 
@@ -137,6 +138,19 @@ def test_a_damaged_grid_is_named(capfd, tmp_path, text):
     file = str(write(tmp_path / "x.pt", weights(9)))
     common = ["convert", file, "--model", "flux", "--interval", "4", "--out", str(tmp_path / "out")]
     assert f"{grid} holds a grid" in line_of(capfd, *common, "--grid", str(grid))
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "scheduler/scheduler_config.json", "transformer/config.json"])
+def test_damaged_settings_of_a_pipeline_are_named(capfd, model, tmp_path, name):
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_text('{"a": ')
+    assert str(tmp_path / name) in line_of(capfd, "generate", str(tmp_path), "x", "--full")
+
+
+@pytest.mark.parametrize("options", ["--prompts", "--calls"])
+def test_prompts_that_are_not_there_are_named(capfd, tmp_path, options):
+    line = line_of(capfd, "calibrate", "anything", options, str(tmp_path / "none.txt"))
+    assert f"{tmp_path / 'none.txt'} cannot be read (No such file or directory)" in line
 
 
 def test_damaged_weights_name_their_pipeline(capfd, tiny_flux, tmp_path):

@@ -330,6 +330,15 @@ def test_a_line_is_found_with_what_made_it(tmp_path):
             records.at_line(path, number)
 
 
+def test_without_a_line_it_is_that_of_the_last_picture(tmp_path):
+    path = write(tmp_path, *LINES)
+    assert records.at_line(path) == records.at_line(path, 3)
+    with pytest.raises(ValueError, match=r"records.jsonl \(it has 2 lines\) holds no picture's record"):
+        records.at_line(write(tmp_path / "few", LINES[0]))
+    with pytest.raises(FileNotFoundError, match=r"other.jsonl is no file here; name the records"):
+        records.at_line(tmp_path / "other.jsonl")
+
+
 def test_differences_are_over_the_pairs_that_both_have():
     made = Comparison()
     for key, psnrs in ((OURS, [31.0, 41.0, 99.0]), (THEIRS, [30.0, 40.0])):

@@ -28,9 +28,9 @@ class Again(NamedTuple):
 
 
 def reproduce(
-    file: str | Path, line: int, options: LoadOptions, predictors: Sequence[Predictor] | None = None
+    file: str | Path, line: int | None, options: LoadOptions, predictors: Sequence[Predictor] | None = None
 ) -> Again:
-    """Measure the record in a line of a file again, on the model that it is of, loaded as it was then.
+    """Measure the record in a line of a file (None: its last picture's) again, on its model, loaded as it was then.
 
     What `options` name wins: another folder of the model, another device. A trained method is found among the
     `predictors`, by default those shipped with the model.

@@ -380,17 +380,28 @@ def load(folder: str | Path) -> Comparison:
     return comparison
 
 
-def at_line(path: str | Path, number: int) -> tuple[Record, Mapping[str, Any], Mapping[str, Any]]:
+def at_line(path: str | Path, number: int | None = None) -> tuple[Record, Mapping[str, Any], Mapping[str, Any]]:
     """Read the record in a line of a file, from 1 on; returns it with its method's entry and the run's setting.
 
-    Raises: FileNotFoundError as `load` does; ValueError if the line holds no picture's record; LookupError if no method
-        that was run made it.
+    Without a number it is the last picture's.
+
+    Raises: FileNotFoundError if there is no such file; ValueError if the line holds no picture's record; LookupError if
+        no method that was run made it.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is no file here; name the {FILES} of a lesa bench.")
     comparison, lines = load(Path(path).parent), lines_of(Path(path))
-    line = from_text(lines[number - 1]) if 1 < number <= len(lines) else None
-    if not isinstance(line, Record):
-        raise ValueError(f"line {number} of {path} (it has {len(lines)}) holds no picture's record; take another.")
+    line = _picture_in(lines, number)
+    if line is None:
+        where = f"line {number} of {path}" if number is not None else path
+        raise ValueError(f"{where} (it has {len(lines)} lines) holds no picture's record; take another.")
     return line, comparison.entry((line.method, line.schedule)), comparison.setting
+
+
+def _picture_in(lines: Sequence[str], number: int | None) -> Record | None:
+    """Return the picture's record in a line after the first, or the last one; None if there is none."""
+    taken = lines[:0:-1] if number is None else lines[number - 1 : number] if number > 1 else []
+    return next((one for one in map(from_text, taken) if isinstance(one, Record)), None)
 
 
 def picture_path(folder: Path, key: Key, number: int) -> Path:

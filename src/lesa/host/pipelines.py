@@ -89,7 +89,7 @@ def load(path: str | Path, *, lora: str | Path | None = None, **options: Any) ->
     try:
         pipe = DiffusionPipeline.from_pretrained(str(path), **{**where, **_left_out(path), **options})
     except DAMAGED as error:
-        raise ValueError(f"{path} cannot be loaded as a pipeline of diffusers: {error}") from error
+        raise ValueError(f"{_damaged(path)} cannot be loaded as a pipeline of diffusers: {error}") from error
     except OSError as error:
         if not where:
             raise
@@ -102,6 +102,16 @@ def load(path: str | Path, *, lora: str | Path | None = None, **options: Any) ->
         return with_call(pipe, arguments) if arguments else pipe
     except ValueError as error:
         raise ValueError(f"{' and '.join(map(str, _call_files(path, lora)))}: {error}") from error
+
+
+def _damaged(path: str | Path) -> str | Path:
+    """Return the first file in a pipeline's folder that is to be JSON and is none, or the folder itself."""
+    for file in sorted([*Path(path).glob("*.json"), *Path(path).glob("*/*.json")]):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except DAMAGED:
+            return file
+    return path
 
 
 def _left_out(path: str | Path) -> dict[str, None]:

@@ -44,6 +44,8 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is a text in UTF-8, got other bytes ({error}); write it anew.") from error
+    except OSError as error:
+        raise type(error)(f"{path} cannot be read ({error.strerror}); name a text file that is there.") from error
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def prompts_of(runs: Sequence[Call]) -> list[str]:
 def read_prompts(path: str | Path) -> list[str]:
     """Read prompts from a text file in UTF-8, one a line; blank lines and blanks around a prompt are left out.
 
-    Raises: ValueError if there is none, or one twice.
+    Raises: ValueError if there is none, or one twice; OSError if the file cannot be read.
     """
     prompts: dict[str, int] = {}
     for number, line in enumerate(_lines(Path(path)), start=1):

@@ -96,10 +96,11 @@ def _add_records(commands: Any) -> None:
     parser.add_argument("--tolerance", type=float, default=0.01, help="differences up to this do not count (0.01)")
 
     words = "measure a record again: 0 if it is the same, 1 if not"
-    example = "lesa reproduce out/mine/records.jsonl 120"
-    parser = options.command(commands, "reproduce", "bench.reproduce", words, example, "")
+    examples = ("lesa reproduce out/mine/records.jsonl", "lesa reproduce out/mine/records.jsonl 120")
+    parser = options.command(commands, "reproduce", "bench.reproduce", words, examples, "")
     parser.add_argument("records", metavar="FILE", help="the records.jsonl of a lesa bench")
-    parser.add_argument("line", metavar="LINE", type=options.read_count, help="the record's line, from 1 on")
+    words = "the record's line, from 1 on; default: that of the last picture"
+    parser.add_argument("line", metavar="LINE", nargs="?", type=options.read_count, help=words)
     parser.add_argument("--predictors", nargs="+", metavar="FOLDER", help="default: those shipped with the model")
     parser.add_argument("--tolerance", type=float, default=0.01, help="dB of PSNR that count as the same (0.01)")
     parser.set_defaults(device=None)
