@@ -31,70 +31,17 @@ from lesa.bench.cost import Memory
 from lesa.bench.models import MODELS, build
 from lesa.bench.report import markdown
 from lesa.host.tap import OUTPUT, tap_of
-from lesa.learn import refining, searching
 from lesa.learn.calibrate import CalibrateOptions, split
 from lesa.learn.counted import ELEMENTS, Recording
-from lesa.learn.planning import DISTURBED, PLANNED_ON, disturbance, spread
-from lesa.learn.references import BATCH
-from lesa.learn.rivals import PLANNED_APART, UNTRAINED
-from lesa.learn.solve import Solver
+from lesa.learn.expected import KINDS, ROUNDS, Runs, directions, most_runs
 from lesa.predictors import Origin, configuration
 from lesa.predictors.shelf import Shelf
 from lesa.predictors.solved import STREAMS, Solved
 
 CALLS, BUDGETS, ONE = 12, (10, 8, 6, 4), 10
 """How many calls are given, the budgets of the curve, and the one that is calibrated alone."""
-ROUNDS: int = inspect.signature(Solver.solve).parameters["rounds"].default
-OPTIONS = CalibrateOptions()
-KINDS = ("reference", "rounds", "search", "refinement", "rivals", "checks")
 HEADS = ("model", "full steps", *KINDS, "all", "S + rounds, of one prompt and stream")
 SPACE = ("model", "full steps", "kept, MB", "at the peak, MB", "of it pictures, MB", "on disk, MB")
-
-
-@dataclass(frozen=True)
-class Runs:
-    """What the runs of a calibration are like: steps, streams, how many numbers latents have, and the calls.
-
-    Full in any case are the steps `begins`, and calls go one by one unless `together`.
-    """
-
-    steps: int
-    streams: int
-    begins: tuple[int, ...] = (0,)
-    solved_on: int = CALLS - CALLS // 3
-    checked: int = CALLS // 3
-    together: bool = False
-
-
-def most_runs(runs: Runs, budgets: Sequence[int], options: CalibrateOptions = OPTIONS) -> dict[str, int]:
-    """Return how many transformer runs, of one picture and stream, a calibration takes at most, by what they are for.
-
-    Those of `reference` and `rivals` are what it takes.
-    """
-    together = runs.together and min(runs.solved_on, searching.TRIED_ON) <= BATCH
-    calls, few = runs.solved_on, min(runs.solved_on, searching.TRIED_ON if together else searching.TRIED_ON_APART)
-    most = options.most or (searching.TOGETHER if together else searching.APART)
-    planned = [disturbance(runs.steps, runs.begins), spread(runs.steps, runs.begins)]
-    disturbed = sum(len(one.full_steps(runs.steps)) for one in planned)
-    found = dict.fromkeys(KINDS, 0)
-    found["reference"] = (calls + runs.checked) * runs.steps
-    if options.rivals:
-        planned_on = min(calls, PLANNED_ON if together else PLANNED_APART)
-        found["rivals"] = planned_on * runs.steps + min(planned_on, DISTURBED) * disturbed
-    for budget in budgets:
-        tries = most * few + (searching.FINALISTS * calls if calls > few else 0)
-        steps = options.refine * len(refining.DAMPINGS) + (directions(budget) if options.refine else 0)
-        refined = searching.REFINED if together else 1
-        found["rounds"] += (1 + ROUNDS) * calls * budget * refined
-        found["search"] += (1 if together else 2) * tries * budget
-        found["refinement"] += steps * calls * budget * refined
-        found["checks"] += (1 + 2 * len(UNTRAINED) * options.rivals) * runs.checked * budget
-    return {kind: count * runs.streams for kind, count in found.items()}
-
-
-def directions(budget: int) -> int:
-    """Return in how many directions rows are changed at most to see what that does at the end."""
-    return min(budget * (budget + 3) // 2, refining.MOST)
 
 
 # --- memory and disk

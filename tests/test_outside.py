@@ -22,6 +22,8 @@ from lesa.predictors.facts import Facts, Mixture
 from lesa.predictors.origin import Origin
 from lesa.predictors.shelf import Shelf
 from lesa.predictors.solved import Solved
+from lesa.rows import levels
+from lesa.rows import sampler as samplers
 from lesa.rows.default import Default
 from lesa.rows.forecasters import Lagrange, LinearRows, PlannedRow, Reuse
 from lesa.rows.schedule import Schedule
@@ -106,8 +108,8 @@ def test_a_run_on_rising_times_is_refused():
 # --- what is forecast with
 
 
-def solved(schedule: str = "at:0,4") -> Solved:
-    return Solved(Origin("model", "Denoiser", {}, Tap(), TIMES, schedule, ("all",)))
+def solved(schedule: str = "at:0,4", of: str = "output") -> Solved:
+    return Solved(Origin("model", "Denoiser", {}, Tap(), TIMES, schedule, ("all",)), of=of)
 
 
 def shelf_with(tmp_path: Path, facts: Facts = FACTS, weights: str = "f" * 64) -> Shelf:
@@ -161,6 +163,10 @@ def test_a_predictor_that_is_named_has_to_fit(tmp_path: Path):
     ):
         with pytest.raises(ValueError, match=why):
             choose(facts, "", Asked(predictor=solved()))
+    noisy = Facts(**{**vars(FACTS), "noise": True})
+    assert choose(noisy, "", Asked(predictor=solved(of="data"))).forecaster.full == (0, 4)
+    with pytest.raises(ValueError, match="is for samplers that add noise, got euler"):
+        choose(FACTS, "", Asked(predictor=solved(of="data")))
     inner = Solved(Origin("model", "Denoiser", {}, Tap(("blocks",), "norm_out"), TIMES, "at:0,4", ("all",)))
     with pytest.raises(ValueError, match="what is forecast here is the output"):
         choose(FACTS, "", Asked(predictor=inner))
@@ -254,6 +260,39 @@ def test_numbers_of_a_sampler_walk_as_it_does(calibrating: Any, sampling: Any, f
     assert steps.step_index == len(course.sigmas) and len(steps._held) == 0
 
 
+def noisy(model: Callable, x: Tensor, sigmas: Tensor) -> Tensor:
+    return euler(model, x, sigmas, noise=0.1)
+
+
+def test_numbers_of_a_sampler_that_adds_noise(calibrating: Any, sampling: Any):
+    sampler, guider, start = Sampler(noisy), Flow(), torch.randn(1, 4, 2, 2)
+    course = sampling.course_of(sampler, guider, SIGMAS, 4)
+    numbers = calibrating.numbers_of(sampler, guider, SIGMAS, course, 4)
+    told = sampling.probe(sampler, guider, SIGMAS, 0 * start, calibrating.nothing, seed=3)
+    steps = calibrating.Steps([*course.sigmas, 0.0], numbers, noise=True)
+    steps.added = calibrating.Added([torch.stack(told.latents)], numbers.noise.tolist())
+
+    def walked() -> Tensor:
+        x = start
+        steps.set_timesteps(len(course.sigmas))
+        for time in steps.timesteps:
+            (x,) = steps.step(torch.sin(3 * x), time, x)
+        return x
+
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        wanted = noisy(lambda y, _sigma: torch.sin(3 * y), start, SIGMAS)
+    assert torch.allclose(walked(), wanted, atol=1e-5)
+    steps.set_timesteps(len(course.sigmas))
+    found = samplers.of(steps, start, steps.timesteps[0], start)
+    assert found.injects_noise and levels.of(steps, start, steps.timesteps[0], start) is steps.levels
+    found = levels.of_data(found, steps.levels)
+    assert torch.allclose(found.response, numbers.response, atol=1e-6)
+    assert torch.allclose(found.decay, numbers.decay, atol=1e-6)
+    assert torch.allclose(found.noise_response.norm(dim=1), numbers.noise, atol=1e-6)
+    assert torch.allclose(walked(), wanted, atol=1e-5)  # whoever reads numbers leaves the run's noise as it is
+
+
 def test_a_sampler_that_is_no_sum_is_refused(calibrating: Any, sampling: Any):
     sampler, guider = Sampler(lambda *a: euler(*a).clamp(-0.1, 0.1)), Flow()
     course = sampling.course_of(sampler, guider, SIGMAS, 4)
@@ -299,12 +338,14 @@ def test_one_sampling(sampling: Any, noise: bool):
     assert run.summary()["uncond"].skipped_steps == 3
 
 
-def test_a_part_of_the_first_latents_is_added_after_guidance(sampling: Any):
-    """By hand: d = (x - D) / sigma is the first one and a quarter of the first latents, whatever guidance does."""
+@pytest.mark.parametrize("noise", [False, True])
+def test_a_part_of_the_first_latents_is_added_after_guidance(sampling: Any, noise: bool):
+    """By hand: d = (x - D) / sigma, or D where noise is added, is the first one and a quarter of the first latents,
+    whatever guidance does."""
     times = (1.0, 0.8, 0.6, 0.0)
     table = {step: PlannedRow((0,), (1.0,), 0.0, 0.25) for step in (1, 2)}
     rows = LinearRows(times, table, remembers_forecasts=False)
-    course = sampling.Course(times[:-1], 0.0, False, False, ())
+    course = sampling.Course(times[:-1], 0.0, noise, False, ())
     run = sampling.Sampling(course, True, "euler", Asked(forecaster=rows, schedule=Schedule.at([0])), lambda: "")
 
     def predict(x: Tensor, sigma: Tensor) -> Tensor:
@@ -314,7 +355,10 @@ def test_a_part_of_the_first_latents_is_added_after_guidance(sampling: Any):
     for sigma in course.sigmas:
         x = torch.full((1, 4, 2, 2), 4 * sigma)
         found = run.evaluate(predict, x, torch.tensor([sigma]))
-        wanted = x - sigma * (1.0 if sigma == 1.0 else 1.0 + 0.25 * 4.0)
+        first, part = sigma == 1.0, 0.25 * 4.0
+        wanted = x - sigma * (1.0 if first else 1.0 + part)
+        if noise:
+            wanted = torch.full_like(x, 3.0 if first else 3.0 + part)
         assert torch.allclose(found, wanted, atol=1e-5)
 
 

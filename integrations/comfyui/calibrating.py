@@ -8,7 +8,8 @@ as numbers, which were read off it before. Several runs, of several prompts and 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -17,7 +18,10 @@ import torch
 from torch import Tensor
 
 import lesa
+from lesa.learn.calibrate import split, usual_budget
+from lesa.learn.expected import Runs, most_runs
 from lesa.predictors.solved import Solved
+from lesa.rows.levels import Levels
 
 from . import sampling
 from .sampling import KEY, Course
@@ -25,39 +29,47 @@ from .sampling import KEY, Course
 TOLERANCE = 1e-4
 UNUSED = 1e-6
 """Coefficients below this share of the largest are rounding: samplers compute in float32."""
+MANY = 4096
+"""Of how many numbers the size of a sampler's noise is measured."""
 
 
 # --- a sampler as numbers
 
 
 class Numbers(NamedTuple):
-    """What a sampler makes of derivatives: x_s = decay_s x_0 + sum_j response_sj d_j, float64."""
+    """What a sampler makes of features: x_s = decay_s x_0 + sum_j response_sj f_j + noise_s e, float64.
+
+    Features are derivatives or, where noise is added, data predictions; e is of size 1.
+    """
 
     decay: Tensor
     """(S + 1,)"""
     response: Tensor
     """(S + 1, S)"""
+    noise: Tensor
+    """(S + 1,)"""
 
 
 def numbers_of(sampler: Any, guider: Any, sigmas: Tensor, course: Course, ndim: int) -> Numbers:
-    """Read a sampler's numbers off a run on impulses, one for the first latents and one for each derivative.
+    """Read a sampler's numbers off a run on impulses, one for the first latents and one for each feature.
 
     Raises: ValueError if it does not make weighted sums of them.
     """
-    steps = len(course.sigmas)
+    steps, size = len(course.sigmas), max(*course.sigmas, 1.0)
     mixed = torch.randn(steps, generator=torch.Generator().manual_seed(0))
     given = torch.cat([torch.zeros(1, steps), torch.eye(steps), mixed[None]])
     start = torch.zeros(steps + 2)
     start[0] = start[-1] = 1.0
-    shape = (-1,) + (1,) * (ndim - 1)
-    told = sampling.probe(
-        sampler, guider, sigmas, start.to(sigmas.device).reshape(shape), lambda step, _x: given[:, step].reshape(shape)
-    )
-    latents = torch.stack([x.flatten().double().cpu() for x in told.latents])
-    found = Numbers(latents[:, 0] / latents[0, 0], latents[:, 1:-1])
+    latents = _walked(sampler, guider, sigmas, course, size * start, size * given, ndim) / size
+    noise = torch.zeros(steps + 1, dtype=torch.float64)
+    if course.noise:  # the same draws, of the same seed
+        latents = latents - _walked(sampler, guider, sigmas, course, 0 * start, 0 * given, ndim) / size
+        many = torch.zeros(MANY)
+        noise = _walked(sampler, guider, sigmas, course, many, many[:, None].expand(-1, steps), ndim).std(1)
+    found = Numbers(latents[:, 0] / latents[0, 0], latents[:, 1:-1], noise)
     expected = found.decay * latents[0, -1] + found.response @ mixed.double()
-    size = found.decay.abs() * latents[0, -1].abs() + found.response.abs() @ mixed.double().abs()
-    if not ((expected - latents[:, -1]).abs() <= TOLERANCE * size.clamp_min(1e-6)).all():
+    terms = found.decay.abs() * latents[0, -1].abs() + found.response.abs() @ mixed.double().abs()
+    if not ((expected - latents[:, -1]).abs() <= TOLERANCE * terms.clamp_min(1e-6)).all():
         raise ValueError(
             "rows are solved for samplers that make weighted sums of what the model gives, and "
             f"{sampling.name_of(sampler)} does not; calibrate another sampler, or forecast without training."
@@ -65,18 +77,68 @@ def numbers_of(sampler: Any, guider: Any, sigmas: Tensor, course: Course, ndim: 
     return found
 
 
+def _walked(
+    sampler: Any, guider: Any, sigmas: Tensor, course: Course, start: Tensor, features: Tensor, ndim: int
+) -> Tensor:
+    """Return the latents at each evaluation and the last ones, (S + 1, runs), of runs of one number each: where they
+    start, (runs,), and which features they are told, (runs, S)."""
+    shape = (-1,) + (1,) * (ndim - 1)
+
+    def answer(step: int, x: Tensor, level: Tensor) -> Tensor:
+        feature = features[:, step].reshape(shape).to(x)
+        return feature if course.noise else x - level * feature
+
+    told = sampling.probe(sampler, guider, sigmas, start.to(sigmas.device).reshape(shape), answer)
+    return torch.stack([x.flatten().double().cpu() for x in told.latents])
+
+
+def nothing(_step: int, x: Tensor, _level: Tensor) -> Tensor:
+    """Answer that data are zeros."""
+    return torch.zeros_like(x)
+
+
+class Drawn:
+    """What noise made of the latents by each step, drawn as it is asked for: of a copy, whose numbers are read."""
+
+    def __init__(self, sizes: Sequence[float]):
+        self._sizes, self._newest = sizes, (0, torch.zeros(()))
+
+    def at(self, step: int, like: Tensor) -> Tensor:
+        if step != self._newest[0]:
+            self._newest = step, self._sizes[step] * torch.randn_like(like)
+        return self._newest[1].to(like)
+
+
+class Added:
+    """What the sampler's own noise made of the latents by each step, of runs side by side: (S + 1, 1, ...) each."""
+
+    def __init__(self, runs: Sequence[Tensor], sizes: Sequence[float]):
+        self._runs, self._sizes = runs, sizes
+
+    def at(self, step: int, like: Tensor) -> Tensor:
+        return torch.cat([run[step] for run in self._runs]).to(like)
+
+    def __deepcopy__(self, _memo: dict) -> Drawn:
+        return Drawn(self._sizes)
+
+
 class Steps:
-    """A sampler as numbers, in the form of a scheduler of diffusers."""
+    """A sampler as numbers, in the form of a scheduler of diffusers.
+
+    Where it adds noise, `added` is what that made of the latents of the runs at hand; what is left of them are weighted
+    sums, and the `levels` say that outputs are data predictions.
+    """
 
     begin_index = 0
     config = {"prediction_type": "flow_prediction"}  # its times are those that it says  # noqa: RUF012
 
-    def __init__(self, times: Sequence[float], numbers: Numbers):
+    def __init__(self, times: Sequence[float], numbers: Numbers, noise: bool = False):
         self.sigmas = torch.tensor(times, dtype=torch.float64)
         steps = len(times) - 1
         self.timesteps = torch.arange(steps, 0, -1)
         self.num_inference_steps: int | None = None
-        ratio = numbers.decay[1:] / numbers.decay[:-1]
+        before = numbers.decay[:-1]
+        ratio = torch.where(before.abs() > UNUSED, numbers.decay[1:] / before, 0.0)
         own = numbers.response[1:] - ratio[:, None] * numbers.response[:-1]
         own[own.abs() < UNUSED * own.abs().max()] = 0
         self._ratio, self._own = ratio.tolist(), own
@@ -84,18 +146,25 @@ class Steps:
         self._last = [max(places, default=-1) for places in used]
         self._held: dict[int, Tensor] = {}
         self.step_index: int | None = None
+        self.added: Added | Drawn | None = None
+        output = torch.ones(steps, dtype=torch.float64)
+        self.levels = Levels(1 - self.sigmas, self.sigmas, 0 * output, output) if noise else None
 
     def set_timesteps(self, num_inference_steps: int) -> None:
         self.num_inference_steps, self.step_index, self._held = num_inference_steps, None, {}
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        """Return the next latents, given a derivative."""
+        """Return the next latents, given a feature."""
         step = self.step_index or 0
         self._held[step] = model_output
+        if self.added is not None:
+            sample = sample - self.added.at(step, sample)
         moved = self._ratio[step] * sample
         for k, output in self._held.items():
             if self._own[step, k]:
                 moved = moved + float(self._own[step, k]) * output
+        if self.added is not None:
+            moved = moved + self.added.at(step + 1, sample)
         self._held = {k: output for k, output in self._held.items() if self._last[k] > step}
         self.step_index = step + 1
         return (moved,)
@@ -113,7 +182,7 @@ class _Heard(Exception):
 
 
 class _Model(sampling.Denoiser):
-    """The denoiser: the derivatives of all conditions, one condition after the other, of all runs in a batch."""
+    """The denoiser: the features of all conditions, one condition after the other, of all runs in a batch."""
 
     rig: Rig
 
@@ -124,9 +193,9 @@ class _Model(sampling.Denoiser):
     def forward(self, x: Tensor, sigma: float, guidance: Tensor | None = None) -> Tensor:
         found: list[Tensor] = []
         for members in self.rig.groups():
-            derivatives = self.rig.derivatives(members, x[members], sigma)
-            found = found or [torch.empty_like(x) for _ in derivatives]
-            for of_condition, some in zip(found, derivatives, strict=True):
+            features = self.rig.features(members, x[members], sigma)
+            found = found or [torch.empty_like(x) for _ in features]
+            for of_condition, some in zip(found, features, strict=True):
                 of_condition[members] = some
         return torch.cat(found)
 
@@ -160,15 +229,17 @@ class Rig:
         self._guider, self._conds, self._sampler, self._sigmas = guider, conds, sampler, sigmas
         self._course, self._options, self._latent, self._vae, self._at_once = course, options, latent, vae, at_once
         self._prompts: list[int] = []
+        self._noise_sizes, self._added = numbers.noise.tolist(), dict[int, Tensor]()
         self._stream = ""
         self._embedded: Tensor | None = None
         kind: Any = type(sampling.name_of(sampler), (Steps,), {})
-        self.scheduler = kind(self._times, numbers)
+        self.scheduler = kind(self._times, numbers, course.noise)
         self.transformer = _Model(self, guider.model_patcher)
         self.components = {"transformer": self.transformer, "scheduler": self.scheduler}
         self.device = latent.device
         self.config = SimpleNamespace(_name_or_path=type(guider.inner_model.diffusion_model).__name__)
         self.evaluations = 0
+        self.on_evaluation: Callable[[int], object] = lambda _evaluations: None
 
     def __call__(
         self, prompt: Any, generator: Any = None, output_type: str = "pil", sampling_of: str = ""
@@ -179,13 +250,14 @@ class Rig:
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         generators = generator if isinstance(generator, (list, tuple)) else [generator]
         self._prompts = [int(text.split()[0]) for text in texts]
-        noise = torch.cat(
-            [comfy.sample.prepare_noise(self._latent.cpu(), one.initial_seed()) for one in generators]
-        ).to(self._latent)
+        seeds = [one.initial_seed() for one in generators]
+        noise = torch.cat([comfy.sample.prepare_noise(self._latent.cpu(), seed) for seed in seeds]).to(self._latent)
         x = self._guider.inner_model.model_sampling.noise_scaling(
             self._sigmas[0], noise, self._latent.expand_as(noise), self._sampler.max_denoise(self._guider, self._sigmas)
         )
         self._hear_conditions()
+        if self._course.noise:
+            self.scheduler.added = Added([self._added_by(seed) for seed in seeds], self._noise_sizes)
         self.scheduler.set_timesteps(len(self._course.sigmas))
         for time, sigma in zip(self.scheduler.timesteps, self._course.sigmas, strict=True):
             with self.transformer.cache_context(self._stream):
@@ -194,6 +266,10 @@ class Rig:
         images = [] if output_type == "latent" or self._vae is None else self._decoded(x)
         return SimpleNamespace(images=images, latents=x)
 
+    @property
+    def steps(self) -> int:
+        return len(self._course.sigmas)
+
     def groups(self) -> Iterator[list[int]]:
         """Yield which runs go through the model together: some of one prompt."""
         for prompt in dict.fromkeys(self._prompts):
@@ -201,8 +277,19 @@ class Rig:
             for start in range(0, len(members), self._at_once):
                 yield members[start : start + self._at_once]
 
-    def derivatives(self, members: list[int], x: Tensor, sigma: float) -> list[Tensor]:
-        """Return the derivatives of each condition, of runs of one prompt."""
+    def _added_by(self, seed: int) -> Tensor:
+        """Return what noise makes of the latents of a sampling with this seed, by each step: its run on zeros.
+
+        (S + 1, 1, ...), in the CPU's memory.
+        """
+        if seed not in self._added:
+            zeros = torch.zeros_like(self._latent)
+            told = sampling.probe(self._sampler, self._guider, self._sigmas, zeros, nothing, seed=seed)
+            self._added[seed] = torch.stack([x.cpu() for x in told.latents])
+        return self._added[seed]
+
+    def features(self, members: list[int], x: Tensor, sigma: float) -> list[Tensor]:
+        """Return the features of each condition, of runs of one prompt."""
         import comfy.model_management
 
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -214,24 +301,35 @@ class Rig:
         try:
             self._evaluate(members, x, sigma, hear)
         except _Heard as heard:
+            self.on_evaluation(self.evaluations)
             places = [k for k, cond in enumerate(self._asked(members)) if cond]
-            return [(x - heard.predictions[k]) / sigma for k in places]
+            return [self._feature(heard.predictions[k], x, sigma) for k in places]
         raise ValueError("lesa calibrates guiders that ask for the predictions of conditions; take a CFG guider.")
+
+    def _feature(self, prediction: Tensor, x: Tensor, sigma: float) -> Tensor:
+        """Return what rows combine: the derivative, or the data prediction where noise is added."""
+        return prediction if self._course.noise else (x - prediction) / sigma
+
+    def _prediction(self, feature: Tensor, x: Tensor, sigma: float) -> Tensor:
+        return feature if self._course.noise else x - sigma * feature
 
     def _asked(self, members: list[int]) -> list[Any]:
         return self._told[self._prompts[members[0]]]
 
     def _guided(self, outputs: Tensor, x: Tensor, sigma: float) -> Tensor:
-        """Return what the guider makes of the derivatives, as a derivative."""
+        """Return what the guider makes of the features, as a feature."""
         found, of_conditions = torch.empty_like(x), outputs.split(len(x))
         for k in range(len(x)):
             mine = x[k : k + 1]
 
             def tell(_executor: Any, _model: Any, conds: Any, here: Tensor, *_: Any, k: int = k) -> Any:
                 told = iter(of_conditions)
-                return [here - sigma * next(told)[k : k + 1] if cond else torch.zeros_like(here) for cond in conds]
+                return [
+                    self._prediction(next(told)[k : k + 1], here, sigma) if cond else torch.zeros_like(here)
+                    for cond in conds
+                ]
 
-            found[k : k + 1] = (mine - self._evaluate([k], mine, sigma, tell)) / sigma
+            found[k : k + 1] = self._feature(self._evaluate([k], mine, sigma, tell), mine, sigma)
         return found
 
     def _hear_conditions(self) -> None:
@@ -288,11 +386,6 @@ class Rig:
 def check(course: Course, sampler: Any) -> None:
     """Raise ValueError if rows are not solved for such a sampler."""
     name = sampling.name_of(sampler)
-    if course.noise:
-        raise ValueError(
-            f"rows are solved for samplers that add no noise, and {name} does as it steps; calibrate one that does "
-            "not, or use LESA Accelerate without training."
-        )
     if course.guidance_parts:
         raise ValueError(
             f"rows are solved for samplers that go by what guidance makes of the conditions, and {name} looks at these "
@@ -349,7 +442,6 @@ class Calibrating:
         latent = (torch.zeros_like(noise) if latent_image is None else latent_image)[:1]
         mine = guider.conds
         conds = [self._prepared(guider, k, latent) for k in range(self._prompts)]
-        rig = Rig(guider, conds, self._sampler, sigmas, extra_args["model_options"], latent, self._vae, self._at_once)
         calls = [f"{k % self._prompts} {self._what}" for k in range(self._runs)]
         options = lesa.CalibrateOptions(
             seed=self._seeds,
@@ -358,6 +450,9 @@ class Calibrating:
             pictures=self._vae is not None,
             progress=False,
         )
+        given = extra_args["model_options"]
+        rig = Rig(guider, conds, self._sampler, sigmas, given, latent, self._vae, self._at_once)
+        rig.on_evaluation = progress_of(calls, rig.steps, self._budgets, options)
         try:
             self.predictor = lesa.calibrate(
                 rig,
@@ -369,6 +464,7 @@ class Calibrating:
             )
         finally:
             guider.conds = mine
+        rig.on_evaluation(sys.maxsize)  # less than the most was needed
         return noise
 
     def max_denoise(self, guider: Any, sigmas: Tensor) -> bool:
@@ -381,6 +477,17 @@ class Calibrating:
         given = {"positive": guider.original_conds[positive(prompt)], "negative": guider.original_conds["negative"]}
         copied = {name: [dict(part) for part in some] for name, some in given.items()}
         return process_conds(guider.inner_model, latent, copied, latent.device, latent, None, 0)
+
+
+def progress_of(
+    calls: Sequence[str], steps: int, budgets: Sequence[int], options: lesa.CalibrateOptions
+) -> Callable[[int], object]:
+    """Return what takes the number of evaluations so far, and shows it beside the most that a calibration needs."""
+    from comfy.utils import ProgressBar
+
+    solved_on, checked_on = (len(some) for some, _ in split(calls, options))
+    runs = Runs(steps, streams=1, solved_on=solved_on, checked=checked_on, together=True)
+    return ProgressBar(sum(most_runs(runs, budgets or (usual_budget(steps),), options).values())).update_absolute
 
 
 def positive(prompt: int) -> str:

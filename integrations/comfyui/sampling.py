@@ -52,8 +52,8 @@ class Course(NamedTuple):
     latents: tuple[Tensor, ...]
 
 
-Derivative = Callable[[int, Tensor], Tensor]
-"""(number of an evaluation, latents) -> their derivative there"""
+Answer = Callable[[int, Tensor, Tensor], Tensor]
+"""(number of an evaluation, latents, their noise level as `as_column` gives it) -> the data prediction there"""
 
 
 class _OtherCourse(Exception):
@@ -61,10 +61,10 @@ class _OtherCourse(Exception):
 
 
 class _Probe:
-    """Stands for the guider in a sampler's own run on numbers: its answers are derivatives given beforehand."""
+    """Stands for the guider in a sampler's own run on numbers: its answers are given beforehand."""
 
-    def __init__(self, guider: Any, derivative: Derivative, expected: Sequence[float] | None):
-        self._guider, self._derivative, self._expected = guider, derivative, expected
+    def __init__(self, guider: Any, answer: Answer, expected: Sequence[float] | None):
+        self._guider, self._answer, self._expected = guider, answer, expected
         self.sigmas: list[float] = []
         self.latents: list[Tensor] = []
         self.guidance_parts = False
@@ -80,7 +80,7 @@ class _Probe:
         ):
             raise _OtherCourse
         self.latents.append(x.detach().clone())
-        denoised = x - level * self._derivative(step, x).to(x)
+        denoised = self._answer(step, x, level).to(x)
         for function in (model_options or {}).get("sampler_post_cfg_function", ()):
             self.guidance_parts = True
             parts = dict.fromkeys(("denoised", "cond_denoised", "uncond_denoised"), denoised)
@@ -93,18 +93,26 @@ def probe(
     guider: Any,
     sigmas: Tensor,
     start: Tensor,
-    derivative: Derivative,
+    answer: Answer,
     expected: Sequence[float] | None = None,
+    seed: int = 0,
 ) -> Course:
-    """Run a sampler on small latents, with derivatives given for each evaluation; random numbers stay as they are."""
-    stand_in = _Probe(guider, derivative, expected)
+    """Run a sampler on latents of any size, with the answer to each evaluation given; what noise it adds depends on the
+    seed, and random numbers stay as they are."""
+    stand_in = _Probe(guider, answer, expected)
     devices = [start.device.index or 0] if start.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
-        options = {"model_options": {"transformer_options": {"sample_sigmas": sigmas}}, "seed": 0}
+        torch.manual_seed(seed)
+        options = {"model_options": {"transformer_options": {"sample_sigmas": sigmas}}, "seed": seed}
         end = sampler.sample(stand_in, sigmas, options, None, start.clone(), torch.zeros_like(start), None, True)
     noise = float(end.abs().max()) > NOISE
     latents = *stand_in.latents, end
     return Course(tuple(stand_in.sigmas), float(sigmas[-1]), noise, stand_in.guidance_parts, latents)
+
+
+def still(_step: int, x: Tensor, _level: Tensor) -> Tensor:
+    """Answer that all is data already: a sampler moves nothing, but for the noise that it adds."""
+    return x
 
 
 def course_of(sampler: Any, guider: Any, sigmas: Tensor, ndim: int) -> Course:
@@ -115,8 +123,15 @@ def course_of(sampler: Any, guider: Any, sigmas: Tensor, ndim: int) -> Course:
     start = torch.zeros((1,) * ndim, device=sigmas.device)
     random = torch.Generator().manual_seed(0)
     try:
-        course = probe(sampler, guider, sigmas, start, lambda _step, x: torch.zeros_like(x))
-        probe(sampler, guider, sigmas, start + 1, lambda _, x: torch.randn(x.shape, generator=random), course.sigmas)
+        course = probe(sampler, guider, sigmas, start, still)
+        probe(
+            sampler,
+            guider,
+            sigmas,
+            start + 1,
+            lambda _step, x, level: x - level * torch.randn(x.shape, generator=random).to(x),
+            course.sigmas,
+        )
     except _OtherCourse:
         raise ValueError(
             f"lesa needs to know a sampler's steps before it begins, but {name_of(sampler)} chooses them as it goes; "
@@ -249,7 +264,8 @@ class Sampling:
             self._latents = x.detach().clone()
             self._decide(x, sigma, denoised)
         if part := self.run.part_of_latents:
-            denoised = denoised - as_column(sigma, x) * part * self._latents
+            more = part * self._latents
+            denoised = denoised + (more if self.course.noise else -as_column(sigma, x) * more)
         return denoised
 
     def _check(self, sigma: float) -> None:

@@ -96,7 +96,7 @@ class OutsideRun:
     def part_of_latents(self) -> float:
         """What part of the run's first latents the host adds to what guidance gives at this step: 0 at full steps.
 
-        Solved rows have such a term, which acts on what their outputs are: after guidance, on derivatives.
+        Solved rows have such a term, which acts on what their outputs are: after guidance, on derivatives or data.
         """
         plan = next((one.plan for call in self._calls.values() if call.planned for one in call.stream_runs), None)
         row = plan.rows.get(self.step) if plan else None
@@ -184,7 +184,7 @@ class Asked:
 def choose(facts: Facts, weights: str, asked: Asked) -> Chosen:
     """Choose what a run is forecast with that is known by these facts, of a denoiser whose weights have a fingerprint.
 
-    Where the sampler adds noise nothing that was trained fits.
+    Where the sampler adds noise only rows of the data prediction fit, and where it adds none only rows of outputs.
 
     Raises: ValueError if nothing that was asked for fits the run, and there is no fallback.
     """
@@ -243,10 +243,15 @@ def _trained(facts: Facts, predictor: Predictor, label: str, budget: int | None 
     Raises: ValueError if it is not for the outputs of such a run.
     """
     origin = predictor.origin
-    if facts.noise:
+    if facts.noise and predictor.of != DATA:
         raise ValueError(
             f"{predictor!r} is for samplers that add no noise, got {facts.sampler}, which does as it steps; take one "
             "that does not, or forecast without training."
+        )
+    if predictor.of == DATA and not facts.noise:
+        raise ValueError(
+            f"{predictor!r} is for samplers that add noise, got {facts.sampler}, which adds none; take one that does, "
+            "or forecast without training."
         )
     if origin.tap.modules:
         raise ValueError(
