@@ -421,7 +421,7 @@ def test_a_schedule_without_a_step_at_which_streams_change_is_refused():
         solver.solve(budget=1)
 
 
-NOISY = ["stable_diffusion_euler_ancestral_guided", "stable_audio3_stochastic"]
+NOISY = ["stable_diffusion_euler_ancestral_guided", "stable_audio3_stochastic", "stable_audio_guided"]
 
 
 @pytest.mark.parametrize("name", NOISY)

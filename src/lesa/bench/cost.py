@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from lesa.host.head import to_tokens
 from lesa.host.intercept import intercept
 from lesa.host.tap import part_of, tap_of
+from lesa.learn.calls import takes
 from lesa.learn.trajectory import draw_tokens
 
 PACKAGES = ("lesa-cache", "torch", "diffusers", "transformers", "numpy", "scikit-image")
@@ -29,7 +30,7 @@ PACKAGES = ("lesa-cache", "torch", "diffusers", "transformers", "numpy", "scikit
 class Watch:
     """Looks at one call of a pipeline from the outside: times its denoising loop, or sees what its steps do.
 
-    The loop begins when the transformer is first called and ends with the last step's `callback_on_step_end`, which
+    The loop begins when the transformer is first called and ends with what the pipeline tells of its last step, which
     comes right after the scheduler's step: text encoders and decoder are outside, and what an acceleration does in the
     transformer's calls is inside. Work queued on a GPU is waited for at both ends. A step is full if the last block ran
     in it, in whatever stream; seeing that hooks a block, so it is left to calls that are not timed.
@@ -109,14 +110,15 @@ class Watch:
         return [b - a for a, b in pairwise(marks)]
 
     def on_step_end(self, pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's `callback_on_step_end`; keeps the last `latents`, and changes nothing."""
+        """What a pipeline's call is to tell the end of each step (see `telling`): keeps the last `latents`, and changes
+        nothing."""
         if self._ran:
             self.full.append(step)
         self.features.append(torch.cat(self._passed) if self._passed else None)
         self._ran, self._passed = False, []
         if self._began is not None:
             self._marks.append(_mark(pipe.transformer))
-        if step == pipe.num_timesteps - 1:
+        if step == getattr(pipe, "num_timesteps", len(pipe.scheduler.timesteps)) - 1:
             _wait_for(pipe.transformer)
             self.seconds = time.perf_counter() - (self._began or 0.0)
             self.latents = tensors["latents"]
@@ -143,6 +145,30 @@ class Watch:
     def _keep(self, feature: Tensor) -> None:
         tokens = to_tokens(self._pipe.transformer, feature.detach())
         self._passed.append(tokens[:, draw_tokens(tokens.shape[1])].float().cpu())
+
+
+OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+"""(pipeline, step, time, tensors with the `latents`) -> tensors that go on in their place, as diffusers has it"""
+
+
+def telling(pipe: Any, on_step_end: OnStepEnd) -> dict[str, Any]:
+    """Return the argument by which a pipeline's call tells of the end of each step.
+
+    The `callback` that some classes have in place of `callback_on_step_end` is told the latents and cannot change them.
+
+    Raises: ValueError if the pipeline's call has neither.
+    """
+    if takes(pipe, "callback_on_step_end"):
+        return {"callback_on_step_end": on_step_end}
+    if not takes(pipe, "callback"):
+        raise ValueError(
+            f"a call that is watched tells of its steps, got a {type(pipe).__name__}, whose call does not."
+        )
+
+    def tell(step: int, time: Any, latents: Tensor) -> None:
+        on_step_end(pipe, step, time, {"latents": latents})
+
+    return {"callback": tell}
 
 
 def _on_gpu(module: torch.nn.Module) -> bool:
