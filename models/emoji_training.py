@@ -51,6 +51,16 @@ class Recipe(ABC):
         """Return what the autoencoder learns from at this share of its training: all of the pictures."""
         return drawn
 
+    def to_unit(self, drawn: Tensor) -> Tensor:
+        """Bring what was drawn to [-1, 1]."""
+        return to_unit(drawn)
+
+    def distortion(self, decoded: Tensor, real: Tensor) -> Tensor:
+        """Return by how much decoded pictures in [-1, 1] differ from real ones: what the training lowers."""
+        difference = decoded - real
+        slopes = sum((difference.diff(dim=d)).abs().mean() for d in (-2, -1))
+        return difference.abs().mean() + difference.square().mean() + 0.5 * slopes
+
     @abstractmethod
     def build_vae(self) -> Any: ...
 
@@ -170,14 +180,11 @@ def train_vae(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32:
         for learner, peak in zip(learners, peaks, strict=True):
             learner.param_groups[0]["lr"] = peak * cosine(spent / (minutes * 60), warmup=0.03)
         batch = drawn[torch.randint(len(drawn), (recipe.vae_batch,), generator=generator)]
-        real = to_unit(recipe.cut(batch, spent / (minutes * 60), generator))
+        real = recipe.to_unit(recipe.cut(batch, spent / (minutes * 60), generator))
         with mixed:
             posterior = recipe.encode(vae, real)
             decoded = recipe.decode(vae, posterior.sample())
-        difference = decoded.float() - real
-        slopes = sum((difference.diff(dim=d)).abs().mean() for d in (-2, -1))
-        distortion = difference.abs().mean() + difference.square().mean() + 0.5 * slopes
-        loss = distortion + 1.25e-6 * posterior.kl().float().mean()
+        loss = recipe.distortion(decoded.float(), real) + 1.25e-6 * posterior.kl().float().mean()
         vae.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -187,7 +194,7 @@ def train_vae(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32:
         spent += (elapsed := recipe.clock() - start)
         bar.update(round(spent) - bar.n)
         if step % 50 == 0:
-            psnr = -10 * math.log10(difference.square().mean().item() / 4)
+            psnr = -10 * math.log10(F.mse_loss(decoded.float(), real).item() / 4)
             std = posterior.mean.float().std().item()
             bar.set_postfix(loss=f"{loss.item():.4f}", psnr=f"{psnr:.1f}", std=f"{std:.2f}", ms=f"{elapsed * 1e3:.0f}")
         if time.monotonic() - saved > CHECKPOINT_SECONDS or spent >= minutes * 60:
@@ -200,15 +207,15 @@ def train_vae(recipe: Recipe, folder: Path, runs: Path, minutes: float, float32:
 def save_vae(recipe: Recipe, vae: Any, drawn: Tensor, folder: Path) -> None:
     """Whiten the latents, write the autoencoder in bfloat16 and print how well it restores pictures."""
     with torch.no_grad():
-        means = torch.cat([recipe.encode(vae, to_unit(part)).mean for part in drawn[:512].split(64)])
+        means = torch.cat([recipe.encode(vae, recipe.to_unit(part)).mean for part in drawn[:512].split(64)])
     recipe.whiten(vae, means)
     (folder / "vae").mkdir(exist_ok=True)
     vae.to(torch.bfloat16).save_pretrained(folder / "vae")
     check = drawn[torch.randperm(len(drawn))[:64]]
     with torch.no_grad():
         vae.float()
-        restored = recipe.decode(vae, recipe.encode(vae, to_unit(check)).mean).clamp(-1, 1)
-    error = (restored - to_unit(check)).square().flatten(1).mean(dim=1)
+        restored = recipe.decode(vae, recipe.encode(vae, recipe.to_unit(check)).mean).clamp(-1, 1)
+    error = (restored - recipe.to_unit(check)).square().flatten(1).mean(dim=1)
     spread = means.transpose(0, 1).flatten(1).std(dim=1)
     print(
         f"median PSNR of the autoencoder: {(-10 * torch.log10(error / 4)).median():.1f} dB; "
@@ -230,7 +237,7 @@ def start_at_identity(transformer: nn.Module, endings: tuple[str, ...]) -> None:
 @torch.no_grad()
 def packed_latents(recipe: Recipe, pipe: Any, drawn: Tensor) -> Tensor:
     """Encode uint8 pictures as the transformer sees them."""
-    parts = [to_unit(part.to(pipe.vae.device)) for part in drawn.split(64)]
+    parts = [recipe.to_unit(part.to(pipe.vae.device)) for part in drawn.split(64)]
     return recipe.pack(pipe, torch.cat([recipe.encode(pipe.vae, part).mean for part in parts]).cpu())
 
 
@@ -396,7 +403,7 @@ def _still(picture: np.ndarray) -> np.ndarray:
     return np.concatenate(picture[[0, len(picture) // 2, -1]], axis=1)
 
 
-def main(recipe: Recipe, description: str | None) -> None:
+def main(recipe: Recipe, description: str | None, evaluate: Callable[[Any, Path, int], None] = evaluate) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["vae", recipe.name, "export", "evaluate"])
     parser.add_argument("folder", type=Path)

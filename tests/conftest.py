@@ -11,7 +11,8 @@ from lesa.host import needs
 
 torch.set_num_threads(1)
 
-LACKING = [name for name in ("accelerate", "peft", "matplotlib", "skimage", "emoji", "imageio") if not find_spec(name)]
+EXTRAS = ("accelerate", "peft", "matplotlib", "skimage", "emoji", "imageio", "torchsde")
+LACKING = [name for name in EXTRAS if not find_spec(name)]
 """What of the extras is not installed here, as where lesa's core is tested alone."""
 refused: list[str] = []
 """What lesa said, in the test that runs, that it lacks."""

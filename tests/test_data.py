@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 NOISY = (
     *("stable_diffusion_euler_ancestral_guided", "cogvideox_dpm_guided", "cogvideox_i2v_guided", "latent_consistency"),
     *("unconditional_ddpm", "hunyuan_dit_guided", "sana_sprint", "sana_sprint_img2img", "stable_audio3_stochastic"),
-    *("allegro_guided", "kandinsky22_prior_guided", "flux stochastic"),
+    *("allegro_guided", "kandinsky22_prior_guided", "stable_audio_guided", "flux stochastic"),
 )
 QUIET = ("flux_img2img_guided", "ltx2_guided", "cosmos_video2world_guided")
 

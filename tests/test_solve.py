@@ -13,7 +13,6 @@ from zoo.pipelines import ZOO
 
 from lesa.host.intercept import mark_of
 from lesa.host.runtime import accelerate
-from lesa.rows.gaps import Equations, Gaps, moves, spreads
 from lesa.learn.metrics import drift
 from lesa.learn.references import References
 from lesa.learn.rivals import Rivals, baked
@@ -21,6 +20,7 @@ from lesa.learn.solve import Solver, solve
 from lesa.predictors import Origin, Predictor
 from lesa.predictors.solved import Solved
 from lesa.rows.forecasters import Lagrange, Reuse
+from lesa.rows.gaps import Equations, Gaps, moves, spreads
 from lesa.rows.plan import Plan, compile
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
@@ -421,7 +421,7 @@ def test_a_schedule_without_a_step_at_which_streams_change_is_refused():
         solver.solve(budget=1)
 
 
-NOISY = ["stable_diffusion_euler_ancestral_guided", "stable_audio3_stochastic"]
+NOISY = ["stable_diffusion_euler_ancestral_guided", "stable_audio3_stochastic", "stable_audio_guided"]
 
 
 @pytest.mark.parametrize("name", NOISY)

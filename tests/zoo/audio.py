@@ -5,6 +5,7 @@ from typing import Any
 import diffusers as d
 import torch
 
+from lesa.host import needs
 from zoo.flux import flow
 from zoo.parts import TOKENS, WIDTH, Specimen, entry, noise, specimen, stub, tiny
 
@@ -31,8 +32,13 @@ def stable_audio(scheduler: Any) -> Specimen:
 
 
 @entry
+def stable_audio_guided() -> Specimen:
+    needs.check("its own scheduler", "sound")
+    return stable_audio(d.CosineDPMSolverMultistepScheduler())
+
+
+@entry
 def stable_audio_edm_guided() -> Specimen:
-    # Its own scheduler, the cosine one, draws its noise from torchsde, which is not at hand
     return stable_audio(
         d.EDMDPMSolverMultistepScheduler(sigma_min=0.3, sigma_max=500.0, sigma_data=1.0, prediction_type="v_prediction")
     )

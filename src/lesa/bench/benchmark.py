@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lesa.bench.cost import Memory, Watch, flops, machine
+from lesa.bench.cost import Memory, OnStepEnd, Watch, flops, machine, telling
 from lesa.bench.lines import DIFFERING, DRIFT, FLOAT_PSNR, Cost, Failure, Key, Line, Pair, Record, Start, Time
 from lesa.bench.methods import REFERENCE, Method
 from lesa.bench.recogniser import Recogniser
 from lesa.bench.records import Comparison, Log
-from lesa.bench.scores import Score
+from lesa.bench.scores import SOUND_SCORES, Score
+from lesa.bench.sounds import sound_picture
 from lesa.host import needs
-from lesa.host.pipelines import for_each, pictures_of
+from lesa.host.pipelines import for_each, pictures_of, rate_of
 from lesa.host.runtime import Run
 from lesa.learn import metrics, ranks
 from lesa.learn.progress import Bar
@@ -125,6 +126,8 @@ def _draw_all(
         drawn = known.get(method.key) or observe(pipe, method, batch)
         for number, picture in enumerate(drawn.pictures[: max(0, shown - first)], start=first):
             log.keep(method.key, number, picture)
+            if drawn.rate is not None:
+                log.keep_sound(method.key, number, drawn.decoded[number - first], drawn.rate)
         scored = score(method.key, batch, drawn, reference, recognise, scores)
         return [one for one in scored if not log.comparison.holds(method.key, [one.pair])]  # a kill may tear a batch
 
@@ -170,7 +173,8 @@ class Drawn(NamedTuple):
     """What a method gave of some pairs: RGB pictures (H, W, 3), and what was seen of its steps (see `Watch`).
 
     The decoded pictures are floats from 0 to 1, where the pipeline hands them out, or uint8. FLOPs are those of a pair,
-    and latents (pairs, ...) the last ones.
+    and latents (pairs, ...) the last ones. Sound is decoded as clips (channels, samples) of a `rate` in samples a
+    second, and its pictures are those of its spectra.
     """
 
     decoded: list[np.ndarray]
@@ -179,10 +183,13 @@ class Drawn(NamedTuple):
     features: list[Tensor | None]
     times: list[float]
     flops: list[float]
+    rate: int | None = None
 
     @property
     def pictures(self) -> list[np.ndarray]:
         """The pictures as uint8."""
+        if self.rate is not None:
+            return [sound_picture(clip, self.rate) for clip in self.decoded]
         return [rounded(one) for one in self.decoded]
 
 
@@ -198,12 +205,12 @@ def observe(pipe: Any, method: Method, pairs: Sequence[Pair]) -> Drawn:
         return _together([observe(pipe, method, [pair]) for pair in pairs])
     watch = Watch(pipe)
     with method.switch(pipe), watch.counting(), watch.counting_flops(), watch.recording():
-        drawn = decoded(pipe, pairs, **method.call, **watch.listening())
+        drawn = decoded(pipe, pairs, watch.on_step_end, **method.call)
         times = torch.as_tensor(pipe.scheduler.timesteps).tolist()
     full = () if method.partial else tuple(watch.full)
     flops = [watch.flops / len(pairs)] * len(pairs)
     assert watch.latents is not None
-    return Drawn(drawn, watch.latents.cpu(), [full] * len(pairs), watch.features, times, flops)
+    return Drawn(drawn, watch.latents.cpu(), [full] * len(pairs), watch.features, times, flops, rate_of(pipe))
 
 
 def _together(drawn: Sequence[Drawn]) -> Drawn:
@@ -214,14 +221,16 @@ def _together(drawn: Sequence[Drawn]) -> Drawn:
         passed = [feature for feature in of_step if feature is not None]
         features.append(torch.stack(passed, dim=1).flatten(0, 1) if len(passed) == len(drawn) else None)
     latents = torch.cat([one.latents for one in drawn])
-    return Drawn(shown, latents, full, features, drawn[0].times, flops)
+    return Drawn(shown, latents, full, features, drawn[0].times, flops, drawn[0].rate)
 
 
-def decoded(pipe: Any, pairs: Sequence[Pair], **call: Any) -> list[np.ndarray]:
+def decoded(pipe: Any, pairs: Sequence[Pair], on_step_end: OnStepEnd, **call: Any) -> list[np.ndarray]:
     """Draw pairs in one call of the pipeline with these arguments: RGB pictures (H, W, 3) or clips (frames, H, W, 3).
 
-    They are floats from 0 to 1, as they were decoded, or uint8 if the pipeline hands out no other.
+    They are floats from 0 to 1, as they were decoded, or uint8 if the pipeline hands out no other; of sound, clips
+    (channels, samples) in [-1, 1].
     """
+    call |= telling(pipe, on_step_end)
     generators = [torch.Generator().manual_seed(pair.seed) for pair in pairs]
     prompts = [pair.prompt for pair in pairs]
     drawn = pictures_of(pipe(prompt=prompts, generator=generators, output_type="np", **for_each(prompts, call)))
@@ -247,11 +256,13 @@ def score(
 ) -> list[Record]:
     """Measure what a method drew against what the reference run did."""
     prompts, ours, theirs = [pair.prompt for pair in pairs], drawn.pictures, reference.pictures
-    prompted = recognise(prompts, ours) if recognise else [None] * len(pairs)
+    prompted = recognise(prompts, ours if drawn.rate is None else drawn.decoded) if recognise else [None] * len(pairs)
     others = {name: of(prompts, ours, theirs) for name, of in (scores or {}).items()}
-    floats = [one.dtype != np.uint8 for one in [*drawn.decoded, *reference.decoded]]
-    if all(floats):
-        others[FLOAT_PSNR] = [metrics.float_psnr(*both) for both in zip(drawn.decoded, reference.decoded, strict=True)]
+    both = list(zip(drawn.decoded, reference.decoded, strict=True))
+    if drawn.rate is not None:
+        others |= {name: [of(*clips, drawn.rate) for clips in both] for name, of in SOUND_SCORES.items()}
+    elif all(one.dtype != np.uint8 for clips in both for one in clips):
+        others[FLOAT_PSNR] = [metrics.float_psnr(*pictures) for pictures in both]
     others[DRIFT] = [metrics.drift(*latents) for latents in zip(drawn.latents, reference.latents, strict=True)]
     others[DIFFERING] = [metrics.differing(*both) for both in zip(ours, theirs, strict=True)]
     if ours[0].ndim == 4:
@@ -328,7 +339,7 @@ def _cost(pipe: Any, method: Method, pair: Pair) -> Cost:
         return watch.on_step_end(*state)
 
     def call() -> None:
-        decoded(pipe, [pair], **method.call, **watch.listening(on_step_end))
+        decoded(pipe, [pair], on_step_end, **method.call)
 
     with method.switch(pipe) as run, watch.counting():
         counted, ours = flops(pipe, call), run if isinstance(run, Run) else None
@@ -389,5 +400,5 @@ def _turn(pipe: Any, method: Method, pairs: Sequence[Pair]) -> list[Time]:
 def _time(pipe: Any, method: Method, pair: Pair, watch: Watch) -> tuple[float, float]:
     with watch.timing():
         began = time.perf_counter()
-        decoded(pipe, [pair], **method.call, **watch.listening())
+        decoded(pipe, [pair], watch.on_step_end, **method.call)
         return watch.seconds, time.perf_counter() - began

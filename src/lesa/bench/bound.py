@@ -16,6 +16,7 @@ from lesa.bench.methods import BOUND
 from lesa.bench.records import Log
 from lesa.bench.scores import Score
 from lesa.host.head import from_tokens
+from lesa.learn.calls import takes
 from lesa.learn.collect import record
 from lesa.rows.schedule import Schedule
 
@@ -34,6 +35,11 @@ def bound_error(outputs: Tensor, grid: Tensor, full: Sequence[int]) -> Tensor:
     basis = outputs[:, list(full)].double().movedim(1, -1)
     weights = torch.linalg.lstsq(basis.flatten(0, -2), missing.flatten().unsqueeze(1)).solution
     return (basis @ weights).squeeze(-1) - missing
+
+
+def fits(pipe: Any) -> bool:
+    """Tell whether a pipeline's call lets latents be put in the place of its own, to be decoded."""
+    return takes(pipe, "callback_on_step_end")
 
 
 def add_bounds(
@@ -83,4 +89,4 @@ def decode(pipe: Any, pairs: Sequence[Pair], latents: Tensor) -> list[np.ndarray
     def put(pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"latents": from_tokens(pipe.transformer, latents, tensors["latents"])}
 
-    return decoded(pipe, pairs, num_inference_steps=2, callback_on_step_end=put)
+    return decoded(pipe, pairs, put, num_inference_steps=2)

@@ -122,7 +122,7 @@ def compare(
         fine = methods.more_steps(options.fine) if options.fine else None
         more = dict(timed=options.timed, lacking=lacking, fine=fine, log=log, at=at)
         benchmark.compare(pipe, line_up(pipe, options, folder, at), texts, seeds, **more, **facts)
-        if options.bound and at.leads:
+        if options.bound and at.leads and bound.fits(pipe):
             bound.add_bounds(log, pipe, texts, seeds, _schedules(pipe, options), **facts)
         return log.comparison
 

@@ -111,25 +111,16 @@ class Watch:
             return [a.elapsed_time(b) / 1000 for a, b in pairwise(marks)]
         return [b - a for a, b in pairwise(marks)]
 
-    def listening(self, on_step_end: OnStepEnd | None = None) -> dict[str, Any]:
-        """Return the argument of a call by which its pipeline tells `on_step_end` of each step, by default this one's.
-
-        Pipelines of before `callback_on_step_end` have a `callback`, which is told the same.
-        """
-        pipe, told = self._pipe, on_step_end or self.on_step_end
-        if takes(pipe, "callback_on_step_end"):
-            return {"callback_on_step_end": told}
-        return {"callback": lambda step, timestep, latents: told(pipe, step, timestep, {"latents": latents})}
-
     def on_step_end(self, pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's `callback_on_step_end`; keeps the last `latents`, and changes nothing."""
+        """What a pipeline's call is to tell the end of each step (see `telling`): keeps the last `latents`, and changes
+        nothing."""
         if self._ran:
             self.full.append(step)
         self.features.append(torch.cat(self._passed) if self._passed else None)
         self._ran, self._passed = False, []
         if self._began is not None:
             self._marks.append(_mark(pipe.transformer))
-        if step == len(pipe.scheduler.timesteps) - 1:
+        if step == getattr(pipe, "num_timesteps", len(pipe.scheduler.timesteps)) - 1:
             _wait_for(pipe.transformer)
             self.seconds = time.perf_counter() - (self._began or 0.0)
             self.latents = tensors["latents"]
@@ -156,6 +147,30 @@ class Watch:
     def _keep(self, feature: Tensor) -> None:
         tokens = to_tokens(self._pipe.transformer, feature.detach())
         self._passed.append(tokens[:, draw_tokens(tokens.shape[1])].float().cpu())
+
+
+OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+"""(pipeline, step, time, tensors with the `latents`) -> tensors that go on in their place, as diffusers has it"""
+
+
+def telling(pipe: Any, on_step_end: OnStepEnd) -> dict[str, Any]:
+    """Return the argument by which a pipeline's call tells of the end of each step.
+
+    The `callback` that some classes have in place of `callback_on_step_end` is told the latents and cannot change them.
+
+    Raises: ValueError if the pipeline's call has neither.
+    """
+    if takes(pipe, "callback_on_step_end"):
+        return {"callback_on_step_end": on_step_end}
+    if not takes(pipe, "callback"):
+        raise ValueError(
+            f"a call that is watched tells of its steps, got a {type(pipe).__name__}, whose call does not."
+        )
+
+    def tell(step: int, time: Any, latents: Tensor) -> None:
+        on_step_end(pipe, step, time, {"latents": latents})
+
+    return {"callback": tell}
 
 
 def _on_gpu(module: torch.nn.Module) -> bool:

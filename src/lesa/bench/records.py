@@ -31,6 +31,7 @@ from lesa.bench import files, ledger
 from lesa.bench.ledger import lines_of
 from lesa.bench.lines import FLOAT_PSNR, Cost, Failure, Key, Line, Pair, Record, Start, Time, from_text, to_text
 from lesa.bench.planned import PLANNED, planned
+from lesa.host.pipelines import save_sound
 from lesa.learn import metrics
 from lesa.learn.metrics import Interval
 from lesa.predictors import disk
@@ -291,6 +292,11 @@ class Log:
             _write_picture(picture, file, _mark(self.comparison.setting, key, number, picture))
             write_atomically(path, file.getvalue())
 
+    def keep_sound(self, key: Key, number: int, clip: np.ndarray, rate: int) -> None:
+        """Write the clip of the pair of this number beside its picture, if there is a folder, for listening."""
+        if self.folder is not None:
+            save_sound(clip, rate, sound_path(self.folder, key, number))
+
     def refresh(self) -> None:
         """Read again what all processes wrote, and bring it into order."""
         if self.folder is not None:
@@ -341,7 +347,8 @@ def clear(folder: str | Path, setting: Mapping[str, Any]) -> None:
         planned(folder)
         keys = {key for path in begun for key in files.keys_of(path)}
         numbers = range(len(setting.get("pairs", ())))
-        disk.remove([*(picture_path(folder, *of) for of in product(keys, numbers)), folder / PLANNED], folder)
+        kept = [path(folder, *of) for of in product(keys, numbers) for path in (picture_path, sound_path)]
+        disk.remove([*kept, folder / PLANNED], folder)
         # Not before: the lines name what is removed.
         write_atomically(folder / files.name_of(0), files.header(setting).encode())
         disk.remove([path for path in paths if path != folder / files.name_of(0)], folder)
@@ -407,6 +414,11 @@ def _picture_in(lines: Sequence[str], number: int | None) -> Record | None:
 def picture_path(folder: Path, key: Key, number: int) -> Path:
     """Return the file of a method's picture of the pair of this number."""
     return folder / PICTURES / quote(" ".join(key), safe=" (),+") / f"{number:05d}.png"
+
+
+def sound_path(folder: Path, key: Key, number: int) -> Path:
+    """Return the file of a method's clip of sound of the pair of this number: beside its picture."""
+    return picture_path(folder, key, number).with_suffix(".wav")
 
 
 def _mark(setting: Mapping[str, Any], key: Key, number: int, picture: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""Scores of pictures: our own, and those that other packages compute where they and their weights can be had."""
+"""Scores of pictures and of sound: our own, and those that other packages compute where these can be had."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from lesa.bench.named import AS_PUBLISHED
+from lesa.bench.sounds import log_mel_distance, signal_to_noise
 from lesa.host import needs
 from lesa.learn import metrics
 
@@ -119,6 +120,11 @@ def _batch(picture: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(picture)).movedim(-1, 0)[None] / 255
 
 
+SOUND_SCORES: dict[str, Callable[[np.ndarray, np.ndarray, int], float]] = {
+    "signal-to-noise, dB": lambda clip, reference, _rate: signal_to_noise(clip, reference),
+    "log-mel distance, dB": log_mel_distance,
+}
+"""Scores of sound, measured of all of it: (clip, that of the reference run, samples a second) -> a number"""
 SCORES: dict[str, Callable[[], Score]] = {
     "MS-SSIM": _ms_ssim,
     "LPIPS": _lpips,

@@ -9,7 +9,7 @@ from typing import Any
 from lesa.cli import options
 from lesa.host import needs
 from lesa.host.loading import loaded
-from lesa.host.pipelines import is_mp4, pictures_of, save_picture
+from lesa.host.pipelines import is_mp4, is_wav, pictures_of, rate_of, save_picture, save_sound
 from lesa.host.runtime import Run, accelerate
 
 
@@ -18,19 +18,26 @@ def generate(given: Namespace) -> None:
     import torch
     from PIL import Image
 
-    if Path(given.out).suffix.lower() not in {*Image.registered_extensions(), ".mp4"}:
-        raise ValueError(f"--out names a picture file such as picture.png, or clip.gif, got {given.out!r}.")
+    if Path(given.out).suffix.lower() not in {*Image.registered_extensions(), ".mp4", ".wav"}:
+        raise ValueError(f"--out names a picture file such as picture.png, or clip.gif, or a .wav, got {given.out!r}.")
     if is_mp4(given.out):
         needs.check("an MP4", "mp4")
     options.folder(Path(given.out).parent)
     pipe, seeded = loaded(options.load_options(given)), dict(generator=torch.Generator().manual_seed(given.seed))
+    rate = rate_of(pipe)
+    if is_wav(given.out) != (rate is not None):
+        kind = "sound: --out names a .wav" if rate else "pictures: --out names no .wav"
+        raise ValueError(f"a {type(pipe).__name__} makes {kind}, got {given.out!r}.")
     if given.full:
         drawn = pictures_of(pipe(given.prompt, **seeded))
     else:
         with _accelerated(pipe, given) as run:
             drawn = pictures_of(pipe(given.prompt, **seeded))
         print(run.summary())
-    save_picture(drawn[0], given.out)
+    if rate is None:
+        save_picture(drawn[0], given.out)
+    else:
+        save_sound(drawn[0], rate, given.out)
     options.say(given.out)
     _hint(given)
 

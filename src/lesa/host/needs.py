@@ -27,6 +27,7 @@ NEEDS: dict[str, tuple[Package, ...]] = {
         Package("imageio", "imageio", "video"),
         Package("imageio-ffmpeg", "imageio_ffmpeg", "video", ready="get_ffmpeg_exe"),
     ),
+    "sound": (Package("torchsde", "torchsde", "sound"),),
     "LPIPS": (Package("torchmetrics", "torchmetrics.functional.image", "scores"),),
     "CLIP": (Package("torchmetrics", "torchmetrics.multimodal", "scores"),),
     "ImageReward": (Package("image-reward", "ImageReward", None),),

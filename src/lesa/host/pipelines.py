@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import wave
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lesa.host import needs
 from lesa.predictors import hub
@@ -79,7 +82,7 @@ def load(path: str | Path, *, lora: str | Path | None = None, **options: Any) ->
     pipeline are those that lie there.
 
     Raises: ValueError if a file is damaged, or holds no arguments of this pipeline's call; OSError if there is no such
-        pipeline; ImportError if a LoRA needs peft and that is not installed.
+        pipeline; ImportError if a LoRA needs peft, or a sampler torchsde, and that is not installed.
     """
     if lora is not None:
         needs.check("a LoRA", "lora")
@@ -87,6 +90,7 @@ def load(path: str | Path, *, lora: str | Path | None = None, **options: Any) ->
 
     where = hub.how(str(path), "a pipeline") if hub.is_elsewhere(path) else {}
     try:
+        _check_parts(path)
         pipe = DiffusionPipeline.from_pretrained(str(path), **{**where, **_left_out(path), **options})
     except DAMAGED as error:
         raise ValueError(f"{_damaged(path)} cannot be loaded as a pipeline of diffusers: {error}") from error
@@ -114,12 +118,27 @@ def _damaged(path: str | Path) -> str | Path:
     return path
 
 
+def _check_parts(path: str | Path) -> None:
+    """Raise ImportError if a saved pipeline has a sampler that draws its noise from a package that is not installed."""
+    import diffusers
+
+    for part in _parts_of(path).values():
+        name = str(part[-1]) if isinstance(part, list) and part else ""
+        if "torchsde" in getattr(getattr(diffusers, name, None), "_backends", ()):  # what stands there for the class
+            needs.check(name, "sound")
+
+
+def _parts_of(path: str | Path) -> dict[str, Any]:
+    """Return what the index of a saved pipeline names, nothing of one that is not a folder."""
+    index = Path(path) / "model_index.json"
+    parts = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    return parts
+
+
 def _left_out(path: str | Path) -> dict[str, None]:
     """Name the parts that a saved pipeline was without, such as the third text encoder of Stable Diffusion 3: diffusers
     loads it only if they are named."""
-    index = Path(path) / "model_index.json"
-    parts = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
-    return {name: None for name, part in parts.items() if part == [None, None]}
+    return {name: None for name, part in _parts_of(path).items() if part == [None, None]}
 
 
 def call_of(path: str | Path, lora: str | Path | None = None) -> dict[str, Any]:
@@ -223,8 +242,34 @@ def for_each(prompt: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def pictures_of(result: Any) -> list[Any]:
-    """Return what a call drew: PIL pictures, or of videos a list of such frames for each."""
-    return list(result.frames if hasattr(result, "frames") else result.images)
+    """Return what a call drew: PIL pictures, of videos a list of such frames for each, of sound clips (channels,
+    samples)."""
+    return list(next(getattr(result, name) for name in ("frames", "images", "audios") if hasattr(result, name)))
+
+
+def rate_of(pipe: Any) -> int | None:
+    """Return the samples a second of what a pipeline makes if its autoencoder is one of sound, else None."""
+    config = getattr(getattr(pipe, "vae", None), "config", {})
+    return config.get("sampling_rate") or config.get("sample_rate")
+
+
+def is_wav(path: str | Path) -> bool:
+    """Tell whether a file is to be a WAV, by its name."""
+    return Path(path).suffix.lower() == ".wav"
+
+
+def save_sound(clip: Any, rate: int, path: str | Path) -> None:
+    """Write a clip (channels, samples), or (samples,), of floats in [-1, 1] as a WAV of 16 bits a sample.
+
+    What is louder than full scale is cut off there.
+    """
+    samples = np.atleast_2d(clip.float().cpu().numpy() if hasattr(clip, "cpu") else clip)
+    whole = (samples.clip(-1, 1) * (2**15 - 1)).round().astype("<i2")
+    with named(Path(path)), wave.open(str(path), "wb") as file:
+        file.setnchannels(len(whole))
+        file.setsampwidth(whole.itemsize)
+        file.setframerate(rate)
+        file.writeframes(whole.T.tobytes())
 
 
 def is_mp4(path: str | Path) -> bool:
