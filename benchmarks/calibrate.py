@@ -5,6 +5,7 @@
     python benchmarks/calibrate.py models/emoji-qwen --budgets 10,8 --prompts 16 --call '{"true_cfg_scale": 5.0}'
     python benchmarks/calibrate.py models/emoji-flux --budgets 8,6 --sampler "DPM++ 2M"
     python benchmarks/calibrate.py models/emoji-flux --target psnr:45
+    python benchmarks/calibrate.py models/emoji-flux --budgets 8,5 --seeds 4 --pairs 48
 
 For every number of full steps: what the calibration kept, the best rows without training on schedules planned for them,
 which the calibration's checked prompts named before these were drawn, the predictor shipped with the model if there is
@@ -13,6 +14,9 @@ step full: PSNR of 8-bit pictures, at most 60 dB, and the drift of the last late
 With a target, these are measured for the number of full steps that the calibration chose, and the share of held-out
 prompts that miss the target is printed. Seconds and transformer runs (of one picture and stream) are the calibration's
 own. Calibrated are prompts of train.txt, a third of them checked; held out are those of heldout.txt.
+
+With several seeds the calibration alone is repeated, each time on other prompts of train.txt with other noise, and the
+table is of what these gave on the held-out prompts: mean, standard deviation, least and most over the seeds.
 """
 
 from __future__ import annotations
@@ -21,10 +25,10 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
 
 import samplers
 import stochastic
@@ -43,7 +47,7 @@ from lesa.learn.drawn import arrays
 from lesa.learn.references import References
 from lesa.learn.rivals import UNTRAINED, Rivals
 from lesa.predictors.calibration import Quality
-from lesa.predictors.curve import SOLVED, Point, Tried
+from lesa.predictors.curve import SOLVED, Curve, Point, Tried
 from lesa.predictors.shelf import Shelf
 from lesa.predictors.shipped import shipped_for
 from lesa.rows.forecasters import Forecaster
@@ -56,6 +60,15 @@ HEADS = (
     "drift, dB [95 %]",
     "less drift than the best of the others, dB",
 )
+SPREAD = ("full steps", "schedules", "drift, dB", "from", "to", "PSNR, dB", "from", "to")
+
+
+class Calibrated(NamedTuple):
+    """What a calibration found, the predictors by their full steps, and for how many it was made."""
+
+    curve: Curve
+    predictors: dict[int, lesa.Predictor]
+    chosen: int
 
 
 def calls_of(model: str, name: str, limit: int) -> list[Call]:
@@ -112,16 +125,38 @@ def lines(point: Point, found: Sequence[Tried]) -> list[tuple[str, ...]]:
     return rows
 
 
-def measured(options: argparse.Namespace, pipe: Any, points: Sequence[Point]) -> list[list[Tried]]:
-    """Run everything on held-out prompts; returns for each point what that gave, what was kept first."""
+def calibrated(options: argparse.Namespace, pipe: Any, seed: int) -> Calibrated:
+    """Calibrate on the prompts and with the noise of a seed."""
+    began, train = time.perf_counter(), calls_of(options.model, "train", options.prompts * (seed + 1))
+    how = lesa.CalibrateOptions(options.checked, seed, options.refine, progress=False)
+    with tempfile.TemporaryDirectory() as folder:
+        shelf, asked = Shelf(folder), dict(budgets=options.budgets, target=options.target)
+        chosen = lesa.calibrate(pipe, train[-options.prompts :], options=how, shelf=shelf, **asked)
+        assert chosen.curve is not None
+        (kept,) = shelf.all()
+        found = {budget: kept.predictor(budget) for budget in kept.budgets}
+    print(f"calibrated in {time.perf_counter() - began:.1f} s on {options.prompts} prompts, seed {seed}\n")
+    print(f"{chosen.curve.table()}\n")
+    for point in chosen.curve.points:
+        print(f"{point.full_steps} full steps: {point.seconds:.1f} s, transformer runs {dict(point.transformer_runs)}")
+    return Calibrated(chosen.curve, found, len(chosen.full))
+
+
+def held_out(options: argparse.Namespace, pipe: Any) -> tuple[list[Call], Checks]:
+    """Return held-out prompts, and what measures runs of them."""
     held = calls_of(options.model, "heldout", options.pairs)
-    known = Checks(pipe, held, range(len(held)), {}, pictures=True, batch_size=options.batch)
-    shelf, everything = Shelf(options.shelf), []
+    return held, Checks(pipe, held, range(len(held)), {}, pictures=True, batch_size=options.batch)
+
+
+def measured(options: argparse.Namespace, pipe: Any, ours: Calibrated, points: Sequence[Point]) -> list[list[Tried]]:
+    """Run everything on held-out prompts; returns for each point what that gave, what was kept first."""
+    held, known = held_out(options, pipe)
+    everything = []
     by_name = {repr(one): one for one in UNTRAINED}
     solved_on = calls_of(options.model, "train", options.prompts)
     plans = Rivals(pipe, solved_on, range(TRAINING_SEED, TRAINING_SEED + len(solved_on)), {})
     for point in points:
-        kept = shelf.all()[0].predictor(point.full_steps)
+        kept = ours.predictors[point.full_steps]
         name = "calibrated" if point.is_solved else f"calibrated ({point.kept.rows})"
         found = [known.run(name, kept, kept.schedule)]
         rival = min((one for one in point.tried if one.rows != SOLVED), key=lambda one: fmean(one.drift))
@@ -149,7 +184,46 @@ def promise(target: Quality, kept: Tried, full_steps: int) -> str:
     )
 
 
+def spread(options: argparse.Namespace, pipe: Any) -> list[tuple[str, ...]]:
+    """Calibrate with one seed after the other, run each on the same held-out prompts, and say how far they differ."""
+    _, known = held_out(options, pipe)
+    found: dict[int, list[Tried]] = {}
+    for seed in range(options.seed, options.seed + options.seeds):
+        for budget, kept in calibrated(options, pipe, seed).predictors.items():
+            one = known.run(f"seed {seed}", kept, kept.schedule)
+            found.setdefault(budget, []).append(one)
+            scores = [f"{name} {metrics.interval(getattr(one, name))}" for name in ("drift", "psnr") if one.score(name)]
+            print(f"seed {seed}, {budget} full steps, held-out: {', '.join(scores)}", flush=True)
+    return [(str(budget), _schedules(some), *_over_seeds(some)) for budget, some in sorted(found.items(), reverse=True)]
+
+
+def _schedules(some: Sequence[Tried]) -> str:
+    return ", ".join(sorted({one.schedule for one in some}))
+
+
+def _over_seeds(some: Sequence[Tried]) -> Iterator[str]:
+    for measure in ("drift", "psnr"):
+        means = [score.mean for one in some if (score := one.score(measure))]
+        told = [f"{fmean(means):.2f} +- {stdev(means):.2f}", f"{min(means):.2f}", f"{max(means):.2f}"] if means else []
+        yield from told or [""] * 3
+
+
 def main() -> None:
+    options = parsed()
+    pipe = pipeline(options)
+    if options.seeds > 1:
+        print(f"\n{markdown(SPREAD, spread(options, pipe), text=2)}")
+        return
+    ours = calibrated(options, pipe, options.seed)
+    points = [ours.curve.at(ours.chosen)] if options.target else ours.curve.points
+    everything = measured(options, pipe, ours, points)
+    rows = [row for point, found in zip(points, everything, strict=True) for row in lines(point, found)]
+    print(f"\n{markdown(HEADS, rows, text=3)}")
+    if options.target:
+        print(f"\n{promise(Quality.parse(options.target), everything[0][0], ours.chosen)}")
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--lora")
@@ -166,27 +240,8 @@ def main() -> None:
     parser.add_argument("--rivals", type=int, default=0, help="every row without training, planned; so many refined")
     parser.add_argument("--refine", type=int, default=lesa.CalibrateOptions.refine)
     parser.add_argument("--seed", type=int, default=0, help="of the calibration's noise and choice of prompts")
-    options = parser.parse_args()
-    pipe, began = pipeline(options), time.perf_counter()
-    train = calls_of(options.model, "train", options.prompts * (options.seed + 1))[-options.prompts :]
-    with tempfile.TemporaryDirectory() as folder:
-        options.shelf, asked = folder, dict(budgets=options.budgets, target=options.target)
-        how = lesa.CalibrateOptions(options.checked, options.seed, options.refine, progress=False)
-        predictor = lesa.calibrate(pipe, train, options=how, shelf=Shelf(folder), **asked)
-        print(
-            f"calibrated in {time.perf_counter() - began:.1f} s on {len(train)} prompts\n\n{predictor.curve.table()}\n"
-        )
-        for point in predictor.curve.points:
-            print(
-                f"{point.full_steps} full steps: {point.seconds:.1f} s, transformer runs {dict(point.transformer_runs)}"
-            )
-        curve = predictor.curve
-        points = [curve.at(len(predictor.full))] if options.target else curve.points
-        everything = measured(options, pipe, points)
-        rows = [row for point, found in zip(points, everything, strict=True) for row in lines(point, found)]
-        print(f"\n{markdown(HEADS, rows, text=3)}")
-        if options.target:
-            print(f"\n{promise(Quality.parse(options.target), everything[0][0], points[0].full_steps)}")
+    parser.add_argument("--seeds", type=int, default=1, help="repeat it with so many, and say how far they differ")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 from lesa.host import needs
 from lesa.predictors.curve import MEASURES, Curve
 
-NAMES = {"psnr": "PSNR, dB", "ssim": "SSIM", "drift": "drift, dB"}
+NAMES = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "drift": "drift, dB"}
 Pictures = tuple[np.ndarray, np.ndarray]
 
 

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from lesa.bench.named import AS_PUBLISHED
 from lesa.bench.sounds import log_mel_distance, signal_to_noise
 from lesa.host import needs
-from lesa.learn import metrics
+from lesa.learn import metrics, perceptual
 
 Score = Callable[[Sequence[str], Sequence[np.ndarray], Sequence[np.ndarray]], list[float]]
 """(prompts, pictures, those of the reference run) -> one number for each"""
@@ -67,19 +66,7 @@ def _as_published() -> Score:
 
 
 def _lpips() -> Score:
-    """LPIPS (Zhang et al., 2018) of AlexNet, 0 for identical pictures; by torchmetrics, weights by torchvision."""
-    functional = needs.module("LPIPS")
-
-    def between(picture: np.ndarray, reference: np.ndarray) -> float:
-        with torch.no_grad():
-            return float(
-                functional.learned_perceptual_image_patch_similarity(
-                    _batch(picture), _batch(reference), net_type="alex", normalize=True
-                )
-            )
-
-    blank = np.zeros((64, 64, 3), dtype=np.uint8)
-    between(blank, blank)  # fetches the weights, or fails to
+    between = perceptual.lpips()
 
     def score(_prompts: Any, pictures: Sequence[np.ndarray], references: Sequence[np.ndarray]) -> list[float]:
         return [between(*pair) for pair in zip(pictures, references, strict=True)]
@@ -113,11 +100,6 @@ def _image_reward() -> Score:
             ]
 
     return score
-
-
-def _batch(picture: np.ndarray) -> Tensor:
-    """Turn a uint8 picture (H, W, 3) into what LPIPS takes: (1, 3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.array(picture)).movedim(-1, 0)[None] / 255
 
 
 SOUND_SCORES: dict[str, Callable[[np.ndarray, np.ndarray, int], float]] = {

@@ -28,7 +28,10 @@ NEEDS: dict[str, tuple[Package, ...]] = {
         Package("imageio-ffmpeg", "imageio_ffmpeg", "video", ready="get_ffmpeg_exe"),
     ),
     "sound": (Package("torchsde", "torchsde", "sound"),),
-    "LPIPS": (Package("torchmetrics", "torchmetrics.functional.image", "scores"),),
+    "LPIPS": (
+        Package("torchmetrics", "torchmetrics.image", "scores"),
+        Package("torchvision", "torchvision.models", "scores"),
+    ),
     "CLIP": (Package("torchmetrics", "torchmetrics.multimodal", "scores"),),
     "ImageReward": (Package("image-reward", "ImageReward", None),),
     "cache-dit": (Package("cache-dit", "cache_dit", "peers"),),
@@ -47,7 +50,7 @@ def check(who: str, *asked: str) -> None:
 
 
 def module(name: str, who: str | None = None) -> Any:
-    """Return the module of a name of `NEEDS` that needs one alone, for `who` (that name, if it is not given).
+    """Return the module of the first package of a name of `NEEDS`, for `who` (that name, if it is not given).
 
     Raises: ImportError as `check` does.
     """

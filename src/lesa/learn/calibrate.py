@@ -60,9 +60,9 @@ class CalibrateOptions:
     more; of fewer all are solved on, and checked with other seeds. All noise depends on `seed`. Rows are refined on
     the end of runs by at most `refine` steps, and at most `most` schedules are run for each budget: 60, or 12 where
     calls are run one by one. `batch_size` prompts go in one call of the pipeline: 16, or one where a denoiser has more
-    than 5e8 parameters. With `pictures` what checked runs draw is decoded and measured, by PSNR, and by SSIM where
-    scikit-image is installed. `rivals` are rows without training that solved ones are held against. `progress` shows a
-    bar.
+    than 5e8 parameters. With `pictures` what checked runs draw is decoded and measured, by PSNR, and by SSIM and LPIPS
+    where all that these need is on this machine. `rivals` are rows without training that solved ones are held against.
+    `progress` shows a bar.
 
     Raises: ValueError if a number is out of range.
     """
@@ -174,7 +174,7 @@ class _Wanted:
         else:
             _walk(found, self.target, bench.steps)
         ordered = sorted(points.values(), key=lambda point: -point.full_steps)
-        curve = Curve(bench.steps, tuple(ordered))
+        curve = Curve(bench.steps, tuple(ordered), bench.left_out)
         return curve, curve.least(self.target) if self.target else ordered[0]
 
 
@@ -274,6 +274,11 @@ class _Bench:
     @property
     def steps(self) -> int:
         return self._solver.steps
+
+    @property
+    def left_out(self) -> str:
+        """By what checked calls are not measured, and why."""
+        return self._checks.left_out
 
     def point(self, budget: int, known: Mapping[int, Point]) -> Point:
         """Solve for so many full steps, and check: as it was done before this call was stopped, or now."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from lesa.host import needs
-from lesa.learn import metrics
+from lesa.learn import metrics, perceptual
 from lesa.learn.calls import Call
 from lesa.learn.counted import Recording
 from lesa.learn.drawn import arrays
@@ -24,8 +24,9 @@ Metric = Callable[[np.ndarray, np.ndarray], float]
 
 class Checks:
     """Runs of some calls, each measured against its reference run: by the last latents and, with `pictures`, by what is
-    drawn, where these are pictures or clips; by SSIM where all of them have room for its window. Of the rows that ended
-    nearest since `forget`, the `worst` pair is kept: what was drawn, and the reference's.
+    drawn, where these are pictures or clips; by SSIM and LPIPS where their packages, and the weights of the latter, are
+    on this machine, and all pictures are large enough: else `left_out` says why not. Of the rows that ended nearest
+    since `forget`, the `worst` pair is kept: what was drawn, and the reference's.
 
     Raises: as `References` does.
     """
@@ -45,9 +46,21 @@ class Checks:
         self._known.pictures = []  # clips come as floats, four times as large as what is kept
         self.worst: dict[Tried, tuple[np.ndarray, np.ndarray]] = {}
         self._metrics: dict[str, Metric] = {"psnr": metrics.psnr}
-        large = all(min(x.shape[-3:-1]) >= metrics.WINDOW for x in self._wanted or [])
-        if large and not needs.lacking("comparison"):
-            self._metrics["ssim"] = metrics.ssim
+        self.left_out = " ".join(self._left_out(min(min(x.shape[-3:-1]) for x in self._wanted))) if self._wanted else ""
+
+    def _left_out(self, side: int) -> Iterator[str]:
+        """Measure by what can be had for pictures of so many pixels a side or more, and say what cannot and why."""
+        others = {
+            "ssim": ("SSIM", metrics.WINDOW, needs.lacking("comparison"), lambda: metrics.ssim),
+            "lpips": ("LPIPS", perceptual.SIDE, perceptual.lacking(), perceptual.lpips),
+        }
+        for measure, (name, least, without, metric) in others.items():
+            if side < least:
+                yield f"{name} is left out: it needs pictures of {least} pixels a side or more, got {side}."
+            elif without:
+                yield f"{name} is left out: it needs {without}."
+            else:
+                self._metrics[measure] = metric()
 
     def run(self, rows: str, forecaster: Forecaster, schedule: Schedule) -> Tried:
         """Run all calls with a forecaster, named `rows`, on a schedule, and say what that gave.

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from lesa.predictors.calibration import Quality
+from lesa.predictors.calibration import UNITS, Quality
 
-MEASURES: dict[str, Callable] = {"psnr": min, "ssim": min, "drift": max}
+MEASURES: dict[str, Callable] = {"psnr": min, "ssim": min, "lpips": max, "drift": max}
 """What a call's run is measured by against its reference run, and which of several is the worst."""
 SOLVED = "solved"
 
@@ -30,6 +30,7 @@ class Tried:
     drift: tuple[float, ...]
     psnr: tuple[float, ...] = ()
     ssim: tuple[float, ...] = ()
+    lpips: tuple[float, ...] = ()
 
     def score(self, measure: str) -> Score | None:
         values = getattr(self, measure, ())
@@ -93,19 +94,27 @@ class Point:
         return f"{', '.join(parts)} on {calls} checked call{'s' * (calls > 1)}"
 
 
-_NAMES = {"psnr": "PSNR", "ssim": "SSIM", "drift": "drift"}
+_NAMES = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "drift": "drift"}
 
 
 def _shown(measure: str, value: float) -> str:
-    return f"{value:.4f}" if measure == "ssim" else f"{value:.2f} dB"
+    return f"{value:{_form(measure)}}{UNITS[measure]}"
+
+
+def _form(measure: str) -> str:
+    return ".2f" if UNITS[measure] else ".4f"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The points of a calibration, with the most full steps first, of runs of so many steps."""
+    """The points of a calibration, with the most full steps first, of runs of so many steps.
+
+    `left_out` says by what checked calls were not measured, and why.
+    """
 
     steps: int
     points: tuple[Point, ...]
+    left_out: str = ""
 
     def at(self, budget: int) -> Point:
         """Return the point of so many full steps.
@@ -142,23 +151,24 @@ class Curve:
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> Curve:
         """Read what `dataclasses.asdict` gave after a round trip through JSON."""
-        return cls(entries["steps"], tuple(map(point_from, entries["points"])))
+        return cls(entries["steps"], tuple(map(point_from, entries["points"])), entries.get("left_out", ""))
 
     def table(self) -> str:
-        """Return the curve as a table in Markdown, and what else was tried under it."""
+        """Return the curve as a table in Markdown, and under it what was left out."""
         measured = [name for name in MEASURES if any(point.kept.score(name) for point in self.points)]
         heads = ["full steps", "step ratio", "kept", "schedule", "drift solved on, dB"]
-        heads += [f"{_NAMES[name]}{'' if name == 'ssim' else ', dB'} (worst)" for name in measured]
+        heads += [f"{_NAMES[name]}{UNITS[name] and ', dB'} (worst)" for name in measured]
         heads += ["best of the rest", "its drift, dB"]
         rows = [self._cells(point, measured) for point in self.points]
-        return "\n".join(["| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows)])
+        lines = ["| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows)]
+        return "\n".join([*lines, *(["", self.left_out] if self.left_out else [])])
 
     def _cells(self, point: Point, measured: Sequence[str]) -> list[str]:
         kept = point.kept
         cells = [str(point.full_steps), f"{self.steps / point.full_steps:.2f}", kept.rows, kept.schedule]
         cells.append(f"{point.solved_on:.2f}")
         for name in measured:
-            score, form = kept.score(name), ".4f" if name == "ssim" else ".2f"
+            score, form = kept.score(name), _form(name)
             cells.append(f"{score.mean:{form}} ({score.worst:{form}})" if score else "")
         others = [one for one in point.tried if one is not kept]
         rest = min(others, key=lambda one: fmean(one.drift), default=None)
@@ -169,7 +179,7 @@ class Curve:
 def point_from(entries: Mapping[str, Any]) -> Point:
     """Read what `dataclasses.asdict` gave of a point after a round trip through JSON."""
     tried = [
-        Tried(one["rows"], one["schedule"], *(tuple(one[name]) for name in ("drift", "psnr", "ssim")))
+        Tried(one["rows"], one["schedule"], **{name: tuple(one.get(name, ())) for name in MEASURES})
         for one in entries["tried"]
     ]
     return Point(**{**entries, "tried": tuple(tried)})
