@@ -76,6 +76,13 @@ def test_names_of_the_package_on_a_page_exist(page):
     assert not sorted(one for one in names if not exists(one))
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name)
+def test_files_of_the_repository_on_a_page_exist(page):
+    folders = "src|tests|docs|benchmarks|integrations"
+    named = set(re.findall(rf"\b(?:{folders})/[\w./-]*\w\.(?:py|sh|md|json|png)\b", page.read_text()))
+    assert [file for file in sorted(named) if not (ROOT / file).exists() and not (page.parent / file).exists()] == []
+
+
 def test_names_that_do_not_exist_are_seen():
     assert exists("lesa.learn.planning.detours") and exists("lesa.Schedule.every")
     assert not any(map(exists, ("lesa.planning.detours", "lesa.learn.planning.nothing", "lesa.Schedule.nothing")))
