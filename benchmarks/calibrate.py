@@ -198,7 +198,7 @@ def spread(options: argparse.Namespace, pipe: Any) -> list[tuple[str, ...]]:
 
 
 def _schedules(some: Sequence[Tried]) -> str:
-    return ", ".join(sorted({one.schedule for one in some}))
+    return " and ".join(sorted({one.schedule for one in some}))
 
 
 def _over_seeds(some: Sequence[Tried]) -> Iterator[str]:
