@@ -210,11 +210,13 @@ def test_where_noise_is_added_the_data_prediction_is_forecast(flux: Any, sampler
 
 
 KINDS = ["flux", "wan", "qwen", "lumina", "z_image", "ltx", "unet", "sdxl", "fp8"]
+MORE = {"ltx": {"attention_mask": torch.ones(1, 6, dtype=torch.int64)}}
+"""What the text encoders of a class say besides."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_model_classes(kind: str):
-    check(getattr(models, f"tiny_{kind}")())
+    check(getattr(models, f"tiny_{kind}")(), **MORE.get(kind, {}))
 
 
 @pytest.mark.parametrize("loader", ["loaded_fp8", "loaded_gguf"])
@@ -224,9 +226,9 @@ def test_weights_in_other_dtypes_as_loaders_give_them(loader: str, tmp_path: Pat
     check(model, width=64)
 
 
-def check(model: Any, width: int = 16) -> None:
+def check(model: Any, width: int = 16, **more: Any) -> None:
     """All full a sampling equals the plain one to the bit, forecasts skip what they say, and a calibration is found."""
-    texts = {"positive": models.conditioning(1, width), "negative": models.conditioning(2, width)}
+    texts = {name: models.conditioning(k, width, **more) for k, name in enumerate(("positive", "negative"), 1)}
     wanted = sample(model, steps=10, cfg=2.0, **texts)
     assert wanted.isfinite().all() and float(wanted.std()) > 0
     assert torch.equal(sample(accelerated(model, EVERY), steps=10, cfg=2.0, **texts), wanted)
