@@ -382,8 +382,8 @@ def tiny_sdxl(seed: int = 0) -> Any:
     return patcher_of(filled(comfy.model_base.SDXL(_config("SDXL", settings), device=CPU), seed))
 
 
-def conditioning(seed: int, width: int = 16) -> list:
+def conditioning(seed: int, width: int = 16, **more: Any) -> list:
     """Return a random CONDITIONING of six tokens."""
     random = torch.Generator().manual_seed(seed)
     text = torch.randn(1, 6, width, generator=random)
-    return [[text, {"pooled_output": torch.randn(1, 8, generator=random)}]]
+    return [[text, {"pooled_output": torch.randn(1, 8, generator=random), **more}]]

@@ -210,11 +210,13 @@ def test_where_noise_is_added_the_data_prediction_is_forecast(flux: Any, sampler
 
 
 KINDS = ["flux", "wan", "qwen", "lumina", "z_image", "ltx", "unet", "sdxl", "fp8"]
+MORE = {"ltx": {"attention_mask": torch.ones(1, 6, dtype=torch.int64)}}
+"""What the text encoders of a class say besides."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_model_classes(kind: str):
-    check(getattr(models, f"tiny_{kind}")())
+    check(getattr(models, f"tiny_{kind}")(), **MORE.get(kind, {}))
 
 
 @pytest.mark.parametrize("loader", ["loaded_fp8", "loaded_gguf"])
@@ -224,9 +226,9 @@ def test_weights_in_other_dtypes_as_loaders_give_them(loader: str, tmp_path: Pat
     check(model, width=64)
 
 
-def check(model: Any, width: int = 16) -> None:
+def check(model: Any, width: int = 16, **more: Any) -> None:
     """All full a sampling equals the plain one to the bit, forecasts skip what they say, and a calibration is found."""
-    texts = {"positive": models.conditioning(1, width), "negative": models.conditioning(2, width)}
+    texts = {name: models.conditioning(k, width, **more) for k, name in enumerate(("positive", "negative"), 1)}
     wanted = sample(model, steps=10, cfg=2.0, **texts)
     assert wanted.isfinite().all() and float(wanted.std()) > 0
     assert torch.equal(sample(accelerated(model, EVERY), steps=10, cfg=2.0, **texts), wanted)
@@ -299,24 +301,39 @@ def test_masks(flux: Any):
     assert torch.allclose(kept, given["latent"]["samples"][..., 4:], atol=1e-4)
 
 
-def test_a_part_of_the_steps(flux: Any):
-    """Two models, as Wan's for much and for little noise, each walk a part of the steps."""
+def two_models(first: Any, second: Any, steps: int, boundary: int) -> dict:
+    """Sample with a model for much and one for little noise, as workflows of Wan 2.2 do."""
     import nodes
 
-    def run(first: Any, second: Any) -> Tensor:
-        given = models.conditioning(1), models.conditioning(2)
-        half = nodes.KSamplerAdvanced().sample
-        (latent,) = half(first, "enable", 7, 20, 2.0, "euler", "simple", *given, latent_for(flux), 0, 8, "enable")
-        (latent,) = half(second, "disable", 7, 20, 2.0, "euler", "simple", *given, latent, 8, 20, "disable")
-        return latent["samples"]
+    given = models.conditioning(1), models.conditioning(2)
+    half, begin, end = nodes.KSamplerAdvanced().sample, (0, boundary), (boundary, steps)
+    how = 7, steps, 2.0, "euler", "simple", *given
+    (latent,) = half(first, "enable", *how, latent_for(first), *begin, "enable")
+    return half(second, "disable", *how, latent, *end, "disable")[0]
 
-    other = models.tiny_flux(seed=1)
-    fast = accelerated(flux), accelerated(other)
-    with counted(flux) as mine, counted(other) as its:
-        found = run(*fast)
-    assert (mine(), its()) == (3, 4)
-    assert torch.equal(run(accelerated(flux, EVERY), accelerated(other, EVERY)), run(flux, other))
-    assert found.isfinite().all()
+
+@pytest.mark.parametrize("kind", ["flux", "wan"])
+def test_two_models_each_walk_a_part_of_the_steps(kind: str):
+    make = getattr(models, f"tiny_{kind}")
+    high, low = make(), make(seed=1)
+    with counted(high) as mine, counted(low) as its:
+        found = two_models(accelerated(high), accelerated(low), 20, 8)["samples"]
+        assert (mine(), its()) == (3, 4) and found.isfinite().all()
+    in_full = two_models(high, low, 20, 8)["samples"]
+    assert torch.equal(two_models(accelerated(high, EVERY), accelerated(low, EVERY), 20, 8)["samples"], in_full)
+
+
+def test_two_models_are_calibrated_on_their_parts_of_the_steps():
+    high, low = models.tiny_wan(), models.tiny_wan(seed=1)
+    sigmas, wanted = sigmas_of(high, 10), two_models(high, low, 10, 5)
+    calibrated(high, 2.0, sigmas=sigmas[:6], budgets="2", runs=2, search=1)
+    calibrated(low, 2.0, sigmas=sigmas[5:], latent=wanted, budgets="3", runs=2, search=1)
+    nodes = models.nodes().nodes
+    fast = [nodes.Accelerate().accelerate(one, nodes.CALIBRATED, 0, "", STOP)[0] for one in (high, low)]
+    with counted(high) as mine, counted(low) as its:
+        found = two_models(*fast, 10, 5)["samples"]
+    assert (mine(), its()) == (2, 3)
+    assert 0 < float((found - wanted["samples"]).norm() / wanted["samples"].norm()) < 0.1
 
 
 class Control:
@@ -505,8 +522,8 @@ def calibrated(model: Any, cfg: float = 1.0, sampler: str = "euler", steps: int 
         given.pop("negative", models.conditioning(2)),
         cfg,
         comfy.samplers.sampler_object(sampler),
-        sigmas_of(model, steps),
-        latent_for(model),
+        given.pop("sigmas", sigmas_of(model, steps)),
+        given.pop("latent", latent_for(model)),
         **given,
     )
 
