@@ -166,27 +166,41 @@ def _versions(program: str) -> dict[str, str]:
     return json.loads(said.stdout)
 
 
+HEADINGS = (
+    *("environment", "versions", "installed", "Python"),
+    *SHOWN,
+    *("passed", "failed", "skipped", "outside", "tests", "run on"),
+)
 HEAD = """# Versions
 
 Written by `make test-matrix`, which makes each of these environments and runs the tests in it. `outside` is what
 somebody does with the wheel and no checkout, in an empty folder (`tests/outside.py`): every command's help; a tiny
 model collected for, trained for, calibrated and run by the program `lesa`; the demo, or what it says that it lacks.
+A row stays until its environment runs again.
 
 What `pyproject.toml` declares: {bounds}. Python 3.10 ends with diffusers 0.41 and
 transformers 5.20, the newest that are made for it.
 """
 
 
-def page(results: Sequence[tuple[Environment, dict[str, Any] | None]]) -> str:
-    """Return docs/versions.md: a table of the environments, each with what its newest run gave."""
-    head = ["environment", "versions", "installed", "Python", *SHOWN, "passed", "failed", "skipped", "outside", "tests"]
-    rows = [head, ["---"] * (4 + len(SHOWN)) + ["---:"] * 3 + ["---"] * 2]
+def page(results: Sequence[tuple[Environment, dict[str, Any] | None]], before: str = "") -> str:
+    """Return docs/versions.md: a table of the environments, each with what its newest run gave.
+
+    Where one has not run here, its row of the page `before` stays.
+    """
+    rows = [list(HEADINGS), ["---"] * (4 + len(SHOWN)) + ["---:"] * 3 + ["---"] * 3]
+    known = {cells[0]: cells for cells in map(_cells_of, before.splitlines()) if len(cells) == len(HEADINGS)}
     for one, found in results:
         missing = "not run" if find_python(one.python) else "not had here"
-        cells = _cells(found, one.wheel) if found else [one.python, *[""] * (len(head) - 5), missing]
-        rows.append([one.name, one.versions, one.installed, *cells])
+        row = [one.name, one.versions, one.installed]
+        never = [*row, one.python, *[""] * (len(HEADINGS) - 6), missing, ""]
+        rows.append([*row, *_cells(found, one.wheel)] if found else known.get(one.name, never))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"{HEAD.format(bounds=', '.join(f'`{one}`' for one in declared()))}\n{table}\n"
+
+
+def _cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def declared() -> list[str]:
@@ -206,6 +220,7 @@ def _cells(found: dict[str, Any], wheel: bool) -> list[str]:
         *told,
         "failed" if found["outside"] else "works" if wheel else "",
         "a subset" if found["quick"] else "all",
+        found["date"],
     ]
 
 
@@ -236,7 +251,8 @@ def main() -> int:
     if not options.make:
         kept = [(one, one.folder / RESULT) for one in ENVIRONMENTS]
         results = [(one, json.loads(file.read_text()) if file.exists() else None) for one, file in kept]
-        options.out.write_text(page(results), encoding="utf-8")
+        before = options.out.read_text(encoding="utf-8") if options.out.exists() else ""
+        options.out.write_text(page(results, before), encoding="utf-8")
     print("failed: " + ", ".join(wrong) if wrong else "none failed")
     return int(bool(wrong))
 

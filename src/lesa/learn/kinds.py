@@ -29,10 +29,10 @@ def check_one_grid(pipe: Any, calls: Sequence[Call], common: Mapping[str, Any]) 
         kinds.setdefault(kind_of(one), one)
     if len(kinds) == 1:
         return
-    found = {kind: moment for kind, one in kinds.items() if (moment := _first_moment(pipe, one, common))}
-    (kind, first), *others = found.items() or [("", None)]
-    for other, moment in others:
-        if first and not (first.start == moment.start and torch.equal(first.times, moment.times)):
+    found = [(kind, moment) for kind, one in kinds.items() if (moment := _first_moment(pipe, one, common))]
+    for other, moment in found[1:]:
+        kind, first = found[0]
+        if first.start != moment.start or not torch.equal(first.times, moment.times):
             raise ValueError(
                 f"a calibration is for runs on one grid, got calls {kind} (from step {first.start} of "
                 f"{len(first.times) - 1}) and {other} (from step {moment.start} of {len(moment.times) - 1}), at other "
