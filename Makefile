@@ -4,7 +4,7 @@ STAMP := .venv/.installed
 OLDEST := .venv-oldest
 
 .PHONY: setup demo docs test test-all test-oldest test-matrix faults lint format clean gpu-report \
-	bench bench-claims bench-grids bench-histories bench-qwen bench-video support resources
+	bench bench-claims bench-grids bench-histories bench-phases bench-qwen bench-video support resources
 
 setup: $(STAMP)
 
@@ -66,6 +66,7 @@ bench: setup; benchmarks/flux.sh
 bench-claims: setup; benchmarks/claims.sh
 bench-grids: setup; benchmarks/grids.sh
 bench-histories: setup; benchmarks/histories.sh
+bench-phases: setup; models/recipes/flux-runs.sh && $(BIN)/python benchmarks/phases.py
 bench-qwen: setup; benchmarks/qwen.sh
 bench-video: setup; benchmarks/video.sh
 support: setup; $(BIN)/python benchmarks/support.py
