@@ -122,7 +122,8 @@ class Work:
                 yield from (self.trained(method, fit, schedule) for method in self.options.methods)
         for budget in sorted({*self.options.budgets, *(len(s.full_steps(self.steps)) for s in self.options.schedules)}):
             yield from self.many(budget)
-            yield self.calibrated(budget)
+            if self.options.calibrated:
+                yield self.calibrated(budget)
 
 
 def runs_of(predictor: lesa.Predictor) -> int:
@@ -142,7 +143,7 @@ def main() -> None:
     parser.add_argument("--fits", nargs="*", default=["least-squares"], help="least-squares, gradient")
     parser.add_argument("--rounds", type=int, default=2, help="of each training's closed-loop phase (2)")
     parser.add_argument("--validation", type=int, default=8, help="how many validation prompts (8)")
-    parser.add_argument("--calibrated", type=int, default=12, help="how many prompts to calibrate on (12)")
+    parser.add_argument("--calibrated", type=int, default=12, help="how many prompts to calibrate on (12); 0: none")
     parser.add_argument("--pairs", type=int, default=48, help="how many held-out prompts, the k-th with seed k (48)")
     parser.add_argument("--batch-size", type=int, default=12)
     parser.add_argument("--out", type=Path, default=Path("out/phases"), help="for the predictors (out/phases)")
