@@ -4,7 +4,7 @@ STAMP := .venv/.installed
 OLDEST := .venv-oldest
 
 .PHONY: setup demo docs test test-all test-oldest test-matrix faults lint format clean gpu-report \
-	bench bench-all bench-claims bench-grids bench-histories bench-qwen bench-video support resources
+	bench bench-all bench-claims bench-grids bench-histories bench-phases bench-qwen bench-video support resources
 
 setup: $(STAMP)
 
@@ -67,6 +67,7 @@ bench-all: setup; $(BIN)/python benchmarks/all.py && $(BIN)/python benchmarks/ta
 bench-claims: setup; benchmarks/claims.sh
 bench-grids: setup; benchmarks/grids.sh
 bench-histories: setup; benchmarks/histories.sh
+bench-phases: setup; models/recipes/flux-runs.sh && $(BIN)/python benchmarks/phases.py
 bench-qwen: setup; benchmarks/qwen.sh
 bench-video: setup; benchmarks/video.sh
 support: setup; $(BIN)/python benchmarks/support.py

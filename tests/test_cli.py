@@ -313,6 +313,18 @@ def test_what_stages_are_worth_is_printed(model, runs, tmp_path, monkeypatch, ca
     assert all(float(row[3]) < 0 < float(row[4].split()[0]) for row in cells)
 
 
+def test_both_fits_of_the_phases_are_printed(model, runs, tmp_path, monkeypatch, capsys):
+    options = ["--data", str(runs), "--schedules", "at:0,3,6", "--fits", "least-squares", "gradient", "--rounds", "0"]
+    options += ["--validation", "1", "--pairs", "2", "--calibrated", "0", "--methods", "l2p", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["phases.py", "--model", str(model), *options])
+    script = Path(__file__).parents[1] / "benchmarks" / "phases.py"
+    runpy.run_path(str(script), run_name="__main__")
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| 3 ")]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    assert [row[1] for row in cells] == ["L2P, least-squares", "L2P, gradient"]
+    assert all(float(row[4].split()[0]) < 0 < float(row[5].split()[0]) and int(row[6]) > 0 for row in cells)
+
+
 def test_training_refuses_runs_of_other_weights(model, runs, tmp_path, tiny_flux, capsys):
     bias = tiny_flux.transformer.proj_out.bias
     before = bias.detach().clone()

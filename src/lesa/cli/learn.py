@@ -91,6 +91,7 @@ def _train_options(given: Namespace) -> TrainOptions:
         forecaster=options.forecaster_of(named) or TrainOptions.forecaster,
         tap=given.tap,
         loss=given.loss,
+        fit=given.fit,
         paper=given.paper,
         rounds=given.rounds,
         updates=tuple(given.updates),

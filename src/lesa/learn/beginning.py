@@ -30,7 +30,7 @@ def quiet(_line: str) -> None:
     """Say nothing."""
 
 
-SETTINGS = ("loss", "rounds", "updates", "floor", "seed", "history", "paper")
+SETTINGS = ("loss", "fit", "rounds", "updates", "floor", "seed", "history", "paper")
 """The options that an origin remembers."""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from lesa.learn.named import FITS, GRADIENT, SQUARES
 from lesa.learn.trajectory import Trajectory
 from lesa.predictors import Predictor
 from lesa.rows.schedule import Schedule
@@ -19,17 +20,20 @@ class Config:
     """How a predictor is trained.
 
     `loss` is 'latents' (the deviation of the latents that the head makes of a forecast, in logarithms, so that it is
-    the mean PSNR that rises) or 'features' (the paper's L1 between forecast and recorded feature). `updates` is a
-    number of optimiser steps for each of: the ground-truth phase, and every one of the `rounds` of the closed-loop
-    phase. `batch` is in runs. `free_alphas` fits LESA's alphas themselves and lets the KAN take them up after; without,
+    the mean PSNR that rises) or 'features' (the paper's L1 between forecast and recorded feature). `fit` is by
+    'gradient' (an optimiser, on batches of `batch` runs, whose `learning_rate` falls to 0) or 'least-squares'
+    (Gauss-Newton steps on all runs, which end where they lower the loss no more; `lesa.learn.squares`). `updates` is a
+    number of such steps, at most, for each of: the ground-truth phase, and every one of the `rounds` of the closed-loop
+    phase. `free_alphas` fits LESA's alphas themselves and lets the KAN take them up after; without,
     the KAN is trained, as in the paper. Drifts far below `floor`, in dB of the last latents, are not worth lowering:
     where lessons differ in how far their runs drift, those that show in pictures then count for more than those that
-    do not. Every `check_every` updates for each lesson the validation runs are looked at.
+    do not. The validation runs are looked at every `check_every` updates for each lesson, of least squares after each.
 
     Raises: ValueError if one of these is out of range.
     """
 
     loss: str = "latents"
+    fit: str = GRADIENT
     updates: tuple[int, int] = (200, 200)
     rounds: int = 4
     batch: int = 16
@@ -42,6 +46,13 @@ class Config:
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise ValueError(f"a loss is one of {', '.join(LOSSES)}, got {self.loss!r}; name one of these.")
+        if self.fit not in FITS:
+            raise ValueError(f"a fit is one of {', '.join(FITS)}, got {self.fit!r}; name one of these.")
+        if self.fit == SQUARES and not (self.loss == "latents" and self.free_alphas):
+            raise ValueError(
+                "a fit by least squares is one of rows to the loss 'latents', got another loss, or KANs to train "
+                f"themselves (free_alphas=False); take fit={GRADIENT!r} for these."
+            )
         if len(self.updates) != 2 or min(self.updates) < 0 or self.rounds < 0:
             raise ValueError(
                 f"updates are two numbers from 0 on, and rounds one, got {self.updates} and {self.rounds}; raise them."

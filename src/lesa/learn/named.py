@@ -5,3 +5,4 @@ from __future__ import annotations
 LEARNED = "learned"
 CONTINUOUS = "lesa-continuous"
 METHODS, HISTORIES, LOSSES = ("lesa", CONTINUOUS, "l2p"), ("full", "all"), ("latents", "features", "steps")
+SQUARES, GRADIENT = FITS = ("least-squares", "gradient")

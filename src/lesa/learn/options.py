@@ -8,7 +8,7 @@ from typing import Any
 
 from lesa.host.tap import PLACES, place_of
 from lesa.learn.lessons import Config
-from lesa.learn.named import CONTINUOUS, HISTORIES, LOSSES, METHODS
+from lesa.learn.named import CONTINUOUS, FITS, GRADIENT, HISTORIES, LOSSES, METHODS, SQUARES
 from lesa.predictors import Predictor
 from lesa.rows.forecasters import Forecaster, Lagrange
 from lesa.rows.schedule import Schedule
@@ -26,7 +26,7 @@ class TrainOptions:
     for each number of full steps instead, for `forecaster`. `tap` is the place of forecasts ('feature').
 
     `loss` is that of `lesa.learn.training.Config`, or 'steps' for the least squares fit of each step alone; so are
-    `rounds`, `updates`, `floor` and `seed`. `paper` is the paper's predictor, loss and learning rate, whatever
+    `fit`, `rounds`, `updates`, `floor` and `seed`. `paper` is the paper's predictor, loss and learning rate, whatever
     `method`, `history` and `loss` say. Training begins with `predictor`, a trained one, if it is given, and takes its
     method, history, tap and schedule. `batch_size` is in runs.
 
@@ -42,6 +42,7 @@ class TrainOptions:
     forecaster: Forecaster = Lagrange(2)
     tap: str | None = None
     loss: str = "latents"
+    fit: str = GRADIENT
     paper: bool = False
     rounds: int = 4
     updates: tuple[int, int] = (200, 200)
@@ -65,6 +66,11 @@ class TrainOptions:
             raise ValueError("memories= are for the stages of the default bounds; pass them without stages=.")
         if self.loss == "steps" and self.method != "l2p":
             raise ValueError("loss='steps' fits each step alone, which free rows can: it needs method='l2p'.")
+        if self.fit == SQUARES and (self.loss != "latents" or self.method == CONTINUOUS):
+            raise ValueError(
+                f"fit={SQUARES!r} is of the rows of LESA and L2P, to the loss 'latents', got method={self.method!r} "
+                f"and loss={self.loss!r}; leave fit= out."
+            )
         if self.loss != "steps":
             self.config()
 
@@ -86,7 +92,7 @@ class TrainOptions:
 
     def config(self) -> Config:
         """Return what the fit needs to know of this."""
-        recipe = Config.paper() if self.paper else Config(loss=self.loss)
+        recipe = Config.paper() if self.paper else Config(loss=self.loss, fit=self.fit)
         updates: Any = tuple(self.updates)
         return replace(recipe, rounds=self.rounds, updates=updates, seed=self.seed, floor=self.floor)
 
@@ -95,7 +101,7 @@ class TrainOptions:
             object.__setattr__(self, name, value)
 
     def _check_names(self) -> None:
-        known = {"method": METHODS, "history": HISTORIES, "loss": LOSSES, "tap": (None, *PLACES)}
+        known = {"method": METHODS, "history": HISTORIES, "loss": LOSSES, "fit": FITS, "tap": (None, *PLACES)}
         for name, values in known.items():
             if getattr(self, name) not in values:
                 named = ", ".join(str(value) for value in values if value)

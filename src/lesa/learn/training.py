@@ -11,9 +11,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,12 @@ from lesa.host.head import Projection
 from lesa.learn import metrics
 from lesa.learn.kept import Rounds, settings_of
 from lesa.learn.lessons import Config, Curve, Lesson, RecordRuns, Result
+from lesa.learn.named import SQUARES
 from lesa.learn.progress import Bar
 from lesa.learn.sampling import euler, sampler_of
+from lesa.learn.squares import GaussNewton
 from lesa.learn.trajectory import Trajectory
+from lesa.learn.unknowns import Unknowns
 from lesa.predictors import L2P, LESA, Predictor
 from lesa.rows.grid import matches
 from lesa.rows.guidance import Guidance
@@ -143,19 +147,31 @@ class Problem:
 
         In closed loop `runs` holds the features of the full steps alone.
         """
-        forecasts = self.forecasts(rows, runs.features, closed_loop)
         if self.loss_name == "features":
+            forecasts = self.forecasts(rows, runs.features, closed_loop)
             return (forecasts - reference.features[:, :, self.skipped]).abs().mean()
-        outputs = self._outputs(forecasts, runs.conditioning[:, :, self.skipped]).float()
+        return self.of_squares(self.squares(rows, runs, reference, closed_loop), reference, closed_loop)
+
+    def squares(self, rows: Rows, runs: Runs, reference: Runs, closed_loop: bool) -> Tensor:
+        """Return the mean squares over tokens and channels of `moves`, (P, S)."""
+        return self.moves(rows, runs, reference, closed_loop).square().mean(dim=(2, 3))
+
+    def moves(self, rows: Rows, runs: Runs, reference: Runs, closed_loop: bool) -> Tensor:
+        """Return what the error at each step moves the last latents by, (P, S, n, C_out); in closed loop, how far the
+        latents are from the reference run's after each step."""
+        forecasts = self.forecasts(rows, runs.features, closed_loop)
+        outputs = self.outputs(forecasts, runs.conditioning[:, :, self.skipped]).float()
         outputs = runs.outputs.float().index_copy(2, torch.tensor(self.skipped), outputs)
         velocity, wanted = (self.guidance.velocity(x) for x in (outputs, reference.outputs.float()))
         errors = velocity - wanted
+        return self.drift(rows, errors, runs, reference) if closed_loop else self.response[-1, :, None, None] * errors
+
+    def of_squares(self, squares: Tensor, reference: Runs, closed_loop: bool) -> Tensor:
+        """Return the loss of latents that are off by these `squares`: logarithms, the mean over prompts."""
         if not closed_loop:
-            moves = self.response[-1, :, None, None] * errors
-            return moves.square().mean(dim=(1, 2, 3)).add(TINY).log().mean()
-        drifts = self.drift(rows, errors, runs, reference).square().mean(dim=(2, 3))
+            return squares.mean(1).add(TINY).log().mean()
         floor = self.floor * reference.latents[:, -1].float().square().mean(dim=(1, 2))
-        return 0.5 * ((drifts[:, -1] + floor).log() + (drifts.mean(1) + floor).log()).mean()
+        return 0.5 * ((squares[:, -1] + floor).log() + (squares.mean(1) + floor).log()).mean()
 
     def drift(self, rows: Rows, errors: Tensor, runs: Runs, reference: Runs) -> Tensor:
         """Return how far the latents are from the reference run's after every step, (P, S, n, C_out), where velocities
@@ -166,16 +182,26 @@ class Problem:
         sampler's response and m the matrix of the closed loop, its streams weighted as guidance does,
         d_s = sum_j R_sj (errors_j + sum_k m_jk responses_k (d_k - r_k)).
         """
+        if self.responses.any():
+            recorded = (runs.latents - reference.latents)[:, :-1].float()
+            errors = errors - torch.einsum("sk,pknc->psnc", self.feedback(rows), recorded)
+        return torch.einsum("sj,pjnc->psnc", self.reach(rows, closed_loop=True), errors)
+
+    def reach(self, rows: Rows, closed_loop: bool) -> Tensor:
+        """Return how far an error of each step's velocity moves the last latents, on the diagonal of (S, S); in closed
+        loop, the latents after every step."""
         later = self.response[1:]
+        if not closed_loop:
+            return later[-1].diag()
         if not self.responses.any():
-            return torch.einsum("sj,pjnc->psnc", later, errors)
+            return later
+        carried = functional.pad((later @ self.feedback(rows))[:, 1:], (0, 1))  # of the drifts after all steps
+        return torch.linalg.solve(torch.eye(self.steps) - carried, later)
+
+    def feedback(self, rows: Rows) -> Tensor:
+        """Return how a drift of the latents at each full step answers in the velocity of every step, (S, S)."""
         matrix = torch.einsum("i,isk->sk", self.guidance.weights, self.matrix(rows, True)[0])
-        steps = torch.eye(self.steps).index_copy(0, torch.tensor(self.skipped), matrix)
-        feedback = steps * self.responses
-        recorded = (runs.latents - reference.latents)[:, :-1].float()
-        errors = errors - torch.einsum("sk,pknc->psnc", feedback, recorded)
-        carried = functional.pad((later @ feedback)[:, 1:], (0, 1))  # of the drifts after all steps to themselves
-        return torch.einsum("sj,pjnc->psnc", torch.linalg.solve(torch.eye(self.steps) - carried, later), errors)
+        return torch.eye(self.steps).index_copy(0, torch.tensor(self.skipped), matrix) * self.responses
 
     def forecasts(self, rows: Rows, features: Tensor, closed_loop: bool) -> Tensor:
         """Return the skipped steps' forecasts (P, streams, skipped, n, C) of all features, or those of full steps."""
@@ -184,7 +210,8 @@ class Problem:
         ones = self.projection.of_ones().float() if self.projection else 1.0
         return torch.einsum("isk,piknc->pisnc", matrix, features.float()) + offsets[:, :, None, None] * ones
 
-    def _outputs(self, forecasts: Tensor, conditioning: Tensor) -> Tensor:
+    def outputs(self, forecasts: Tensor, conditioning: Tensor) -> Tensor:
+        """Return what the head makes of forecasts, (P, streams, skipped, n, C_out)."""
         return self.projection.of_folded(forecasts) if self.projection else self.head(forecasts, conditioning)
 
     def matrix(self, rows: Rows, closed_loop: bool) -> tuple[Tensor, Tensor]:
@@ -322,17 +349,17 @@ class _Task:
 
     def loss(self, rows: Rows, batch: int, generator: torch.Generator, closed_loop: bool) -> Tensor:
         """Return the loss on a batch of the runs of one round."""
-        sets = self._sets(closed_loop)
+        sets = self.sets_of(closed_loop)
         runs, _ = sets[int(torch.randint(len(sets), (), generator=generator))]
         chosen = torch.randperm(len(runs.outputs), generator=generator)[:batch]
         return self.problem.loss(rows, runs.pick(chosen), self.truth[0].pick(chosen), closed_loop)
 
     def check(self, rows: Rows, closed_loop: bool) -> float:
         """Return the mean loss on the validation runs of all rounds."""
-        losses = [self.problem.loss(rows, runs, self.truth[1], closed_loop) for _, runs in self._sets(closed_loop)]
+        losses = [self.problem.loss(rows, runs, self.truth[1], closed_loop) for _, runs in self.sets_of(closed_loop)]
         return float(torch.stack(losses).mean())
 
-    def _sets(self, closed_loop: bool) -> list[tuple[Runs, Runs]]:
+    def sets_of(self, closed_loop: bool) -> list[tuple[Runs, Runs]]:
         return self.sets if closed_loop else [self.truth]
 
 
@@ -351,6 +378,11 @@ class _Fit:
                 stacked[id(runs)] = whole
             return stacked[id(runs)]
 
+        if config.fit == SQUARES and (len(lessons) > 1 or not isinstance(predictor, LESA | L2P)):
+            raise ValueError(
+                f"least squares fit the rows of a LESA or an L2P to one lesson, got {predictor!r} and {len(lessons)} "
+                "of them; fit it by gradient."
+            )
         self.tasks: list[_Task] = []
         for lesson in lessons:
             truth = stack(lesson.reference), stack(lesson.validation)
@@ -365,73 +397,53 @@ class _Fit:
     def run(self, round_: int, curve: Curve) -> None:
         """Fit the rows on the runs of all rounds and keep the update with the best loss on the validation runs."""
         config, closed_loop = self.config, round_ > 0
-        generator = torch.Generator().manual_seed(config.seed + round_)
-        unknowns = _Unknowns(self.predictor, config.free_alphas)
-        optimiser = torch.optim.Adam(unknowns.parameters, lr=config.learning_rate, betas=(0.9, 0.98))
+        unknowns = Unknowns(self.predictor, config.free_alphas)
         updates = config.updates[int(closed_loop)]
         best, best_loss = unknowns.values(), math.inf
         phase = "closed-loop" if closed_loop else "ground-truth"
-        check_every = config.check_every * len(self.tasks)
+        by_squares = config.fit == SQUARES
+        check_every = 1 if by_squares else config.check_every * len(self.tasks)
+        go_on = self._squares(unknowns, closed_loop) if by_squares else self._descent(unknowns, round_, updates)
+        settled = False
         bar = Bar(range(updates + 1), desc=f"{phase} {round_ or ''}".strip(), unit="update")
         for update in bar:
-            optimiser.param_groups[0]["lr"] = _falling(config.learning_rate, update, updates)
             if update % check_every == 0 or update == updates:
                 checked = self._check(unknowns, closed_loop)
                 curve.add(phase, round_, update, checked)
                 bar.set_postfix(validation=f"{checked:.4f}")
                 if checked < best_loss:
                     best, best_loss = unknowns.values(), checked
-            if update < updates:
-                self._update(unknowns, optimiser, generator, closed_loop)
+            if settled or update == updates:
+                break
+            settled = not go_on()
         unknowns.settle(best)
 
-    def _update(
-        self, unknowns: _Unknowns, optimiser: torch.optim.Optimizer, generator: torch.Generator, closed_loop: bool
-    ) -> None:
-        """Take one optimiser step on a batch of one lesson."""
-        task = self.tasks[int(torch.randint(len(self.tasks), (), generator=generator))]
-        optimiser.zero_grad()
-        task.loss(unknowns.rows(task.problem), self.config.batch, generator, closed_loop).backward()
-        nn.utils.clip_grad_norm_(unknowns.parameters, 1.0)
-        optimiser.step()
+    def _squares(self, unknowns: Unknowns, closed_loop: bool) -> GaussNewton:
+        (task,) = self.tasks
+        pairs = [(runs, task.truth[0]) for runs, _ in task.sets_of(closed_loop)]
+        return GaussNewton(task.problem, pairs, unknowns, closed_loop)
+
+    def _descent(self, unknowns: Unknowns, round_: int, updates: int) -> Callable[[], bool]:
+        """Return a call that takes one optimiser step on a batch of one lesson."""
+        config, taken = self.config, count()
+        generator = torch.Generator().manual_seed(config.seed + round_)
+        optimiser = torch.optim.Adam(unknowns.parameters, lr=config.learning_rate, betas=(0.9, 0.98))
+
+        def update() -> bool:
+            optimiser.param_groups[0]["lr"] = _falling(config.learning_rate, next(taken), updates)
+            task = self.tasks[int(torch.randint(len(self.tasks), (), generator=generator))]
+            optimiser.zero_grad()
+            task.loss(unknowns.rows(task.problem), config.batch, generator, round_ > 0).backward()
+            nn.utils.clip_grad_norm_(unknowns.parameters, 1.0)
+            optimiser.step()
+            return True
+
+        return update
 
     @torch.no_grad()
-    def _check(self, unknowns: _Unknowns, closed_loop: bool) -> float:
+    def _check(self, unknowns: Unknowns, closed_loop: bool) -> float:
         """Return the mean over lessons of the loss on the validation runs."""
         return sum(task.check(unknowns.rows(task.problem), closed_loop) for task in self.tasks) / len(self.tasks)
-
-
-class _Unknowns:
-    """The numbers that are fitted: a predictor's parameters, with LESA's alphas in the KANs' place if they are free."""
-
-    def __init__(self, predictor: Predictor, free_alphas: bool):
-        self.predictor, self.streams = predictor, predictor.origin.streams
-        self.alphas: dict[str, Tensor] = {}
-        if free_alphas and isinstance(predictor, LESA):
-            self.alphas = {s: predictor.alphas(s).detach().requires_grad_() for s in self.streams}
-        self.parameters: list[Tensor] = [p for stream in self.streams for p in self._of(stream)]
-
-    def _of(self, stream: str) -> list[Tensor]:
-        if stream not in self.alphas or not isinstance(self.predictor, LESA):
-            return list(self.predictor.numbers(stream))
-        experts = self.predictor.stage_experts(stream)
-        return [self.alphas[stream], *(p for expert in experts for p in (expert.weight, expert.bias))]
-
-    def rows(self, problem: Problem) -> dict[str, dict[int, Row]]:
-        given = {stream: {"alphas": alphas} for stream, alphas in self.alphas.items()}
-        rows_of, grid, pasts = self.predictor.stream_rows, problem.grid, problem.pasts
-        return {stream: rows_of(stream, grid, pasts, **given.get(stream, {})) for stream in self.streams}
-
-    def values(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self.parameters]
-
-    @torch.no_grad()
-    def settle(self, values: Sequence[Tensor]) -> None:
-        """Set the predictor to these values."""
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
-        for stream, alphas in self.alphas.items():
-            cast(LESA, self.predictor).absorb(alphas, stream)
 
 
 def _falling(learning_rate: float, update: int, updates: int) -> float:

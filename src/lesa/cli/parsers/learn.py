@@ -6,7 +6,7 @@ from argparse import ArgumentParser, BooleanOptionalAction
 from typing import Any
 
 from lesa.cli import options
-from lesa.learn.named import HISTORIES, LOSSES, METHODS
+from lesa.learn.named import FITS, GRADIENT, HISTORIES, LOSSES, METHODS
 from lesa.rows.tap import PLACES
 
 OF_NO_USE = (
@@ -144,8 +144,10 @@ def _add_train_method(parser: ArgumentParser) -> None:
 
 def _add_train_fit(parser: ArgumentParser) -> None:
     parser.add_argument("--loss", choices=LOSSES, default="latents")
+    words = "of --method lesa and l2p, for --loss latents: 'least-squares', in far fewer steps (gradient)"
+    parser.add_argument("--fit", choices=FITS, default=GRADIENT, help=words)
     parser.add_argument("--rounds", type=int, default=4, help="of the closed-loop phase (4)")
-    words = "in each phase or round (200 200)"
+    words = "steps in each phase or round, at most (200 200)"
     parser.add_argument("--updates", type=int, nargs=2, default=(200, 200), help=words)
     parser.add_argument(
         "--floor",
