@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import results
+import measured
 import torch
 from torch import Tensor
 
@@ -158,18 +158,18 @@ def better_samplers(
         yield tried[known[key]]
 
 
-def measure(case: Case, out: Path) -> list[results.Line]:
+def measure(case: Case, out: Path) -> list[measured.Line]:
     """Measure a model; what is there already is read."""
     folder, pipe = out / case.name, case.pipe()
     found = calibration(pipe, case, Shelf(folder / "shelf"))
     lined_up = line_up(pipe, case, found, folder / "samplers")
     held = case.prompts("heldout", case.pairs)
     options = CompareOptions(lined_up, batch_size=case.pairs, timed=0, bound=False)
-    commit = results.commit(folder)
+    commit = measured.commit(folder)
     comparison = compare(pipe, held, folder / "records", options)
-    for (name, schedule), why in comparison.failures.items():
-        print(f"{case.name}: {name} on {schedule} failed: {why}", flush=True)
-    return results.lines(case.name, comparison, commit)
+    for key in comparison.failures.keys() - comparison.records.keys():
+        print(f"{case.name}: {' on '.join(key)} failed: {comparison.failures[key]}", flush=True)
+    return measured.lines(case.name, comparison, commit)
 
 
 def main() -> None:
@@ -177,14 +177,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], help="these models alone")
     parser.add_argument("--pairs", type=int, help="held-out prompts of each; default: 24, of slow models 16 or 12")
     parser.add_argument("--out", type=Path, default=Path("out/bench-all"), help="for calibrations and records")
-    parser.add_argument("--results", type=Path, default=results.FOLDER, help="for the CSV files (results)")
+    parser.add_argument("--results", type=Path, default=measured.FOLDER, help="for the CSV files (results)")
     options = parser.parse_args()
     for case in (one for one in CASES if not options.only or one.name in options.only):
         if not case.weights:
             print(f"{case.name}: skipped, {case.model} has no weights", flush=True)
             continue
         case = replace(case, pairs=options.pairs or case.pairs)
-        path = results.write(options.results / f"{case.name}.csv", measure(case, options.out))
+        path = measured.write(options.results / f"{case.name}.csv", measure(case, options.out))
         print(f"{case.name}: {path}", flush=True)
 
 

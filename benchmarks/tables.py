@@ -15,8 +15,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import like_for_like
-import results
-from results import ABOVE, BELOW, FEWER, LEVEL, PAPER, ROOT, Line
+import measured
+from measured import ABOVE, BELOW, FEWER, LEVEL, PAPER, ROOT, Line
 
 from lesa.bench.methods import CALIBRATED
 from lesa.bench.report import markdown
@@ -168,7 +168,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
-    lines = results.read()
+    lines = measured.read()
     changed = [page for page in PAGES if written(page.read_text(), lines) != page.read_text()]
     for page in changed:
         print(f"{page.relative_to(ROOT)} {'is not as results/*.csv have it' if options.check else 'written'}")

@@ -39,7 +39,7 @@ KINDS = {
 @pytest.fixture
 def results(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("results")
+    return importlib.import_module("measured")
 
 
 @pytest.fixture

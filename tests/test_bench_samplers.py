@@ -53,6 +53,13 @@ def test_a_better_sampler_goes_through_the_planned_times(pipe, grid, name):
 
 
 @pytest.mark.parametrize("name", MULTISTEP)
+def test_a_better_sampler_takes_the_place_of_one_whose_shift_is_fixed(pipe, name):
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, use_dynamic_shifting=False)
+    drawn = benchmark.observe(pipe, samplers.at_times(name, [1.0, 0.5, 0.25, 0.0], SCHEDULE), PAIRS)
+    assert drawn.times == pytest.approx([1000, 500, 250], rel=1e-4) and drawn.latents.isfinite().all()
+
+
+@pytest.mark.parametrize("name", MULTISTEP)
 def test_with_all_times_a_better_sampler_comes_near_the_reference_run(pipe, grid, name):
     every = Schedule.every(1)
     exact = benchmark.observe(pipe, REFERENCE, PAIRS).latents

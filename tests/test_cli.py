@@ -22,6 +22,7 @@ from lesa.host import pipelines
 from lesa.learn import outcome
 from lesa.predictors import L2P, Predictor
 from lesa.predictors.base import FILES
+from lesa.predictors.shelf import Shelf
 from lesa.rows.schedule import Schedule
 
 STEPS = 10
@@ -582,6 +583,11 @@ def test_calibrate_solves_on_a_few_runs(model, tmp_path, capsys):
     assert entries["method"] == "solved" and len(entries["schedule"].split(",")) == 3
     assert f"on {entries['schedule']}: " in capsys.readouterr().out
     assert main(["generate", str(model), "x", "--predictor", str(tmp_path), "--out", str(tmp_path / "x.png")]) == 0
+    (kept,) = Shelf().all()
+    bench = ["bench", str(model), "--calibrated", str(kept.folder), "--only", "calibrated", "--schedules", "every:3"]
+    bench += ["--budgets", "", "--pairs", "1", "--timed", "0", "--no-bound", "--scores", ""]
+    assert main([*bench, "--out", str(tmp_path / "bench")]) == 0
+    assert ("calibrated", entries["schedule"]) in records.load(tmp_path / "bench").records
 
 
 def test_a_collection_grows_by_a_larger_limit(model, tmp_path, capsys):

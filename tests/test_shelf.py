@@ -59,6 +59,9 @@ def test_what_is_put_is_found_again_by_its_weights():
     assert found.versions["torch"] == torch.__version__ and found.when.startswith("20")
     for budget, predictor in TWO.items():
         assert found.predictor(budget).digest() == predictor.digest()
+    assert [one.digest() for one in found.predictors()] == [
+        TWO[budget].digest() for budget in sorted(TWO, reverse=True)
+    ]
     assert Shelf().calibrations(OTHERS) == Shelf().calibrations("a" * 16 + "c" * 48) == []
 
 

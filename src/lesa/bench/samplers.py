@@ -68,6 +68,8 @@ def _setting(times: Sequence[float], multistep: bool) -> Callable[..., None]:
     """Return what stands in for `set_timesteps`: it does its work, and then the times are these."""
 
     def set_timesteps(go_on: Callable, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+        if not scheduler.config.get("use_dynamic_shifting"):
+            kwargs.pop("mu", None)  # the shift of times that are replaced, which some classes refuse then
         go_on(*args, **kwargs)
         sigmas = torch.tensor([min(time, ALMOST_NOISE) for time in times] if multistep else list(times))
         if len(scheduler.timesteps) != len(sigmas) - 1:
