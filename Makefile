@@ -4,7 +4,7 @@ STAMP := .venv/.installed
 OLDEST := .venv-oldest
 
 .PHONY: setup demo docs test test-all test-oldest test-matrix faults lint format clean gpu-report \
-	bench bench-claims bench-grids bench-histories bench-qwen bench-video support resources
+	bench bench-claims bench-grids bench-histories bench-qwen bench-video bench-sound support resources
 
 setup: $(STAMP)
 
@@ -68,6 +68,7 @@ bench-grids: setup; benchmarks/grids.sh
 bench-histories: setup; benchmarks/histories.sh
 bench-qwen: setup; benchmarks/qwen.sh
 bench-video: setup; benchmarks/video.sh
+bench-sound: setup; $(BIN)/python benchmarks/sound.py
 support: setup; $(BIN)/python benchmarks/support.py
 resources: setup; $(BIN)/python benchmarks/resources.py
 
