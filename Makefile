@@ -4,7 +4,7 @@ STAMP := .venv/.installed
 OLDEST := .venv-oldest
 
 .PHONY: setup demo docs test test-all test-oldest test-matrix faults lint format clean gpu-report \
-	bench bench-all bench-claims bench-grids bench-histories bench-phases bench-qwen bench-video support resources
+	bench bench-all bench-claims bench-grids bench-histories bench-phases bench-qwen bench-sound bench-video support resources
 
 setup: $(STAMP)
 
@@ -70,6 +70,7 @@ bench-histories: setup; benchmarks/histories.sh
 bench-phases: setup; models/recipes/flux-runs.sh && $(BIN)/python benchmarks/phases.py
 bench-qwen: setup; benchmarks/qwen.sh
 bench-video: setup; benchmarks/video.sh
+bench-sound: setup; $(BIN)/python benchmarks/sound.py
 support: setup; $(BIN)/python benchmarks/support.py
 resources: setup; $(BIN)/python benchmarks/resources.py
 

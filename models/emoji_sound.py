@@ -52,6 +52,7 @@ class Sound(Recipe):
     muon = False
     columns = 6
     haste = 1.3
+    vae_minutes, minutes = 9.0, 11.0
     clock = staticmethod(time.process_time)
 
     def pictures(self, folder, captions):

@@ -39,6 +39,7 @@ class Recipe(ABC):
     haste = 1.0  # factor of the learning rates: a short training takes longer strides
     columns = 10  # of the contact sheet
     shift = 2.0  # of the times trained on, as schedulers have it
+    vae_minutes, minutes = 12.0, 120.0  # of the autoencoder's training, and of the transformer's
     clock = staticmethod(time.monotonic)  # seconds that count as training
 
     def pictures(self, folder: Path, captions: list[str]) -> Tensor:
@@ -416,10 +417,12 @@ def main(recipe: Recipe, description: str | None, evaluate: Callable[[Any, Path,
     options = parser.parse_args()
     runs = options.runs or Path(".runs") / options.folder.name
     if options.what == "vae":
-        train_vae(recipe, options.folder, runs, options.minutes or 12, options.float32)
+        train_vae(recipe, options.folder, runs, options.minutes or recipe.vae_minutes, options.float32)
     elif options.what == recipe.name:
         recipe.batch = options.batch
-        train_transformer(recipe, options.folder, runs, options.minutes or 120, options.float32, options.device)
+        train_transformer(
+            recipe, options.folder, runs, options.minutes or recipe.minutes, options.float32, options.device
+        )
     elif options.what == "export":
         export(recipe, options.folder, runs)
     else:
