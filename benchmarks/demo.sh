@@ -18,4 +18,4 @@ mkdir -p $OUT && rm -rf "$LESA_HOME" # each time anew
 .venv/bin/lesa demo --pairs 8 --timed 1 --schedules paper:7 --out $OUT/flux
 .venv/bin/lesa demo --model models/emoji-video --pairs 4 --timed 1 --schedules paper:7 --budgets "" --out $OUT/video
 .venv/bin/lesa demo --model models/emoji-qwen --pairs 4 --timed 1 --schedules paper:7 --budgets "" --out $OUT/qwen
-.venv/bin/python benchmarks/listen.py models/emoji-sound --out $OUT/sound
+.venv/bin/python benchmarks/listen.py models/emoji-sound --steps 50 --prompts 2 --out $OUT/sound

@@ -19,6 +19,7 @@ import lesa
 from lesa.bench.report import markdown
 from lesa.bench.scores import SOUND_SCORES
 from lesa.bench.sounds import sound_picture
+from lesa.host.loading import LoadOptions, loaded
 from lesa.host.pipelines import pictures_of, rate_of, save_sound
 from lesa.learn.call_files import read_prompts
 
@@ -34,9 +35,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--prompts", type=int, default=3, help="how many held-out ones, the k-th with seed k (3)")
+    parser.add_argument("--steps", type=int, help="default: the model's own")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     given = parser.parse_args()
-    pipe = lesa.load(given.model)
+    pipe = loaded(LoadOptions(given.model, steps=given.steps))
     pipe.set_progress_bar_config(disable=True)
     rate = rate_of(pipe)
     if rate is None:

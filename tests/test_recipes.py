@@ -69,7 +69,9 @@ def test_the_demo_begins_with_a_pipeline_without_predictors_that_is_calibrated_a
     first, second = (calls[k][1:] for k in (0, 1))
     assert first[0] == "calibrate" and second[:2] == ["benchmarks/side_by_side.py", first[1]]
     assert not (ROOT / first[1] / "lesa").exists() and not (tmp_path / "out" / "demo" / "home").exists()
-    given = [parser().parse_args(words[1:]) for words in (calls[0], *calls[2:])]
+    *demos, (_, last, sound, *_) = calls[2:]
+    assert last == "benchmarks/listen.py" and (ROOT / sound).is_dir()
+    given = [parser().parse_args(words[1:]) for words in (calls[0], *demos)]
     assert given[0].budget == int(second[second.index("--budget") + 1])
     assert len({one.out for one in given[1:]}) == len(given[1:]) == 3
 
