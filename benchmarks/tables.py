@@ -30,6 +30,8 @@ OTHERWISE = {
     "docs/peers.md": "make bench",
     "docs/results.md": "the command that stands at each table",
     "docs/figures.md": "make bench bench-qwen bench-video",
+    "docs/calibrate.md": "the command that stands at each table",
+    "docs/planners.md": "the command that stands at each table",
     "docs/unseen.md": "python benchmarks/calibrate.py",
     "docs/published.md": "python benchmarks/published.py",
 }

@@ -145,8 +145,8 @@ def test_under_euler_the_drift_is_that_of_the_durations(forecaster):
     read = Planner([replace(run, sampler=euler(GRID)) for run in reference], head, planner._responses)
     for full in SCHEDULES:
         expected = by_durations(planner, forecaster, full)
-        assert planner.drift(forecaster, full) == pytest.approx(expected, abs=1e-4)
-        assert read.drift(forecaster, full) == pytest.approx(expected, abs=1e-4)
+        assert planner.drift(forecaster, full) == pytest.approx(expected, abs=2e-3)
+        assert read.drift(forecaster, full) == pytest.approx(expected, abs=2e-3)
     assert read.search(forecaster, 5) == planner.search(forecaster, 5)
 
 

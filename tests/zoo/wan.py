@@ -195,4 +195,5 @@ def helios_guided() -> Specimen:
 @entry
 def helios_pyramid_guided() -> Specimen:
     more = dict(num_latent_frames_per_chunk=3, pyramid_num_inference_steps_list=[3, 3, 3])
-    return specimen(d.HeliosPyramidPipeline, helios_parts(), **more, height=64, width=64, num_frames=9)
+    parts = helios_parts(gamma=0.3)  # at 1 / 3 its noise has a covariance that not every CPU can factorise
+    return specimen(d.HeliosPyramidPipeline, parts, **more, height=64, width=64, num_frames=9)
