@@ -149,10 +149,6 @@ class Watch:
         self._passed.append(tokens[:, draw_tokens(tokens.shape[1])].float().cpu())
 
 
-OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
-"""(pipeline, step, time, tensors with the `latents`) -> tensors that go on in their place, as diffusers has it"""
-
-
 def telling(pipe: Any, on_step_end: OnStepEnd) -> dict[str, Any]:
     """Return the argument by which a pipeline's call tells of the end of each step.
 
