@@ -204,7 +204,10 @@ def test_a_lora_of_the_tapped_module_sees_forecasts_too(tiny_qwen, place):
 
 @pytest.mark.parametrize(
     ("model", "steps", "schedule"),
-    [([str(SCHNELL)], 4, "at:0,2"), ([str(QWEN), "--lora", str(LIGHTNING)], 8, "at:0,1,3,5")],
+    [
+        ([str(SCHNELL)], 4, "at:0,2"),
+        pytest.param([str(QWEN), "--lora", str(LIGHTNING)], 8, "at:0,1,3,5", marks=pytest.mark.broad),
+    ],
 )
 def test_the_commands_collect_train_and_compare_at_few_steps(tmp_path, capsys, model, steps, schedule):
     runs, out = str(tmp_path / "runs"), tmp_path / "lesa-2x"

@@ -54,7 +54,7 @@ def planner_of(pipe: Any, runs: int, **call: Any) -> Planner:
     return Planner.of(pipe, record(pipe, prompts, range(runs), seam=True, **call), **call)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.broad] * (one == "DPM++")) for one in SAMPLERS])
 def test_the_drift_of_real_runs_is_predicted(name):
     with under(name) as pipe:
         planner = planner_of(pipe, RUNS)
