@@ -138,14 +138,23 @@ def test_rows_are_recovered_from_the_latents_that_they_gave(monkeypatch, begins,
     torch.testing.assert_close(gaps.solve_rows(equations), rows, atol=1e-8, rtol=0)
 
 
-def test_a_large_ridge_leaves_reuse_and_so_does_an_empty_gap(monkeypatch):
+def test_a_large_ridge_leaves_reuse_and_so_does_a_full_step_that_nothing_is_skipped_before(monkeypatch):
     gram, target = torch.eye(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
     reuse = torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=torch.float64)
     monkeypatch.setattr("lesa.rows.gaps.RIDGE", 1e12)
     held = Gaps(multistep(), FULL)
     torch.testing.assert_close(held.solve_row(held.reuse(), 2, gram, target), reuse, atol=1e-9, rtol=0)
-    empty = Gaps(multistep(), (0, 3, 7))
-    assert torch.equal(empty.solve_row(empty.reuse(), 2, gram, target), reuse)
+    for gaps in (Gaps(multistep(), (0, 1, 2)), Gaps(multistep(), (0, 3, 4), latents=False)):
+        row = gaps.reuse()[1]
+        assert not gaps.steps(1) and torch.equal(gaps.solve_row(gaps.reuse(), 1, gram, target), row)
+
+
+def test_full_steps_are_corrected_after_skipped_ones_where_the_next_is_full_or_there_is_none():
+    gaps = Gaps(multistep(), (0, 1, 4, 5, 7))
+    assert [list(gaps.steps(j)) for j in range(5)] == [[], [2, 3], [4], [6], [7]]
+    assert [list(Gaps(multistep(), (0, 1, 4, 5, 7), latents=False).steps(j)) for j in (2, 4)] == [[], []]
+    whole = Gaps(multistep(), range(8))
+    assert not any(whole.steps(j) for j in range(8))
 
 
 def test_what_has_to_be_full_is_full_in_every_schedule_of_a_search():
@@ -169,9 +178,67 @@ def test_a_part_of_the_first_latents_is_added_at_the_sampler(tiny_flux):
         predictor.set_gaps(torch.tensor([[1.0, c]]))
         with accelerate(tiny_flux, predictor, check=False) as run:
             ended[c] = tiny_flux(PROMPTS[0], latents=given, output_type="latent", **CALL).images
-        assert run.plan().has_latents == bool(c)
+        assert run.plan().acts_at_sampler == bool(c)
     moved = -float(tiny_flux.scheduler.sigmas[1]) * part * given
     torch.testing.assert_close(ended[part] - ended[0.0], moved, atol=1e-5, rtol=0)
+
+
+def test_the_last_full_step_is_corrected_at_the_sampler(tiny_flux):
+    """By hand: Euler's last step goes along a v_0 + b v_7 + c x_0, where without a correction it goes along v_7."""
+    solver, full = Solver(tiny_flux, PROMPTS, [3, 4], CALL), (0, 7)
+    a, b, c = 0.5, 0.75, -0.25
+    plain = solver.reuse(full)
+    rows = plain.rows.clone()
+    rows[1] = torch.tensor([a, b, c])
+    corrected = solver.run_rows(full, rows, of="rounds")
+    for before, after in zip(plain.recordings, corrected.recordings, strict=True):
+        first, last = before.outputs(full).unbind(1)
+        assert torch.equal(after.outputs(full), before.outputs(full)), "recorded is what the denoiser gave"
+        move = a * first + (b - 1) * last + c * before.latents([0])[:, 0]
+        moved = (after.final - before.final).double()
+        torch.testing.assert_close(moved, solver.response[8, 7] * move, atol=1e-5, rtol=1e-5)
+
+
+def test_corrections_are_of_the_plan_in_words_and_in_files():
+    predictor = Solved(origin(schedule="at:0,3,6,7"), latents=True)
+    rows = torch.eye(4, 5, dtype=torch.float64)
+    rows[1, 0], rows[2, :3], rows[3, -1] = 0.5, torch.tensor([0.25, -0.5, 1.25]), 0.125
+    predictor.set_gaps(rows)
+    plan = compile(predictor, GRID, Schedule.at([0, 3, 6, 7]))
+    assert set(plan.corrections) == {6, 7} and plan.corrections[6].past == (0, 3, 6)
+    assert plan.corrections[6].coefficients == (0.25, -0.5, 1.25) and plan.corrections[7].latents == 0.125
+    assert torch.equal(predictor.gaps, rows) and "corrected" in repr(plan).splitlines()[-1]
+    assert plan.live(corrections=True)[3] == (0, 3) and plan.live(corrections=True)[6] == ()
+    assert Plan.from_json(plan.to_json()) == plan
+    assert compile(plan.freeze(), GRID, Schedule.at([0, 3, 6, 7])) == plan
+    predictor.set_gaps(torch.eye(4, 5, dtype=torch.float64))
+    assert not compile(predictor, GRID, Schedule.at([0, 3, 6, 7])).corrections, "its own output is no correction"
+
+
+def test_corrections_make_up_for_what_skipped_steps_left(tiny_flux, monkeypatch):
+    full = Schedule.at([0, 5, 6, 7])
+    corrected, _ = solve(tiny_flux, PROMPTS, [3, 4], schedule=full, refine=0, **CALL)
+    monkeypatch.setattr("lesa.rows.gaps.is_corrected", lambda *_about: False)
+    plain, _ = solve(tiny_flux, PROMPTS, [3, 4], schedule=full, refine=0, **CALL)
+    assert corrected.origin.training["drift"] < plain.origin.training["drift"] - 1
+
+
+def test_where_nothing_is_skipped_nothing_is_corrected(tiny_flux):
+    solver = Solver(tiny_flux, PROMPTS[:1], [3], CALL)
+    predictor = solver.solve(8).predictor
+    with accelerate(tiny_flux, predictor, check=False) as run:
+        drawn = tiny_flux(PROMPTS[0], **dict(CALL, output_type="latent", generator=torch.Generator().manual_seed(3)))
+    assert not run.plan().acts_at_sampler and torch.equal(drawn.images, last_latents(tiny_flux, 3))
+
+
+@pytest.mark.parametrize("storage", ["model", "int8", "cpu"])
+def test_outputs_that_are_combined_again_are_stored_as_histories_are(tiny_flux, storage):
+    solver = Solver(tiny_flux, PROMPTS, [3, 4], CALL)
+    predictor = solver.solve(schedule=Schedule.at([0, 5, 6, 7]), refine=0).predictor
+    with accelerate(tiny_flux, predictor, history=storage):
+        found = solver.run(of="measures")[0]
+    plain = solver.run(predictor, of="measures")[0]
+    assert max(solver.drifts(found)) == pytest.approx(max(solver.drifts(plain)), abs=1.0 if storage == "int8" else 1e-3)
 
 
 def test_a_part_of_the_first_latents_needs_a_sampler(tiny_flux):
@@ -183,16 +250,17 @@ def test_a_part_of_the_first_latents_needs_a_sampler(tiny_flux):
             tiny_flux.transformer()
 
 
+@pytest.mark.parametrize("schedule", [SCHEDULE, Schedule.at([0, 4, 6, 7])])
 @pytest.mark.parametrize("unipc", [False, True])
-def test_rounds_one_call_at_a_time_end_where_lockstep_ends(tiny_flux, unipc):
+def test_rounds_one_call_at_a_time_end_where_lockstep_ends(tiny_flux, unipc, schedule):
     pipe = copy.copy(tiny_flux)
     if unipc:
         config = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
         pipe.scheduler = UniPCMultistepScheduler(**config)
-    together, first = solve(pipe, PROMPTS, [3, 4], schedule=SCHEDULE, refine=0, **CALL)
-    apart, second = solve(pipe, PROMPTS, [3, 4], schedule=SCHEDULE, refine=0, batch_size=1, **CALL)
+    together, first = solve(pipe, PROMPTS, [3, 4], schedule=schedule, refine=0, **CALL)
+    apart, second = solve(pipe, PROMPTS, [3, 4], schedule=schedule, refine=0, batch_size=1, **CALL)
     assert len(first.rounds) == 1, "what lockstep finds is what a round would find"
-    assert 2 <= len(second.rounds) <= len(FULL) + 1
+    assert 2 <= len(second.rounds) <= len(schedule.full_steps(8)) + 1
     assert apart.origin.training["drift"] == pytest.approx(together.origin.training["drift"], abs=0.05)
 
 
@@ -342,14 +410,15 @@ def test_a_plan_that_is_frozen_runs_as_it_did(name):
     subject = ZOO[name]()
     with subject.around():
         solver = Solver(subject.pipe, [subject.arguments], [0])
-        full = tuple(sorted({*solver.begins, 4}))
+        full = tuple(sorted({*solver.begins, 4, solver.ticks - 1}))
         rows = solver.gaps(full).reuse()
         rows[:, -1] = 0.1
+        rows[-1, -3:-1] = torch.tensor([0.5, 0.75])  # corrects the last step
         predictor = solver.predictor(full, rows)
         with accelerate(subject.pipe, predictor) as run:
             wanted = torch.as_tensor(subject.call(0)[0])
         plan = Plan.from_json(run.plans[0].to_json())
-        assert plan.has_latents and plan == run.plans[0]
+        assert plan.acts_at_sampler and plan == run.plans[0]
         with accelerate(subject.pipe, plan.freeze(), schedule=predictor.schedule, check=False):
             assert torch.equal(torch.as_tensor(subject.call(0)[0]), wanted)
 

@@ -252,7 +252,6 @@ class Sampling:
         self.step, self.seconds, self.full_seconds = -1, 0.0, list[float]()
         self._asked, self._weights_of = asked, weights_of
         self._first: tuple[Sequence[Any], list[Tensor]] | None = None
-        self._latents = torch.empty(0)
 
     def evaluate(self, executor: Any, x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Stand in the way of an evaluation: what a guider makes of the conditions' predictions."""
@@ -261,12 +260,10 @@ class Sampling:
         self.run.at(self.step)
         denoised = executor(x, sigma, *args, **kwargs)
         if self.step == 0:
-            self._latents = x.detach().clone()
             self._decide(x, sigma, denoised)
-        if part := self.run.part_of_latents:
-            more = part * self._latents
-            denoised = denoised + (more if self.course.noise else -as_column(sigma, x) * more)
-        return denoised
+        feature = self._feature(denoised, x, sigma)
+        handed = self.run.handed(feature, x)
+        return denoised if handed is feature else self._prediction(handed, x, sigma)
 
     def _check(self, sigma: float) -> None:
         expected = self.course.sigmas[self.step] if self.step < len(self.course.sigmas) else None

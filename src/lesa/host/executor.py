@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lesa.host.at_sampler import AtSampler
 from lesa.host.choice import Chosen, FirstStep, Named
 from lesa.host.clock import LoopClock, Moment, PipelineClock, argument, with_argument
 from lesa.host.data import DataRun
@@ -21,7 +22,7 @@ from lesa.host.structure import leaves, replace
 from lesa.host.summary import StreamSummary
 from lesa.rows.detour import Detour, Detours
 from lesa.rows.levels import DATA
-from lesa.rows.plan import Plan, PlannedRow
+from lesa.rows.plan import Plan
 from lesa.rows.row import History, Row, Storage
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
@@ -176,7 +177,7 @@ class Executor:
         self.data: StreamSummary | None = None
         self.data_reason = ""
         self._data_run: DataRun[StreamRun] | None = None
-        self._latents: Tensor | None = None  # the run's first, where rows add some of them
+        self._at_sampler = AtSampler(storage)
         self._name = threading.local()
         self._lock = threading.Lock()
         self._stream_runs: dict[Stream, StreamRun] = {}
@@ -270,10 +271,10 @@ class Executor:
             plan = chosen.plan(*where, detour.schedule if detour else None)
             others += [chosen.plan(*where, reuse=True)] if chosen.data else []
         self.plans[stream_run.name] = plan
-        if plan.has_latents and not isinstance(self.clock, PipelineClock):
+        if plan.acts_at_sampler and not isinstance(self.clock, PipelineClock):
             raise ValueError(
-                "rows that add a part of the run's first latents act at a pipeline's sampler, got a module alone; "
-                "accelerate the pipeline."
+                "rows that add a part of the run's first latents, or correct full steps, act at a pipeline's sampler, "
+                "got a module alone; accelerate the pipeline."
             )
         return plan, others
 
@@ -304,7 +305,7 @@ class Executor:
         first = FirstStep(moment, heard, self.choice.noise, scheduler, args, kwargs)
         chosen = self.choice.decide(first)
         self.found[chosen] = self.found.get(chosen, 0) + 1
-        if chosen is not self.chosen:
+        if chosen is not self.chosen or self._begins_later(moment):
             self._turn_to(chosen, moment, first.start)
         followed = [stream_run.plan for stream_run in self._stream_runs.values()]
         skips = any(plan.rows for plan in followed)
@@ -329,54 +330,41 @@ class Executor:
         if moment is None:
             return args, kwargs
         if run is None:
-            return self._with_latents(moment, tick, part, scheduler, args, kwargs)
+            return self._handed(moment, tick, part, scheduler, args, kwargs)
         if part == len(run):
             assert self.chosen.data is not None
             run.add(tick, self.chosen.data.levels(scheduler, args, kwargs))
         latents, output = (argument(scheduler, name, args, kwargs) for name in ("sample", "model_output"))
         known, step = run.known(part, tick), moment.start + tick
         if run.stream_run is None:  # the first tick: what is skipped is not known yet
-            self._latents = latents.detach().clone() if part == 0 else self._latents
+            if part == 0:
+                self._at_sampler.begin(latents)
             run.first.append(known.data(latents, output))
             return args, kwargs
         run.stream_run.enter(step)
-        if run.stream_run.full:
-            if known.is_finite and step >= run.stream_run.began:
-                self._keep_data(run.stream_run, known.data(latents, output), part)
+        plan, full = run.stream_run.plan, run.stream_run.full
+        if full and not (known.is_finite and step >= run.stream_run.began):
             return args, kwargs
-        data = self._forecast_data(run.stream_run, latents, part)
-        data = self._and_latents(data, run.stream_run.plan.rows[step], latents, part)
-        return with_argument(scheduler, "model_output", known.output(latents, data, output), args, kwargs)
+        data = known.data(latents, output) if full else self._forecast_data(run.stream_run, latents, part)
+        if full:
+            self._keep_data(run.stream_run, data, part)
+        handed = self._at_sampler.handed(plan, step, data, latents, part)
+        if full and handed is data:
+            return args, kwargs
+        return with_argument(scheduler, "model_output", known.output(latents, handed, output), args, kwargs)
 
-    def _with_latents(
+    def _handed(
         self, moment: Moment, tick: int, part: int, scheduler: Any, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict]:
-        """At a skipped step, add to the output what its row says of the run's first latents."""
+        """Exchange an output where its row acts at the sampler."""
         plan, step = next((one.plan for one in self._stream_runs.values()), None), moment.start + tick
-        if plan is None or not (plan.has_latents or self._begins_later(moment)):
+        if plan is None or not plan.acts_at_sampler:
             return args, kwargs
         latents, output = (argument(scheduler, name, args, kwargs) for name in ("sample", "model_output"))
         if tick == part == 0:
-            self._latents = latents.detach().clone()
-        if step not in plan.rows:
-            return args, kwargs
-        more = self._and_latents(output, plan.rows[step], latents, part)
-        return with_argument(scheduler, "model_output", more, args, kwargs)
-
-    def _and_latents(self, forecast: Tensor, row: PlannedRow, latents: Tensor, part: int) -> Tensor:
-        """Add to a forecast what its row says of the run's first latents.
-
-        Raises: RuntimeError if the latents are not those of one run, of one shape.
-        """
-        if not row.latents:
-            return forecast
-        if part or self._latents is None or self._latents.shape != latents.shape:
-            first = None if self._latents is None else tuple(self._latents.shape)
-            raise RuntimeError(
-                f"rows that add a part of the run's first latents are for one set of latents that keeps its shape, got "
-                f"{tuple(latents.shape)} as set {part + 1} of a step after {first}; calibrate for these calls."
-            )
-        return torch.add(forecast, self._latents.to(forecast), alpha=row.latents)
+            self._at_sampler.begin(latents)
+        handed = self._at_sampler.handed(plan, step, output, latents, part)
+        return (args, kwargs) if handed is output else with_argument(scheduler, "model_output", handed, args, kwargs)
 
     def _keep_data(self, stream_run: StreamRun, data: Tensor, part: int) -> None:
         if not stream_run.fits(data, part):
@@ -405,6 +393,8 @@ class Executor:
         for part, data in enumerate(run.first):
             if began == start:
                 run.stream_run.keep(data, part)
+            if began == start and part == 0:
+                self._at_sampler.keep(run.stream_run.plan, start, data)
         run.first.clear()
 
     def hear(self, stream_run: StreamRun, kwargs: dict, output: Any) -> None:
@@ -437,8 +427,8 @@ class Executor:
 
     def forget(self) -> None:
         """End the run: its histories are freed."""
-        self._stream_runs, self._moment, self._data_run, self._latents = {}, None, None, None
-        self._heard = Heard()
+        self._stream_runs, self._moment, self._data_run = {}, None, None
+        self._at_sampler, self._heard = AtSampler(self.storage), Heard()
 
     @contextmanager
     def within(self, name: str) -> Iterator[None]:

@@ -25,6 +25,7 @@ from functools import partial
 
 from torch import Tensor
 
+from lesa.host.at_sampler import AtSampler
 from lesa.host.choice import FULL, REFUSE, Chosen
 from lesa.host.executor import StreamRun
 from lesa.host.summary import StreamSummary, Summary
@@ -61,6 +62,7 @@ class OutsideRun:
         self.chosen: Chosen | None = None
         self.step, self._place, self._storage = -1, -1, storage or Storage()
         self._calls: dict[int, _Call] = {}
+        self._at_sampler = AtSampler(self._storage)
 
     def at(self, step: int) -> None:
         """Say which step the next calls are of."""
@@ -92,15 +94,19 @@ class OutsideRun:
         """Return what stands for the outputs of the call that was asked about last."""
         return [stream_run.forecast() for stream_run in self._calls[self._place].stream_runs]
 
-    @property
-    def part_of_latents(self) -> float:
-        """What part of the run's first latents the host adds to what guidance gives at this step: 0 at full steps.
+    def handed(self, output: Tensor, latents: Tensor) -> Tensor:
+        """Return what the sampler is handed at this step for what guidance made of the outputs; the same tensor where
+        nothing acts.
 
-        Solved rows have such a term, which acts on what their outputs are: after guidance, on derivatives or data.
+        Solved rows add a part of the run's first latents, and correct full steps: after guidance, of what outputs are.
+        A host asks at every step, from the first one on, after it was told what to `follow`.
+
+        Raises: RuntimeError if latents or outputs have not kept their shape.
         """
+        if self.step == 0:
+            self._at_sampler.begin(latents)
         plan = next((one.plan for call in self._calls.values() if call.planned for one in call.stream_runs), None)
-        row = plan.rows.get(self.step) if plan else None
-        return row.latents if row else 0.0
+        return output if plan is None else self._at_sampler.handed(plan, self.step, output, latents)
 
     def follow(self, chosen: Chosen) -> None:
         """Take what to forecast with, after the first step.
@@ -113,7 +119,7 @@ class OutsideRun:
 
     def free(self) -> None:
         """Let go of what was kept: the run is over."""
-        self._calls = {}
+        self._calls, self._at_sampler = {}, AtSampler(self._storage)
 
     def summary(self) -> Summary:
         """Return what was done so far, of each stream."""

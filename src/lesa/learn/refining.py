@@ -89,10 +89,10 @@ def directions(problem: Problem, found: Found) -> list[Tensor]:
     gram = problem.equations(gaps, found).gram
     error = float(problem.errors(found.recordings).mean().sqrt())
     result: list[tuple[int, Tensor]] = []
-    for j, (begin, end) in enumerate(zip(found.full, gaps.ends, strict=True)):
-        if end == begin + 1:
+    for j, end in enumerate(gaps.ends):
+        if not (steps := list(gaps.steps(j))):
             continue
-        moves = float(problem.response[end, begin + 1 : end].abs().sum())
+        moves = float(problem.response[end, steps].abs().sum())
         for k in gaps.columns(j):
             row = torch.zeros(count + 1, dtype=torch.float64)
             row[k] = 1.0

@@ -309,6 +309,8 @@ class Problem(References):
 
 
 def set_row(live: Run, row: PlannedRow) -> None:
-    """Change the plans of a run that is going on: the row of the gap after these full steps."""
+    """Change the plans of a run that is going on: the row of the gap after these full steps, or what corrects the last
+    of them."""
     for plan in live.plans:
-        plan.rows.update({step: row for step in plan.rows if plan.rows[step].past == row.past})
+        for rows in (plan.rows, plan.corrections):
+            rows.update({step: row for step in rows if rows[step].past == row.past})

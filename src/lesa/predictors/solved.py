@@ -15,7 +15,7 @@ from lesa.predictors.curve import Curve
 from lesa.predictors.origin import Origin, configuration
 from lesa.rows.basis import Basis
 from lesa.rows.forecasters import Forecaster
-from lesa.rows.gaps import TINY, Full, Gaps
+from lesa.rows.gaps import TINY, Full, Gaps, ends_of, is_corrected
 from lesa.rows.grid import matches, times_in_order
 from lesa.rows.levels import DATA
 from lesa.rows.row import Row
@@ -34,7 +34,8 @@ class Solved(Predictor):
 
     The steps of one gap may share their row: all that a gap does to the latents at its end is one number for each held
     output, so J (J + 1) / 2 numbers are a run (`gaps`). With `latents`, (S,), a part of the latents that the run began
-    with is added at the sampler: one number more for each gap. `of` is what is combined: outputs, or the data
+    with is added at the sampler: one number more for each gap. The row of a full step, 0 where there is none, corrects
+    it: after skipped steps, where the next one is full too, the sampler is handed that combination. `of` is what is combined: outputs, or the data
     predictions that follow from them at the sampler.
 
     With a `basis` it keeps what its rows were solved on, and may be `carried` to other grids.
@@ -65,31 +66,41 @@ class Solved(Predictor):
 
     @property
     def gaps(self) -> Tensor:
-        """Return the row of the first step that is skipped after each full step, reuse where none is, (J, J + 1): over
-        the outputs of full steps, and the first latents."""
+        """Return the row of the first step that is skipped after each full step, (J, J + 1): over the outputs of full
+        steps, and the first latents. Where none is, it is what corrects the full step, or reuse."""
         rows = torch.eye(self.memory, self.memory + 1, dtype=torch.float64)
-        for step in reversed(range(self.full[0], len(self.grid) - 1)):
-            if step not in self.full:
-                rows[self._newest(step), :-1] = self.coefficients.detach()[step]
-                rows[self._newest(step), -1] = 0.0 if self.latents is None else self.latents.detach()[step]
+        for j, step in enumerate(self._first_of_gaps()):
+            if step not in self.full or self.coefficients[step].any():
+                rows[j, :-1] = self.coefficients.detach()[step]
+                rows[j, -1] = 0.0 if self.latents is None else self.latents.detach()[step]
         return rows
+
+    def _first_of_gaps(self) -> list[int]:
+        """Return the first step that the row of each gap is for; the full step itself where none is skipped."""
+        ends = ends_of(self.full, len(self.grid) - 1)
+        return [step if end == step + 1 else step + 1 for step, end in zip(self.full, ends, strict=True)]
 
     @torch.no_grad()
     def set_gaps(self, rows: Tensor) -> None:
         """Give all steps that are skipped after the j-th full step row j of `rows`, (J, J + 1), lower triangular over
-        the outputs of full steps; the last column is of the first latents.
+        the outputs of full steps; the last column is of the first latents. Where none is skipped, it corrects the full
+        step, if it is one to be corrected and the row is not its own output alone.
 
         They are rounded to what files of predictors keep, float32, so that a predictor saved is the one measured.
         """
-        rows = rows.float().double()
-        for step in range(self.full[0], len(self.grid) - 1):
-            if step not in self.full:
-                self.coefficients[step] = rows[self._newest(step), :-1]
-                if self.latents is not None:
-                    self.latents[step] = rows[self._newest(step), -1]
-
-    def _newest(self, step: int) -> int:
-        return sum(k < step for k in self.full) - 1
+        rows, reuse = rows.float().double(), torch.eye(self.memory, self.memory + 1, dtype=torch.float64)
+        ends = ends_of(self.full, len(self.grid) - 1)
+        for j, (full, end) in enumerate(zip(self.full, ends, strict=True)):
+            if end > full + 1:
+                steps = slice(full + 1, end)
+            elif self.latents is not None and is_corrected(self.full, j, end):
+                steps = slice(full, end)
+            else:
+                continue
+            row = rows[j] * (rows[j] != reuse[j]).any() if end == full + 1 else rows[j]
+            self.coefficients[steps] = row[:-1]
+            if self.latents is not None:
+                self.latents[steps] = row[-1]
 
     # --- other grids
 
@@ -162,6 +173,12 @@ class Solved(Predictor):
             step: Row(table[step, [places[k] for k in past]], table.new_zeros(()), latents[step])
             for step, past in pasts.items()
         }
+
+    def correction(self, grid: Tensor, step: int, past: Sequence[int]) -> Row | None:
+        """Return the row of a full step, None if it has none or the step is not one of its own."""
+        if not self.coefficients[step].any() or step not in self.full:
+            return None
+        return self.stream_rows(STREAMS[0], grid, {step: past})[step]
 
     def wants(self, grid: Tensor, step: int) -> int:
         """Return how many past features the schedule leaves in the history."""

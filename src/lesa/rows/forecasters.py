@@ -33,6 +33,11 @@ class Forecaster(Protocol):
         """Return the rows of several steps at once, each after its past."""
         return {step: self.row(grid, step, past) for step, past in pasts.items()}
 
+    def correction(self, grid: Tensor, step: int, past: Sequence[int]) -> Row | None:
+        """Return the row that a full step is corrected by, where one is: what the sampler is handed there, at the output
+        tap, is a combination of the full steps' outputs, its own the newest of `past`."""
+        return None
+
     def wants(self, grid: Tensor, step: int) -> int:
         """Return how many past features the row of `step` is made for; with fewer it is a makeshift."""
         return self.memory
@@ -179,7 +184,7 @@ class LinearRows(Forecaster):
 
     They are bound to one grid, whose times may repeat and end above 0, and to the past that each of them was made for.
     `memory` is the longest of these when not given. Runs begin at the first of the steps `begins`, and histories anew
-    at the others.
+    at the others. `corrections` are the rows of full steps that are corrected.
 
     Raises: ValueError if there are no rows, or one of them has not one coefficient for each past step.
     """
@@ -192,17 +197,18 @@ class LinearRows(Forecaster):
         memory: int | None = None,
         remembers_forecasts: bool = True,
         begins: tuple[int, ...] = (),
+        corrections: Mapping[int, PlannedRow] | None = None,
     ) -> None:
         if not rows:
             raise ValueError("linear rows hold at least one row, got none; without skipped steps use Reuse().")
-        for step, row in rows.items():
+        for step, row in {**rows, **(corrections or {})}.items():
             if len(row.coefficients) != len(row.past):
                 raise ValueError(
                     f"a row has one coefficient for each past step, got {len(row.coefficients)} for {len(row.past)} "
                     f"at step {step}; repair this row."
                 )
         self.grid = times_in_order(grid)
-        self.rows, self.begins = dict(rows), begins
+        self.rows, self.begins, self.corrections = dict(rows), begins, dict(corrections or {})
         self.memory = memory or max(len(row.past) for row in rows.values())
         self.remembers_forecasts = remembers_forecasts
 
@@ -211,16 +217,30 @@ class LinearRows(Forecaster):
 
         Raises: ValueError if it was made for another grid or past, or there is none for `step`.
         """
+        self._check_grid(grid)
+        if step not in self.rows:
+            raise ValueError(
+                f"there are rows for steps {sorted(self.rows)}, got skipped step {step}; use their schedule."
+            )
+        return self._looked_up(self.rows[step], step, past)
+
+    def correction(self, grid: Tensor, step: int, past: Sequence[int]) -> Row | None:
+        """Look the row of a full step up, None if it is not corrected.
+
+        Raises: ValueError if it was made for another grid or past.
+        """
+        self._check_grid(grid)
+        return self._looked_up(self.corrections[step], step, past) if step in self.corrections else None
+
+    def _check_grid(self, grid: Tensor) -> None:
         if not matches(self.grid, grid):
             raise ValueError(
                 f"these rows are bound to their grid of {len(self.grid) - 1} steps, got another one of "
                 f"{len(grid) - 1}; run on that grid, or train rows for this one."
             )
-        if step not in self.rows:
-            raise ValueError(
-                f"there are rows for steps {sorted(self.rows)}, got skipped step {step}; use their schedule."
-            )
-        made_for, coefficients, offset, latents = self.rows[step]
+
+    def _looked_up(self, row: PlannedRow, step: int, past: Sequence[int]) -> Row:
+        made_for, coefficients, offset, latents = row
         if tuple(past) != made_for:
             raise ValueError(
                 f"the row of step {step} combines steps {list(made_for)}, got a history of {list(past)}; "

@@ -2,13 +2,15 @@
 
 Steps count from the run's first. Rows are (J, J + 1): of each gap, over the outputs of the J full steps, and over the
 latents that the run began with. Columns are these J + 1 in that order.
+
+The row of a gap that skips nothing is a correction: after skipped steps, what the sampler is handed at a full step makes
+up for what they left, now that one output more is known. It is a combination, too, of the outputs up to its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -35,7 +37,7 @@ class Gaps:
     """The gaps of a schedule in a run whose sampler has this response, (S + 1, S).
 
     Histories begin anew at the ticks `begins`, which have to be full: rows combine no outputs from before. Rows use the
-    first latents if they are `latents`.
+    first latents, and correct full steps, if they have `latents`: both act at the sampler.
     """
 
     def __init__(self, response: Tensor, full: Sequence[int], begins: Sequence[int] = (0,), latents: bool = True):
@@ -54,17 +56,22 @@ class Gaps:
         """Return which columns the row of the gap after the j-th full step combines."""
         return [*range(self.lows[j], j + 1), *([len(self)] if self.latents else [])]
 
+    def steps(self, j: int) -> range:
+        """Return the steps that the row of the gap after the j-th full step is for: those skipped in it, or that full
+        step where it is corrected, or none."""
+        return range(self.full[j] + (not (self.latents and is_corrected(self.full, j, self.ends[j]))), self.ends[j])
+
     def moves(self, j: int) -> float:
-        """Return by how much an output of all steps skipped in a gap moves the latents at its end."""
-        return float(self.response[self.ends[j], self.full[j] + 1 : self.ends[j]].sum())
+        """Return by how much an output of all steps that a row is for moves the latents at the end of its gap."""
+        return float(self.response[self.ends[j], list(self.steps(j))].sum())
 
     def ways(self, rows: Tensor) -> Tensor:
         """Return how the latents at the end of each gap depend on the columns, (J, J + 1), with these rows."""
         steps = self.response.shape[1]
         spread = torch.zeros(steps, rows.shape[1], dtype=rows.dtype)
-        for j, (begin, end) in enumerate(pairwise([*self.full, steps])):
-            spread[begin, j] = 1.0
-            spread[begin + 1 : end] = rows[j]
+        for j, step in enumerate(self.full):
+            spread[step, j] = 1.0
+            spread[list(self.steps(j))] = rows[j]
         return self.response[self.ends] @ spread
 
     def solve_row(
@@ -73,8 +80,8 @@ class Gaps:
         """Return the row of the gap after the j-th full step, (J + 1,), given the rows before it.
 
         `gram` is of all columns, (J + 1, J + 1), and `target` what the gap's end lacks, (J + 1,); those of later full
-        steps do not matter. A gap that skips nothing, or whose steps move nothing, reuses, and so does one after a run
-        that overflowed. It may be held `near` other rows than reuse, (J, J + 1), by the share `hold`.
+        steps do not matter. A gap without steps of its row, or whose steps move nothing, reuses, and so does one after a
+        run that overflowed. It may be held `near` other rows than reuse, (J, J + 1), by the share `hold`.
         """
         columns, moves, without = self.columns(j), self.moves(j), rows.clone()
         without[j] = self.reuse()[j]
@@ -101,6 +108,11 @@ class Gaps:
 
 def ends_of(full: Sequence[int], steps: int) -> list[int]:
     return [*full[1:], steps]
+
+
+def is_corrected(full: Sequence[int], j: int, end: int) -> bool:
+    """Tell whether the j-th full step is corrected: none is skipped before the `end` of its gap, and one was earlier."""
+    return end == full[j] + 1 and full[j] - full[0] > j
 
 
 def _low(full: Sequence[int], j: int, begins: Sequence[int]) -> int:

@@ -7,7 +7,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ class Plan:
     `times` is the grid, `full` the full steps, `start` the step that the run begins at. `rows` holds the row of every
     skipped step; each combines exactly the steps that the history holds by then, oldest first: the newest `memory` of
     the full steps, or, if it `remembers_forecasts`, of all steps. `truncated` names the skipped steps whose rows are
-    makeshifts, because the history was shorter than the forecaster wanted.
+    makeshifts, because the history was shorter than the forecaster wanted. `corrections` holds rows of some full steps:
+    what the sampler is handed there combines their own outputs, the newest, and those that the history holds.
 
     Raises: ValueError if these do not fit together.
     """
@@ -42,6 +43,7 @@ class Plan:
     truncated: tuple[int, ...] = ()
     begins: tuple[int, ...] = ()
     """Full steps at which the history begins anew."""
+    corrections: dict[int, PlannedRow] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         times_in_order(self.times)
@@ -55,9 +57,13 @@ class Plan:
                 f"a plan has one row for each skipped step, got rows for {sorted(self.rows)} and skipped steps "
                 f"{sorted(skipped)}; compile it again."
             )
+        if others := sorted(self.corrections.keys() - set(self.full)):
+            raise ValueError(f"what is corrected is full, got corrections of skipped steps {others}; compile it again.")
         held = self.memory, self.remembers_forecasts, self.begins
-        for step, past in histories(self.steps, self.full, self.start, *held):
-            _check(step, past, self.rows[step])
+        for step, past in pasts(self.steps, self.full, self.start, *held):
+            row = self.rows.get(step) or self.corrections.get(step)
+            if row is not None:
+                _check(step, past, row)
 
     @property
     def grid(self) -> Tensor:
@@ -75,15 +81,16 @@ class Plan:
         return (self.steps - self.start) / len(self.full)
 
     @property
-    def has_latents(self) -> bool:
-        """Tell whether the run's first latents enter what the sampler is handed at a skipped step."""
-        return any(row.latents for row in self.rows.values())
+    def acts_at_sampler(self) -> bool:
+        """Tell whether the run's first latents enter what the sampler is handed, or full steps are corrected there."""
+        return bool(self.corrections) or any(row.latents for row in self.rows.values())
 
     def unroll(self) -> Tensor:
         """Return every step's feature as a combination of the full steps' features: the closed loop as algebra.
 
         Shape (S, S + 1): column k is the feature of full step k, the last column the offset. Columns of skipped steps
-        are 0, and so are the rows of steps before `start`. What rows add of the run's first latents is not in it.
+        are 0, and so are the rows of steps before `start`. What is done at the sampler is not in it: what rows add of
+        the run's first latents, and corrections.
         """
         unrolled = torch.zeros(self.steps, self.steps + 1, dtype=torch.float64)
         for step in range(self.start, self.steps):
@@ -106,13 +113,15 @@ class Plan:
             gain[step] = math.fsum(map(abs, row.coefficients))
         return gain
 
-    def live(self, differences: bool = False) -> dict[int, tuple[int, ...]]:
+    def live(self, differences: bool = False, corrections: bool = False) -> dict[int, tuple[int, ...]]:
         """Return, for each step of the run, those up to it whose features a later row combines, oldest first.
 
         They are what a history has to hold after the step. With `differences`, each feature but the newest is held as
-        its difference to the next one held, and so those in between are held too.
+        its difference to the next one held, and so those in between are held too. With `corrections`, what these
+        combine is meant instead.
         """
-        last = {k: step for step in sorted(self.rows) for k, c in zip(*self.rows[step][:2], strict=True) if c}
+        rows = self.corrections if corrections else self.rows
+        last = {k: step for step in sorted(rows) for k, c in zip(*rows[step][:2], strict=True) if c}
         held: dict[int, tuple[int, ...]] = {}
         stored: list[int] = []
         for step in range(self.start, self.steps):
@@ -126,16 +135,24 @@ class Plan:
 
         Raises: ValueError if no step is skipped.
         """
-        begins = (self.start, *self.begins)
-        remembers = self.remembers_forecasts
-        return LinearRows(self.times, self.rows, memory=self.memory, remembers_forecasts=remembers, begins=begins)
+        return LinearRows(
+            self.times,
+            self.rows,
+            memory=self.memory,
+            remembers_forecasts=self.remembers_forecasts,
+            begins=(self.start, *self.begins),
+            corrections=self.corrections,
+        )
 
     def to_json(self) -> str:
         """Write the plan as JSON, without loss, and with a digest that reading verifies."""
-        rows = {step: _entries(row) for step, row in self.rows.items()}
-        entries = {"format": FORMAT, **asdict(self), "rows": rows}
-        if not self.begins:
-            del entries["begins"]  # as it always was
+        rows, corrections = (
+            {step: _entries(row) for step, row in some.items()} for some in (self.rows, self.corrections)
+        )
+        entries = {"format": FORMAT, **asdict(self), "rows": rows, "corrections": corrections}
+        for name in ("begins", "corrections"):
+            if not entries[name]:
+                del entries[name]  # as it always was
         entries = json.loads(json.dumps(entries))
         return json.dumps({**entries, "sha256": _digest(entries)})
 
@@ -153,12 +170,8 @@ class Plan:
                 raise ValueError("its format is another")
             for name in ("times", "full", "truncated", "begins"):
                 data[name] = tuple(data.get(name, ()))
-            data["rows"] = {
-                int(step): PlannedRow(
-                    tuple(row["past"]), tuple(row["coefficients"]), row["offset"], row.get("latents", 0.0)
-                )
-                for step, row in data["rows"].items()
-            }
+            for name in ("rows", "corrections"):
+                data[name] = {int(step): _read(row) for step, row in data.get(name, {}).items()}
             return cls(**data)
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(
@@ -172,8 +185,8 @@ class Plan:
             f"noise gain up to {float(gain.max()):.3g}, {len(self.truncated)} rows with a short history",
             draw(self.full, self.steps, self.start),
         ]
-        for step, row in self.rows.items():
-            short = "  short history" if step in self.truncated else ""
+        for step, row in sorted({**self.rows, **self.corrections}.items()):
+            short = "  short history" if step in self.truncated else "  corrected" if step in self.corrections else ""
             lines.append(f"{step:4d} = {_formula(row)}  (gain {float(gain[step]):.3g}){short}")
         return "\n".join(lines)
 
@@ -200,10 +213,14 @@ def compile(
     begins = tuple(step for step in forecaster.begins if step > start)
     full = tuple(sorted({*schedule.full_steps(steps, start), *begins}))
     rows: dict[int, PlannedRow] = {}
+    corrections: dict[int, PlannedRow] = {}
     truncated: list[int] = []
-    for step, past in histories(steps, full, start, forecaster.memory, forecaster.remembers_forecasts, begins):
-        row = forecaster.row(grid, step, past)
-        rows[step] = PlannedRow(past, tuple(row.coefficients.flatten().tolist()), float(row.offset), float(row.latents))
+    for step, past in pasts(steps, full, start, forecaster.memory, forecaster.remembers_forecasts, begins):
+        if step in full:
+            correction = forecaster.correction(grid, step, past)
+            corrections |= {} if correction is None else {step: _planned(past, correction)}
+            continue
+        rows[step] = _planned(past, forecaster.row(grid, step, past))
         wanted = forecaster.wants(grid, step)
         if len(past) >= wanted:
             continue
@@ -215,7 +232,11 @@ def compile(
             )
     remembers = forecaster.remembers_forecasts
     times = tuple(grid.tolist())
-    return Plan(times, full, start, forecaster.memory, remembers, rows, tuple(truncated), begins)
+    return Plan(times, full, start, forecaster.memory, remembers, rows, tuple(truncated), begins, corrections)
+
+
+def _planned(past: tuple[int, ...], row: Row) -> PlannedRow:
+    return PlannedRow(past, tuple(row.coefficients.flatten().tolist()), float(row.offset), float(row.latents))
 
 
 def histories(
@@ -225,15 +246,24 @@ def histories(
 
     It begins anew at the steps `begins`.
     """
+    skipped = set(range(start, steps)).difference(full)
+    walked = pasts(steps, full, start, memory, remembers_forecasts, begins)
+    return ((step, past) for step, past in walked if step in skipped)
+
+
+def pasts(
+    steps: int, full: Sequence[int], start: int, memory: int, remembers_forecasts: bool, begins: Sequence[int] = ()
+) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Walk a run as `histories` does, and yield full steps too, each with a history that ends with its own feature."""
     history: deque[int] = deque(maxlen=min(memory, steps))
     all_full = frozenset(full)
     for step in range(start, steps):
         if step in begins:
             history.clear()
-        skipped = step not in all_full
-        if skipped:
-            yield step, tuple(history)
-        if remembers_forecasts or not skipped:
+        if step in all_full:
+            history.append(step)
+        yield step, tuple(history)
+        if remembers_forecasts and step not in all_full:
             history.append(step)
 
 
@@ -241,6 +271,10 @@ def _digest(entries: Any) -> str:
     """Return the SHA-256 of a plan's entries but for that itself."""
     plain = {name: value for name, value in entries.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _read(row: dict[str, Any]) -> PlannedRow:
+    return PlannedRow(tuple(row["past"]), tuple(row["coefficients"]), row["offset"], row.get("latents", 0.0))
 
 
 def _entries(row: PlannedRow) -> dict[str, Any]:
