@@ -225,7 +225,7 @@ class Problem(References):
             gram = self.weighed(wanted, columns)
             missing = ends[:, j : j + 1] - decay[gaps.ends[j]] * noise
             if j:
-                expected = decay[tick] * noise + torch.einsum("k,pkn->pn", gaps.ways(rows)[j - 1], columns)[:, None]
+                expected = decay[tick] * noise + torch.einsum("k,pkn->pn", gaps.way(rows, j - 1), columns)[:, None]
                 kept = decay[gaps.ends[j]] / decay[tick] if abs(decay[tick]) > TINY else 1.0
                 missing = missing - kept * (run.latents([tick]) - self._added(wanted, [tick]) - expected)
             target = self.weighed(wanted, columns, missing)[0]

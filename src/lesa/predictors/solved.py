@@ -35,8 +35,8 @@ class Solved(Predictor):
     The steps of one gap may share their row: all that a gap does to the latents at its end is one number for each held
     output, so J (J + 1) / 2 numbers are a run (`gaps`). With `latents`, (S,), a part of the latents that the run began
     with is added at the sampler: one number more for each gap. The row of a full step, 0 where there is none, corrects
-    it: after skipped steps, where the next one is full too, the sampler is handed that combination. `of` is what is combined: outputs, or the data
-    predictions that follow from them at the sampler.
+    it: after skipped steps, where the next one is full too, the sampler is handed that combination. `of` is what is
+    combined: outputs, or the data predictions that follow from them at the sampler.
 
     With a `basis` it keeps what its rows were solved on, and may be `carried` to other grids.
     """

@@ -142,12 +142,12 @@ class _Walk:
         for j, step in enumerate(self._full):
             self._columns[step, j] = 1.0
             if j:
-                self._answer(j, self._columns @ gaps.ways(rows)[j - 1] - self._wanted[step])
+                self._answer(j, self._columns @ gaps.way(rows, j - 1) - self._wanted[step])
             if not given:
                 products = self._gram @ self._columns
                 target = self._wanted[gaps.ends[j]] @ products
                 rows[j] = gaps.solve_row(rows, j, self._columns.T @ products, target)
-        return Outcome(rows, self._size(self._columns @ gaps.ways(rows)[-1] - self._wanted[-1]))
+        return Outcome(rows, self._size(self._columns @ gaps.way(rows, len(rows) - 1) - self._wanted[-1]))
 
     def _answer(self, j: int, drift: Tensor) -> None:
         """Add to the output of a full step what it answers to a drift."""
@@ -172,7 +172,7 @@ def _drifts(gaps: Gaps, rows: Tensor, answers: Tensor) -> Tensor:
     for j, step in enumerate(gaps.full):
         columns[step, j] = 1.0
         if j:
-            drifts[j] = columns @ gaps.ways(rows)[j - 1]
+            drifts[j] = columns @ gaps.way(rows, j - 1)
             drifts[j, :steps] -= gaps.response[step]
             columns[:, j] += answers[j] * drifts[j]
             columns[steps + 1 + j, j] += 1.0

@@ -34,8 +34,8 @@ class Forecaster(Protocol):
         return {step: self.row(grid, step, past) for step, past in pasts.items()}
 
     def correction(self, grid: Tensor, step: int, past: Sequence[int]) -> Row | None:
-        """Return the row that a full step is corrected by, where one is: what the sampler is handed there, at the output
-        tap, is a combination of the full steps' outputs, its own the newest of `past`."""
+        """Return the row that a full step is corrected by, None if it is not: at the output tap, what the sampler is
+        handed there combines the outputs of full steps, and its own is the newest of `past`."""
         return None
 
     def wants(self, grid: Tensor, step: int) -> int:

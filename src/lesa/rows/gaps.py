@@ -3,8 +3,8 @@
 Steps count from the run's first. Rows are (J, J + 1): of each gap, over the outputs of the J full steps, and over the
 latents that the run began with. Columns are these J + 1 in that order.
 
-The row of a gap that skips nothing is a correction: after skipped steps, what the sampler is handed at a full step makes
-up for what they left, now that one output more is known. It is a combination, too, of the outputs up to its own.
+The row of a gap that skips nothing is a correction: after skipped steps, what the sampler is handed at a full step
+makes up for what they left, now that one output more is known. It combines the outputs up to that step's own.
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ class Gaps:
         self.response, self.full, self.latents = response, tuple(full), latents
         self.ends = ends_of(full, response.shape[1])
         self.lows = [_low(full, j, begins) for j in range(len(full))]
+        at_ends, own = response[self.ends], response[self.ends][:, list(full)]
+        self._moves = torch.stack([at_ends[:, list(self.steps(j))].sum(1) for j in range(len(full))], 1)
+        corrected = [full[j] in self.steps(j) for j in range(len(full))]
+        self._own = own.masked_fill(torch.tensor(corrected), 0.0)
 
     def __len__(self) -> int:
         return len(self.full)
@@ -63,16 +67,19 @@ class Gaps:
 
     def moves(self, j: int) -> float:
         """Return by how much an output of all steps that a row is for moves the latents at the end of its gap."""
-        return float(self.response[self.ends[j], list(self.steps(j))].sum())
+        return float(self._moves[j, j])
 
     def ways(self, rows: Tensor) -> Tensor:
         """Return how the latents at the end of each gap depend on the columns, (J, J + 1), with these rows."""
-        steps = self.response.shape[1]
-        spread = torch.zeros(steps, rows.shape[1], dtype=rows.dtype)
-        for j, step in enumerate(self.full):
-            spread[step, j] = 1.0
-            spread[list(self.steps(j))] = rows[j]
-        return self.response[self.ends] @ spread
+        ways = self._moves @ rows
+        ways[:, :-1] += self._own
+        return ways
+
+    def way(self, rows: Tensor, j: int) -> Tensor:
+        """Return how the latents at the end of the gap after the j-th full step depend on the columns, (J + 1,)."""
+        way = self._moves[j] @ rows
+        way[:-1] += self._own[j]
+        return way
 
     def solve_row(
         self, rows: Tensor, j: int, gram: Tensor, target: Tensor, near: Tensor | None = None, hold: float = 0.0
@@ -80,8 +87,8 @@ class Gaps:
         """Return the row of the gap after the j-th full step, (J + 1,), given the rows before it.
 
         `gram` is of all columns, (J + 1, J + 1), and `target` what the gap's end lacks, (J + 1,); those of later full
-        steps do not matter. A gap without steps of its row, or whose steps move nothing, reuses, and so does one after a
-        run that overflowed. It may be held `near` other rows than reuse, (J, J + 1), by the share `hold`.
+        steps do not matter. A gap without steps of its row, or whose steps move nothing, reuses, and so does one after
+        a run that overflowed. It may be held `near` other rows than reuse, (J, J + 1), by the share `hold`.
         """
         columns, moves, without = self.columns(j), self.moves(j), rows.clone()
         without[j] = self.reuse()[j]
@@ -89,7 +96,7 @@ class Gaps:
             return without[j]
         if near is not None:
             without[j] = near[j]
-        target = (target - gram @ self.ways(without)[j])[columns]
+        target = (target - gram @ self.way(without, j))[columns]
         gram = gram[columns][:, columns]
         if not (gram.isfinite().all() and target.isfinite().all()):
             return without[j]
@@ -111,7 +118,7 @@ def ends_of(full: Sequence[int], steps: int) -> list[int]:
 
 
 def is_corrected(full: Sequence[int], j: int, end: int) -> bool:
-    """Tell whether the j-th full step is corrected: none is skipped before the `end` of its gap, and one was earlier."""
+    """Tell whether the j-th full step is corrected: its gap, up to its `end`, skips nothing, and one before did."""
     return end == full[j] + 1 and full[j] - full[0] > j
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lesa.rows.forecasters import Forecaster, LinearRows, PlannedRow
 from lesa.rows.grid import times_in_order
+from lesa.rows.row import Row
 from lesa.rows.schedule import Schedule, draw
 
 FORMAT = "lesa-plan-1"
