@@ -1,8 +1,10 @@
-"""Search which steps are full, for solved rows: by algebra on the reference runs first, then by real runs.
+"""Search which steps are full, for solved rows: by algebra on the reference runs first, then on real runs.
 
-Algebra does not know how the denoiser answers what rows leave, but for one number that says how much less early errors
-count. So its best schedules, for several such numbers, are run; the search goes on from the best of them, and real runs
-try first what algebra finds nearly as good: where its cost is flat, the real one may fall.
+Of the reference runs alone algebra does not know how the denoiser answers what rows leave, but for one number that says
+how much less early errors count. Its best schedules, for several such numbers, are run. What the best real runs say of
+these answers is the closed loop as algebra (`lesa.rows.basis`): the search goes on to the schedule that is best by it,
+which is run, and says more, as long as that is better. At last real runs try schedules near the best one, in the order
+of what that algebra, or where there is none the first one, has against them.
 """
 
 from __future__ import annotations
@@ -12,7 +14,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from lesa.learn.solving import Full, Problem
+from torch import Tensor
+
+from lesa.learn.bases import basis_of
+from lesa.learn.solving import Found, Full, Problem
+from lesa.rows.basis import Basis
 from lesa.rows.gaps import Algebra, moves
 
 FORGIVENESS = (0.0, 4.0, 8.0, 12.0, 16.0, 24.0)
@@ -22,9 +28,11 @@ TOGETHER, APART = 60, 12
 """How many schedules are tried at most, unless somebody says it, where calls go in one run and where they do not."""
 TRIED_ON, TRIED_ON_APART = 8, 4
 """On how many calls schedules are tried; the best ones are run on all of them."""
-FINALISTS, REFINED, PATIENCE = 3, 2, 16
-"""How many of the best are run on all calls, how many of these are refined, and how many moves are tried before a
-schedule is the best one."""
+FINALISTS, REFINED = 3, 2
+"""How many of the best are run on all calls, and how many of these are refined."""
+PATIENCE, PATIENCE_CLOSED = 16, 6
+"""How many moves are tried before a schedule is the best one: in the order of the first algebra, and of the closed
+loop's."""
 NEAR = 0.1
 """By how much less than the best one, in dB, a schedule may promise to be refined, too."""
 STARTS = 2
@@ -47,6 +55,7 @@ class Search:
         self.problem, self._few = problem, few if few.goes_together else problem.first(TRIED_ON_APART)
         self.algebra = Algebra(problem.response, problem.gram, len(problem.weights), problem.begins, problem.latents)
         self.known: dict[Full, float] = {}
+        self._runs: dict[Full, Found] = {}  # of the best schedules of the present budget
 
     def best(self, budget: int, most: int | None = None, starts: Sequence[Full] = ()) -> Searched:
         """Return the best schedules found of so many full steps, the best one first, with at most so many tried.
@@ -60,13 +69,16 @@ class Search:
         if not len(begins) <= budget <= ticks:
             raise ValueError(f"a budget is from {len(begins)} to {ticks} full steps, got {budget}; change it.")
         before, usual = len(self.known), TOGETHER if self._few.goes_together else APART
-        most = usual if most is None else most
+        most, self._runs = usual if most is None else most, {}
 
         def real(full: Full) -> float:
             if full not in self.known:
                 if len(self.known) - before >= most:
                     return math.inf
-                self.known[full] = self._tried(self._few, full)
+                found = self._tried(self._few, full)
+                self.known[full] = found.drift
+                self._runs = {full: found, **self._runs}
+                self._runs = {one: self._runs[one] for one in sorted(self._runs, key=self.known.__getitem__)[:STARTS]}
             return self.known[full]
 
         found = {self.algebra.best(budget, forgiveness): forgiveness for forgiveness in FORGIVENESS}
@@ -74,7 +86,8 @@ class Search:
         found = {**dict.fromkeys(starts, best), **found}
         first, *others = sorted(sorted(found), key=real)[:STARTS]
         ends = [
-            self._descend(one, partial(self.algebra.cost, forgiveness=found[one]), real) for one in (first, *others)
+            self._descend(*self._closed_loop(one, real), partial(self.algebra.cost, forgiveness=found[one]), real)
+            for one in (first, *others)
         ]
         best = self._chosen({first, *ends})
         ways = [(first, real(first)), best[0]]
@@ -82,11 +95,29 @@ class Search:
         kept = [full for full, drift in best[:REFINED] if full == best[0][0] or drift < near]
         return Searched(kept, ways, len(self.known) - before)
 
-    def _descend(self, full: Full, cost: Callable[[Full], float], real: Callable[[Full], float]) -> Full:
+    def _closed_loop(self, full: Full, real: Callable[[Full], float]) -> tuple[Full, Basis | None]:
+        """Go on to what the closed loop's algebra says is best, as long as real runs are; returns the end, and its
+        basis if there is one."""
+        while True:
+            run = self._runs.get(full)
+            basis = None if run is None else basis_of(self._few, run)
+            if basis is None:
+                return full, None
+            better = basis.search(self.problem.response)
+            if better == full or not real(better) < real(full):
+                return full, basis
+            full = better
+
+    def _descend(
+        self, full: Full, basis: Basis | None, cost: Callable[[Full], float], real: Callable[[Full], float]
+    ) -> Full:
         """Take the first move that is better in real runs, in the order of what algebra has against it."""
+        patience = PATIENCE if basis is None else PATIENCE_CLOSED
+        if basis is not None:
+            cost = partial(_left, basis, self.problem.response)
         while True:
             around = set(moves(full, self.problem.ticks, self.problem.begins)) - set(self.known)
-            better = (one for one in sorted(around, key=cost)[:PATIENCE] if real(one) < real(full))
+            better = (one for one in sorted(around, key=cost)[:patience] if real(one) < real(full))
             moved = next(better, None)
             if moved is None:
                 return full
@@ -99,13 +130,15 @@ class Search:
         finalists = tried[:FINALISTS] or sorted(ends)
         if self._few is self.problem:
             return [(full, self.known.get(full, math.inf)) for full in finalists]
-        drifts = {full: self._tried(self.problem, full) for full in finalists}
+        drifts = {full: self._tried(self.problem, full).drift for full in finalists}
         return sorted(drifts.items(), key=lambda one: one[1])
 
-    def _tried(self, problem: Problem, full: Full) -> float:
-        if problem.goes_together:
-            return problem.lockstep(full, OF).drift
-        return problem.tried(full, OF).drift
+    def _tried(self, problem: Problem, full: Full) -> Found:
+        return problem.lockstep(full, OF) if problem.goes_together else problem.tried(full, OF)
+
+
+def _left(basis: Basis, response: Tensor, full: Full) -> float:
+    return basis.solve(response, full).left
 
 
 def without_one(full: Full, begins: Sequence[int] = (0,)) -> list[Full]:
