@@ -297,8 +297,19 @@ def test_a_run_begins_to_forecast_where_its_outputs_say_something(monkeypatch):
         numbers[0], numbers[4] = -float("inf"), 0.0
         return replace(found, of_output=numbers)
 
+    monkeypatch.setattr("lesa.host.data._known", {})
     monkeypatch.setattr("lesa.host.data.levels.of", odd)
     with accelerate(built(name).pipe, Reuse(), schedule=Schedule.at([0]), of="data") as run:
         assert all(x.isfinite().all() for x in outputs(name))
     assert run.plan("data").full == (1, 4) and run.plan().full == (0, 1, 4)
     assert run.summary()["cond"].skipped_steps == run.summary().data.skipped_steps == 3
+
+
+def test_a_sampler_is_looked_at_once_for_all_pipelines_that_use_it(monkeypatch):
+    name, read, looked = "flux stochastic", of_levels, []
+    monkeypatch.setattr("lesa.host.data._known", {})
+    monkeypatch.setattr("lesa.host.data.levels.of", lambda *args, **kwargs: looked.append(1) or read(*args, **kwargs))
+    for _ in range(2):
+        with accelerate(built(name).pipe, Reuse(), schedule=Schedule.every(2), of="data"):
+            outputs(name)
+    assert looked == [1]

@@ -24,6 +24,8 @@ from lesa.rows.schedule import Schedule
 
 CHOICES = ("auto", "output", DATA)
 KEPT = 64
+_known: dict[tuple[type, str], Levels] = {}
+"""The levels of kinds of runs: to read them takes a run of the sampler, which noise from a tree makes slow."""
 
 
 class Known(NamedTuple):
@@ -111,7 +113,6 @@ class DataPrediction:
 
     def __init__(self, of: str, noise: Noise, asked: str = "as asked for"):
         self.of, self._noise, self._asked = of, noise, asked
-        self._levels: dict[str, Levels] = {}
 
     def wanted(self, scheduler: Any, args: tuple, kwargs: dict) -> bool:
         """Tell whether it is forecast in a run whose first `step` has these arguments."""
@@ -122,19 +123,21 @@ class DataPrediction:
         return self._asked if self.of == DATA else "as the sampler adds noise"
 
     def levels(self, scheduler: Any, args: tuple, kwargs: dict) -> Levels:
-        """Return the levels of a run from this call of `step` on; looked at once for each kind of run.
+        """Return the levels of a run from this call of `step` on; looked at once in this process for each kind of run.
 
         Raises: ValueError if the sampler does not say them.
         """
-        key = settings_of(scheduler, args, kwargs)
-        if key not in self._levels:
-            if len(self._levels) >= KEPT:
-                self._levels.clear()
+        if isinstance(stated := getattr(scheduler, "levels", None), Levels):
+            return stated
+        key = type(scheduler), settings_of(scheduler, args, kwargs)
+        if (found := _known.get(key)) is None:
+            if len(_known) >= KEPT:
+                _known.clear()
             try:
-                self._levels[key] = levels.of(unmarked(scheduler), *args, **kwargs)
+                found = _known[key] = levels.of(unmarked(scheduler), *args, **kwargs)
             except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(self._unknown(scheduler, error)) from error
-        return self._levels[key]
+        return found
 
     def _unknown(self, scheduler: Any, error: Exception) -> str:
         advice = "pass of='output', which forecasts what the denoiser returns"
