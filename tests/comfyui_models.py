@@ -208,12 +208,16 @@ def tiny_fp8(seed: int = 0) -> Any:
 def file_of_flux(folder: Path) -> Path:
     """Write the smallest FLUX that ComfyUI's loaders know by its weights: one head, 16 latent channels."""
     import comfy.model_base
+    import comfy.model_detection
     from safetensors.torch import save_file
 
     named = dict(in_channels=16, out_channels=16, context_in_dim=64, hidden_size=128, mlp_ratio=4.0)
     settings = flux_settings(**named, num_heads=1, axes_dim=[16, 56, 56])
     base = filled(comfy.model_base.Flux(_config("Flux", settings), device=CPU))
-    save_file(base.diffusion_model.state_dict(), folder / "flux.safetensors")
+    weights = base.diffusion_model.state_dict()
+    if comfy.model_detection.detect_unet_config(weights, "")["hidden_size"] != settings["hidden_size"]:
+        pytest.skip("this ComfyUI takes every FLUX for one of FLUX.1's size")
+    save_file(weights, folder / "flux.safetensors")
     return folder / "flux.safetensors"
 
 

@@ -210,7 +210,7 @@ def test_where_noise_is_added_the_data_prediction_is_forecast(flux: Any, sampler
 
 
 KINDS = ["flux", "wan", "qwen", "lumina", "z_image", "ltx", "unet", "sdxl", "fp8"]
-MORE = {"ltx": {"attention_mask": torch.ones(1, 6, dtype=torch.int64)}}
+MORE = {name: {"attention_mask": torch.ones(1, 6, dtype=torch.int64)} for name in ("lumina", "ltx")}
 """What the text encoders of a class say besides."""
 
 

@@ -429,6 +429,11 @@ def test_budgets_are_read(extension: None):
         nodes.numbers_in("many")
 
 
+def test_the_registry_is_told_the_oldest_version_that_will_do():
+    said = (models.ROOT / "integrations" / "comfyui" / "pyproject.toml").read_text()
+    assert f'requires-comfyui = ">={models.nodes().sampling.OLDEST}"' in said
+
+
 def test_no_input_is_called_as_the_page_expects_a_second_one_behind():
     """ComfyUI's page adds 'control after generate' behind a widget of such a name, and values move by one."""
     for node in models.nodes().NODE_CLASS_MAPPINGS.values():
