@@ -55,8 +55,7 @@ streams, of all of them; *data* marks samplers that add noise, where the data pr
 {reasons}
 
 And without a row above: a pipeline without a scheduler (accelerate its denoiser in a loop of your own, with `grid=`),
-and a denoiser that a pipeline holds under a name of its own, until it is named:
-`lesa.accelerate(pipe, ..., denoisers=("name",))`.
+and a denoiser that a pipeline holds under a name of its own, until it is named: `pipe.denoisers = ("name",)`.
 """
 
 

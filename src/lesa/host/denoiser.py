@@ -30,16 +30,24 @@ COMPILE_BLOCKS = "compile its repeated blocks instead: transformer.compile_repea
 def denoisers_of(pipe: Any, named: Sequence[str] | None = None) -> tuple[str, ...]:
     """Return the names of the modules that a pipeline's loop calls; of a module alone, one for it.
 
+    They are those `named`, else those that the pipeline says itself (`pipe.denoisers = ("model",)`), else those that it
+    has under diffusers' names for them.
+
     Raises: ValueError if it has none, or not those named, or no scheduler that tells its steps.
     """
     if isinstance(pipe, nn.Module):
         return (DENOISERS[0],)
-    names = tuple(name for name in named or DENOISERS if isinstance(getattr(pipe, name, None), nn.Module))
-    if not names or (named and len(names) < len(named)):
+    named = named or getattr(pipe, "denoisers", None)
+    wanted = (named,) if isinstance(named, str) else tuple(named or DENOISERS)
+    names = tuple(name for name in wanted if isinstance(getattr(pipe, name, None), nn.Module))
+    if not names or (named and len(names) < len(wanted)):
         modules = sorted(name for name, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module))
+        looked = f"with the modules {', '.join(modules) or 'none'}, none of which is {' or '.join(wanted)}"
+        if names:
+            looked = f"without {' and '.join(name for name in wanted if name not in names)}"
         raise ValueError(
-            f"a pipeline with a transformer, or a module alone, is accelerated; got a {type(pipe).__name__} with the "
-            f"modules {', '.join(modules) or 'none'}; name those that its loop calls: denoisers=(...)."
+            f"the modules that a pipeline's loop calls are accelerated; got a {type(pipe).__name__} {looked}; name "
+            f"them: pipe.denoisers = ({modules[0] if modules else '...'!r},), whichever they are."
         )
     scheduler = getattr(pipe, "scheduler", None)
     if not (hasattr(scheduler, "step") and hasattr(scheduler, "set_timesteps")):

@@ -317,7 +317,7 @@ class Found:
         raise ValueError(
             f"there are predictors for these weights, but none fits this run: {nearest}{more}. Call the pipeline "
             "as they were made, or calibrate with the arguments of this call: lesa.calibrate(pipe, prompts, "
-            f"budget=8, ...){took}, or say what such runs do instead: {INSTEAD}."
+            f"budget={self._budget or 8}, ...){took}, or say what such runs do instead: {INSTEAD}."
         )
 
 

@@ -236,7 +236,8 @@ def accelerate(
     step; 'default', rows without training; or a forecaster. The summary counts them.
 
     All modules that the pipeline's loop calls are accelerated, under whatever names diffusers has for them; `denoisers`
-    names others. A module alone needs the `grid` of its loop, S + 1 falling times, and `run.at(step)` before each call.
+    names others, and so does the pipeline (`pipe.denoisers = ("model",)`), to all functions. A module alone needs the
+    `grid` of its loop, S + 1 falling times, and `run.at(step)` before each call.
     With `strict`, a forecast from fewer past features than it is made for is an error.
 
     `tap` is 'output', what the denoiser returns, of which nothing runs on skipped steps; 'norm', what enters the final
