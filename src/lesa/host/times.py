@@ -12,6 +12,8 @@ from lesa.rows import levels
 from lesa.rows.grid import times_in_order
 
 KEPT = 64
+ROUNDING = 1e-6
+"""What a last time that a sampler's own arithmetic should have brought to 0 may be: of sigmas of 500, 2e-8 is left."""
 _known: dict[tuple, Tensor] = {}
 
 
@@ -48,7 +50,8 @@ def _read(scheduler: Any) -> Tensor:
             setattr(other, name, None)
     zeros = torch.zeros(1, 1, 2, 2)
     try:
-        return times_in_order(levels.of(other, zeros, scheduler.timesteps[0], zeros).times.clamp(0, 1))
+        times = times_in_order(levels.of(other, zeros, scheduler.timesteps[0], zeros).times.clamp(0, 1))
+        return torch.cat([times[:-1], torch.where(times[-1:] < ROUNDING, 0.0, times[-1:])])
     except (ValueError, TypeError, AttributeError):
         return torch.linspace(1, 0, len(scheduler.timesteps) + 1, dtype=torch.float64)
 
