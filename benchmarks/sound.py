@@ -6,7 +6,8 @@ Held-out prompts of `emoji-sound`, 10 full steps of 100 and of 50, against the s
 same noise. Its own sampler adds noise at every step: there rows are of the data prediction, and LESA, whose rows are of
 outputs, is refused. So a second half takes the same grid without noise, DPM++ 2M. Signal-to-noise is of samples, the
 log-mel distance of spectra, drift of the last latents; PSNR, of pictures of spectra, is left out. Calibrated and
-trained is on prompts of train.txt.
+trained is on prompts of train.txt; under the model's own sampler what models/recipes/sound-predictors.sh calibrated is
+taken, where it lies beside the model.
 """
 
 import argparse
@@ -47,14 +48,18 @@ class WithoutNoise(EDMDPMSolverMultistepScheduler):
 SAMPLERS = {"its own": CosineDPMSolverMultistepScheduler, "without noise": WithoutNoise}
 
 
-def line_up(pipe: Any, steps: int, folder: Path, prompts: Mapping[str, list[str]], trained: bool) -> list[Method]:
-    """Calibrate, and train if that can be; returns these and what needs neither."""
+def line_up(pipe: Any, steps: int, folder: Path, prompts: Mapping[str, list[str]], own: Path | None) -> list[Method]:
+    """Calibrate, or read what lies in the folder of the model's `own`; of other samplers train, too; returns these and
+    what needs neither."""
     spread = lesa.Schedule.every(steps // FULL)
-    calibrated = lesa.calibrate(pipe, prompts["train"], budget=FULL, shelf=Shelf(folder / "shelf"))
+    if own is not None and own.is_dir():
+        calibrated = lesa.Predictor.from_pretrained(own)
+    else:
+        calibrated = lesa.calibrate(pipe, prompts["train"], budget=FULL, shelf=Shelf(folder / "shelf"))
     methods = [fewer_steps(FULL)]
     for schedule in dict.fromkeys((spread, calibrated.schedule)):
         methods += [forecast(name, rows, schedule, OUTPUT) for name, rows in UNTRAINED.items()]
-    if trained:
+    if own is None:
         methods.append(forecast("LESA", train(pipe, folder, prompts, spread), spread))
     return [*methods, forecast("calibrated", calibrated, calibrated.schedule)]
 
@@ -65,12 +70,15 @@ def train(pipe: Any, folder: Path, prompts: Mapping[str, list[str]], schedule: l
     return lesa.train(pipe, runs, prompts["validation"], folder / "lesa", options).predictor
 
 
-def lines(pipe: Any, sampler: str, steps: int, out: Path, prompts: Mapping[str, list[str]]) -> list[list[str]]:
+def lines(
+    pipe: Any, sampler: str, steps: int, model: Path, out: Path, prompts: Mapping[str, list[str]]
+) -> list[list[str]]:
     """Return the table's lines of a sampler at so many steps."""
     pipe = with_call(pipe, {"num_inference_steps": steps})
     pipe.scheduler = SAMPLERS[sampler].from_config(pipe.scheduler.config)
     folder = out / f"{sampler.replace(' ', '-')}-{steps}"
-    methods = line_up(pipe, steps, folder, prompts, trained=sampler != "its own")
+    own = model / "lesa" / f"calibrated-{steps}" if sampler == "its own" else None
+    methods = line_up(pipe, steps, folder, prompts, own)
     found = lesa.compare(
         pipe, prompts["heldout"], folder / "bench", CompareOptions(methods, batch_size=24, timed=1, bound=False)
     )
@@ -98,7 +106,7 @@ def main() -> None:
     table: list[list[str]] = []
     for sampler in SAMPLERS:
         for steps in given.steps:
-            table += lines(pipe, sampler, steps, given.out, prompts)
+            table += lines(pipe, sampler, steps, Path(given.model), given.out, prompts)
     print(f"\n{given.model}, {given.pairs} held-out prompts, {FULL} full steps\n")
     print(markdown(HEADS, table, text=4))
 

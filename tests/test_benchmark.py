@@ -565,3 +565,13 @@ def test_bounds_join_a_comparison(pipe, comparison):
     assert none.scores["drift"] < some.scores["drift"] < result_of(mine, "reuse").scores["drift"]
     assert result_of(mine, "reuse").psnr < some.psnr < none.psnr == 60.0
     assert [(one.prompt, one.seed) for one in mine.records[BOUND, "every:2"]] == list(zip(PROMPTS, SEEDS, strict=True))
+
+
+@pytest.mark.parametrize(("noise", "taps"), [(False, {None}), (True, {"output"})])
+def test_rows_under_a_sampler_that_adds_noise_are_at_the_output(pipe, noise, taps):
+    """The data prediction is forecast there alone."""
+    other = copy.copy(pipe)
+    other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, stochastic_sampling=noise)
+    options = compare.CompareOptions(schedules=[Schedule.every(2)], budgets=[], predictors=[])
+    rows = [method.recipe for method in compare.line_up(other, options) if "forecaster" in method.recipe]
+    assert rows and {recipe.get("tap") for recipe in rows} == taps

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lesa.bench import benchmark, bound, methods, peers, recogniser, records, samplers
@@ -19,6 +20,8 @@ from lesa.bench.planned import keep_planned, planned
 from lesa.bench.records import Comparison, Log
 from lesa.bench.scores import Score
 from lesa.host import needs
+from lesa.host.conditions import adds_noise
+from lesa.host.intercept import unmarked
 from lesa.host.pipelines import arguments_of, source_of, steps_of
 from lesa.host.tap import OUTPUT
 from lesa.learn import said
@@ -154,7 +157,7 @@ def line_up(pipe: Any, options: CompareOptions, folder: str | Path | None = None
         return list(options.methods)
     predictors = shipped(pipe, not options.demo) if options.predictors is None else options.predictors
     predictors = [*predictors, *options.calibrated]
-    more: Any = dict(reuse=not options.demo, rivals=not options.demo, rows=options.rows)
+    more: Any = dict(reuse=not options.demo, rivals=not options.demo, rows=options.rows, usual=_usual(pipe))
     lined_up = methods.line_up(_steps(pipe), _schedules(pipe, options), predictors, **more)
     if _budgets(pipe, options):
         if not at.leads:
@@ -167,6 +170,20 @@ def line_up(pipe: Any, options: CompareOptions, folder: str | Path | None = None
     if options.peers:
         lined_up += peers.line_up(_peers(options), _steps(pipe), _prompt(pipe))
     return _only(lined_up, options.only)
+
+
+def _usual(pipe: Any) -> str:
+    """Return the tap of rows without training: the output where the sampler adds noise.
+
+    The data prediction, which does not jump with the noise, is forecast there alone.
+    """
+    scheduler, x = unmarked(pipe.scheduler), torch.zeros(1, 1, 2, 2)
+    shifted = {"mu": 1.0} if getattr(scheduler, "config", {}).get("use_dynamic_shifting") else {}  # whatever the size
+    with suppress(ValueError):  # of schedulers that want to know more before they set their times
+        scheduler.set_timesteps(_steps(pipe), **shifted)
+        if adds_noise(scheduler, x, scheduler.timesteps[0], x):
+            return OUTPUT
+    return methods.FEATURE
 
 
 def _peers(options: CompareOptions) -> list[str]:
@@ -194,7 +211,7 @@ def _left_out(pipe: Any, options: CompareOptions, lined_up: Sequence[Method]) ->
                 f"a predictor is compared in runs as it was trained for, of {len(one.grid) - 1} steps, got runs of "
                 f"{_steps(pipe)} for {one!r}; name those steps (num_inference_steps), or leave it out."
             )
-        more: Any = dict(reuse=not options.demo, rivals=not options.demo, rows=options.rows)
+        more: Any = dict(reuse=not options.demo, rivals=not options.demo, rows=options.rows, usual=_usual(pipe))
         found += methods.line_up(_steps(pipe), [one.schedule], [one], **more)
     return [method for method in {method.key: method for method in found}.values() if method.key not in known]
 
@@ -226,7 +243,7 @@ def _planned(
     pipe: Any, options: CompareOptions, predictors: Sequence[Predictor], folder: str | Path | None
 ) -> list[Method]:
     grid, plan = _planning(pipe, options.data, folder)
-    more: Any = dict(reuse=not options.demo, rivals=not options.demo, rows=options.rows)
+    more: Any = dict(reuse=not options.demo, rivals=not options.demo, rows=options.rows, usual=_usual(pipe))
     lined_up = methods.line_up_planned(_budgets(pipe, options), grid, plan, predictors, **more, only=options.only)
     wanted = options.only is None or not set(options.only).isdisjoint(samplers.KINDS)
     if wanted and not options.demo and options.rows is None and samplers.fits(pipe):

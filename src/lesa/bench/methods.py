@@ -176,11 +176,12 @@ def line_up_planned(
     rivals: bool = True,
     rows: Mapping[str, Forecaster] | None = None,
     only: Collection[str] | None = None,
+    usual: str = FEATURE,
 ) -> list[Method]:
     """Line up every method on the schedule that is planned for it, budget by budget, or those of these names only.
 
     `plan` finds the schedule of a forecaster that needs no training, at a tap; a predictor has its own. At each tap of
-    a predictor there are methods without training too.
+    a predictor there are methods without training too, and at the `usual` one.
     """
 
     def fits(predictor: Predictor, budget: int) -> bool:
@@ -193,7 +194,7 @@ def line_up_planned(
     for budget in budgets:
         methods.append(fewer_steps(budget))
         chosen = [one for one in predictors if fits(one, budget)]
-        for place in _places(chosen):
+        for place in _places(chosen, usual):
             plain = untrained(reuse, lagrange=True, place=place, rivals=rivals, rows=rows)
             plain = {name: one for name, one in plain.items() if only is None or name in only}
             methods += [forecast(name, one, plan(one, budget, place), place) for name, one in plain.items()]
@@ -209,11 +210,12 @@ def line_up(
     reuse: bool = False,
     rivals: bool = False,
     rows: Mapping[str, Forecaster] | None = None,
+    usual: str = FEATURE,
 ) -> list[Method]:
     """Line up the methods for runs of `steps` steps, schedule by schedule: those without training, then predictors.
 
     Predictors for other schedules, or for runs of other lengths, are left out. At each tap of a predictor there are
-    methods without training too.
+    methods without training too, and at the `usual` one.
     """
 
     def fits(predictor: Predictor, schedule: Schedule) -> bool:
@@ -226,16 +228,16 @@ def line_up(
         fewer = fewer_steps(len(schedule.full_steps(steps)))
         methods += [] if fewer in methods else [fewer]
         chosen = [one for one in predictors if fits(one, schedule)]
-        for place in _places(chosen):
+        for place in _places(chosen, usual):
             plain = untrained(reuse, place=place, rivals=rivals, rows=rows)
             methods += [forecast(name, forecaster, schedule, place) for name, forecaster in plain.items()]
         methods += [forecast(label(one), one, schedule) for one in chosen]
     return methods
 
 
-def _places(predictors: Sequence[Predictor]) -> list[str]:
+def _places(predictors: Sequence[Predictor], usual: str) -> list[str]:
     """Return the taps of some predictors, the usual one before them."""
-    return list(dict.fromkeys([FEATURE, *map(_place, predictors)]))
+    return list(dict.fromkeys([usual, *map(_place, predictors)]))
 
 
 def more_steps(steps: int) -> Method:
