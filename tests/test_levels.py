@@ -2,8 +2,10 @@ import copy
 
 import pytest
 import torch
+from diffusers import CosineDPMSolverMultistepScheduler
 from samplers import CASES, FLOW, Case, call
 
+from lesa.host.times import times_of
 from lesa.rows import levels
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, by the thousand
@@ -166,3 +168,12 @@ def test_nothing_is_left_behind():
 def test_levels_that_are_not_known_are_not_guessed(case):
     with pytest.raises(ValueError, match=rf"noise levels are known where .*{case.name}Scheduler"):
         levels_of(case.scheduler(6))
+
+
+def test_what_rounding_leaves_of_the_last_time_is_zero():
+    """Sigmas from 500 leave some 1e-8 of the noise."""
+    pytest.importorskip("torchsde", reason="its sampler draws noise with it")
+    scheduler = CosineDPMSolverMultistepScheduler(sigma_max=500, sigma_min=0.3, sigma_data=1.0)
+    scheduler.set_timesteps(12)
+    times = times_of(scheduler)
+    assert times[-1] == 0 and (times[:-1] > 1e-3).all() and len(times) == 13
