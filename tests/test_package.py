@@ -76,12 +76,13 @@ WITH_CORE = CORE | {name for core in CORE for name in distributions(requires(cor
 WITH_BENCH = WITH_CORE | distributions(PROJECT["optional-dependencies"]["bench"])
 OF_EXTRAS = {package.module.split(".")[0]: [package.name] for some in needs.NEEDS.values() for package in some}
 OWNERS = {**OF_EXTRAS, **packages_distributions()}
-"""The distributions of modules: what is installed here tells; of extras that are not, what lesa says of them."""
+"""The distributions of modules: what is installed here tells; of extras that are not, what lesa says. Others are
+named as their module: Python 3.10 knows those alone that list their modules in a file of their own."""
 
 
 def missing(modules: set[str], installed: set[str]) -> set[str]:
     """The modules that none of these distributions provides."""
-    return {m for m in modules if not installed & {normalised(owner) for owner in OWNERS.get(m, [])}}
+    return {m for m in modules if not installed & {normalised(owner) for owner in OWNERS.get(m, [m])}}
 
 
 def test_the_version_is_the_projects():
