@@ -2,14 +2,19 @@
 
 import re
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lesa.bench import recogniser
 from lesa.host import needs
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parents[1]
+recogniser.CODE = ROOT / "models"
+"""What tells pictures is code of the checkout, which the tests are in; lesa may be a wheel, which has none."""
 
 EXTRAS = ("accelerate", "peft", "matplotlib", "skimage", "emoji", "imageio", "torchsde")
 LACKING = [name for name in EXTRAS if not find_spec(name)]
@@ -19,9 +24,15 @@ refused: list[str] = []
 
 
 def _lacks(excinfo: Any) -> str | None:
-    """Return why a test cannot be had here: it imports what is not installed, or lesa said in one line that it does."""
+    """Return why a test cannot be had here: it imports what is not installed, or lesa said in one line that it lacks
+    that, in the test or in what several tests share."""
+    if isinstance(excinfo.value, ImportError) and ": pip install " in str(excinfo.value):
+        return str(excinfo.value)
     missing = re.search(r"No module named '(\w+)", str(excinfo.value))
-    if missing and missing[1] in LACKING and not any("/lesa/" in str(entry.path) for entry in excinfo.traceback):
+    paths = [Path(str(entry.path)) for entry in excinfo.traceback]
+    ours = {ROOT / "models", ROOT / "tests"} & set(paths[-1].parents)
+    by_lesa = not ours and any("lesa" in path.parts for path in paths)
+    if missing and missing[1] in LACKING and not by_lesa:
         return f"needs {missing[1]}"
     return refused[0] if refused else None
 

@@ -28,15 +28,26 @@ PINNED, OLDEST, NEWEST = "constraints.txt", "constraints-oldest.txt", ""
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "scipy")
 """What the tests themselves need."""
 SHOWN = ("torch", "diffusers", "transformers", "huggingface_hub", "numpy")
-QUICK = ["row", "plan", "predictor", "shelf", "facts", "calibrate", "package"]
-"""The tests of a quick run, by their files' names: of most rooms of the house, in a minute of one core. Where more is
-installed, those of the forms that it gives weights."""
+QUICK = {
+    "rows": ["row", "plan", "sampler"],
+    "predictors": ["predictor", "shelf", "facts"],
+    "host": ["choice", "needs"],
+    "learn": ["kinds", "trajectory"],
+    "bench": ["records", "report"],
+    "cli": ["command_line"],
+    "the whole": ["package"],
+}
+"""The tests of a quick run, by their files' names: of every room of the house, in about 90 s of one core. Where
+more is installed, those of the forms that it gives weights."""
 RESULT = "result.json"
 
 
 @dataclass(frozen=True)
 class Environment:
-    """One environment: a Python, versions, and what of lesa is installed, from this checkout or as a wheel."""
+    """One environment: a Python, versions, and what of lesa is installed, from this checkout or as a wheel.
+
+    Where the newest versions are taken, `held` names packages that stay as pinned.
+    """
 
     name: str
     python: str
@@ -44,6 +55,7 @@ class Environment:
     extras: tuple[str, ...] = ("bench", "models", "video")
     wheel: bool = False
     also: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -55,7 +67,8 @@ class Environment:
 
     @property
     def versions(self) -> str:
-        return {PINNED: "as pinned", OLDEST: "the oldest declared", NEWEST: "the newest there are"}[self.constraints]
+        what = {PINNED: "as pinned", OLDEST: "the oldest declared", NEWEST: "the newest there are"}[self.constraints]
+        return f"{what}, but for {' and '.join(self.held)} as pinned" if self.held else what
 
     @property
     def installed(self) -> str:
@@ -68,7 +81,7 @@ ENVIRONMENTS = [
     Environment("python-3.10", "3.10", PINNED),
     Environment("python-3.11", "3.11", PINNED),
     Environment("python-3.12", "3.12", PINNED),
-    Environment("newest", "3.13", NEWEST),
+    Environment("newest", "3.13", NEWEST, held=("torch",)),
     Environment("oldest", "3.11", OLDEST),
     Environment("wheel", "3.11", PINNED, wheel=True),
     Environment("core", "3.11", PINNED, extras=(), wheel=True),
@@ -109,8 +122,13 @@ def make(environment: Environment, python: str) -> None:
             run([*pip, f"{wheel}{extras}", *TOOLS])
             run([*pip, "--no-deps", "--force-reinstall", str(wheel)])
     else:
-        run([*pip, "-e", f"{ROOT}{extras}", *TOOLS, *environment.also])
+        run([*pip, "-e", f"{ROOT}{extras}", *TOOLS, *environment.also, *map(pinned, environment.held)])
     stamp.write_text(wanted)
+
+
+def pinned(package: str) -> str:
+    """Return a package as it is pinned: 'torch==2.13.0'."""
+    return next(line for line in (ROOT / PINNED).read_text().splitlines() if line.startswith(f"{package}=="))
 
 
 def _declared(environment: Environment) -> str:
@@ -131,7 +149,8 @@ def surroundings() -> dict[str, str]:
 def tested(environment: Environment, quick: bool, workers: int) -> dict[str, Any]:
     """Run the tests in an environment, and of a wheel what a user does with it alone; returns what that gave."""
     began, program = time.time(), str(environment.program)
-    files = [f"tests/test_{name}.py" for name in (["types"] if environment.also else QUICK)] if quick else []
+    some = ["types"] if environment.also else [name for names in QUICK.values() for name in names]
+    files = [f"tests/test_{name}.py" for name in some] if quick else []
     command = [program, "-m", "pytest", "-q", "-n", str(workers), "--dist", "loadfile", *files]
     said = subprocess.run(command, cwd=ROOT, env=surroundings(), capture_output=True, text=True, check=False)
     print(said.stdout[-6000:], said.stderr[-2000:], flush=True)
@@ -227,7 +246,7 @@ def _cells(found: dict[str, Any], wheel: bool) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[one.name for one in ENVIRONMENTS], help="these alone")
-    parser.add_argument("--quick", action="store_true", help="some files of tests, of every room of the house")
+    parser.add_argument("--quick", action="store_true", help="some files of tests, of every room")
     parser.add_argument("--make", action="store_true", help="make the environments and test nothing")
     parser.add_argument("--workers", type=int, default=2, help="processes that share the files of tests (2; 0: none)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "versions.md")

@@ -1,7 +1,8 @@
 """What somebody does with the package alone, in an empty folder: `python tests/outside.py` with the Python it is in.
 
 Every command's help; a tiny model collected for, planned for, trained for, calibrated and run by the program `lesa`;
-and what commands say, in one line, that lack a package or a model. Fails where anything ends otherwise.
+and what commands say, in one line, that lack a package or a model. Fails where anything ends otherwise, or a library
+says something that its user can make nothing of.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ for action in parser()._subparsers._group_actions:
 USELESS = 3
 """How a training or calibration of a few runs may well end: it was of no use, and says so."""
 LACKS = 2
+PUZZLING = ("Traceback", "Warning", "deprecated", "[transformers]", "[diffusers]", "`accelerate`")
+"""What no command says: words of libraries that its user has not called."""
 
 
 def make_model(folder: Path) -> None:
@@ -43,8 +46,12 @@ def lesa(*arguments: str, ends: tuple[int, ...] = (0,), says: str = "") -> None:
     done = subprocess.run([str(LESA), *arguments], capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr
     print(f"{done.returncode} lesa {' '.join(arguments)}", flush=True)
-    if done.returncode not in ends or says not in said or "Traceback" in said:
-        raise SystemExit(f"lesa {' '.join(arguments)} ended with {done.returncode}, not {ends} and {says!r}: {said}")
+    wrong = [words for words in PUZZLING if words in said]
+    if done.returncode not in ends or says not in said or wrong:
+        raise SystemExit(
+            f"lesa {' '.join(arguments)} ended with {done.returncode}, not {ends} and {says!r} and without "
+            f"{wrong}: {said}"
+        )
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from lesa.cli import main
 from lesa.host import needs
 from lesa.host.doctor import Examination, installed
 from lesa.host.facts import listen
+from lesa.predictors.shelf import Shelf
 
 
 @pytest.fixture
@@ -55,6 +56,22 @@ def test_what_was_calibrated_fits_such_calls_and_says_why_not_others(pipe):
     assert any(f"calibrated: {folder.name}, 5 full of 8 steps" in words for words in marks(fits, "accelerate"))
     assert not not_so.accelerates and list(marks(not_so, "there").values()) == ["no"]
     assert "7 steps instead of 8" in str(not_so) and "fallback=" in str(not_so)
+
+
+def test_what_does_not_fit_is_named_once_with_the_reason_and_what_can_be_carried_fits(pipe):
+    """A calibration for another size, one for other steps whose rows can be carried, one whose cannot."""
+    options = lesa.CalibrateOptions(pictures=False, rivals=False, progress=False, refine=0, most=2)
+    lesa.calibrate(pipe, ["apple"], budget=3, options=options, **{**CALL, "num_inference_steps": 10})
+    (name,) = [one.name for one in Shelf().all()]
+    fewer = examined(pipe)
+    assert marks(fewer, "there") == {f"calibration {name} fits": "yes"} and fewer.accelerates
+    assert any("rows carried from 10 steps to 8" in words for words in marks(fewer, "accelerate"))
+    for call in (dict(height=64, width=64), dict(num_inference_steps=14)):
+        found = examined(pipe, **call)
+        assert list(marks(found, "there").values()) == ["no"] and not found.accelerates
+        (words,) = marks(found, "there")
+        assert words.startswith(f"calibration {name} is for other runs (")
+        assert str(found).count(f"calibration {name}") == str(found).count(f"{name} is for") == 1
 
 
 def test_guidance_is_told(tiny_qwen):

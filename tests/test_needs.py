@@ -1,5 +1,6 @@
 """What a command needs of an extra is looked for before its work, and named with the extra that brings it."""
 
+import logging
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from diffusers import DiffusionPipeline
 from PIL import Image
 from test_package import CORE, PROJECT, distributions
 from tiny import TRAINED
@@ -154,6 +156,20 @@ def test_a_calibration_without_matplotlib_ends_well(tiny_flux, tmp_path, monkeyp
     assert (tmp_path / "out" / "config.json").exists()
 
 
+def test_a_pipeline_is_loaded_without_accelerate_and_nothing_is_said(tiny_flux, tmp_path, monkeypatch, caplog):
+    tiny_flux.save_pretrained(tmp_path)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.is_accelerate_available", lambda: False)
+    monkeypatch.setattr("diffusers.models.modeling_utils.is_accelerate_available", lambda: False)
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    DiffusionPipeline.from_pretrained(tmp_path)
+    assert "accelerate" in caplog.text
+    caplog.clear()
+    for name in [name for name in sys.modules if name.split(".")[0] == "accelerate"] + ["accelerate"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert pipelines.load(tmp_path).transformer is not None
+    assert caplog.text == ""
+
+
 def test_scores_that_cannot_be_had_are_named_before_the_pipeline_is_loaded(model, without, tmp_path, capsys):
     without("torchmetrics", "torchvision")
     with pytest.raises(Loaded):
@@ -197,7 +213,10 @@ def test_all_that_is_lacking_is_named_at_once(without):
 
 
 def test_what_is_there_is_not_lacking():
-    assert needs.lacking("comparison", "plots", "lora", "offload") == ""
+    asked = ("comparison", "plots", "lora", "offload")
+    for package in (one for name in asked for one in needs.NEEDS[name]):
+        pytest.importorskip(package.module)
+    assert needs.lacking(*asked) == ""
     assert needs.module("comparison").structural_similarity
 
 

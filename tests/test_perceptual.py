@@ -64,7 +64,13 @@ def test_identical_pictures_are_at_no_distance_and_clips_at_the_mean_of_their_fr
     assert between(np.stack([one, one]), np.stack([one, other])) == pytest.approx(between(one, other) / 2)
 
 
-def test_it_is_in_the_table_and_can_be_promised(pipe, weights, tmp_path):
+@pytest.fixture
+def ssim():
+    """What the table has beside it: without scikit-image another line says that SSIM is left out."""
+    return pytest.importorskip("skimage")
+
+
+def test_it_is_in_the_table_and_can_be_promised(pipe, weights, tmp_path, ssim):
     predictor = calibrate(pipe, PROMPTS, None, FAST, budgets=(3,), target="lpips:1e9", shelf=Shelf(tmp_path / "shelf"))
     (point,) = predictor.curve.points
     assert len(point.kept.lpips) == 2 and point.kept.score("lpips").worst == max(point.kept.lpips) > 0
@@ -74,7 +80,7 @@ def test_it_is_in_the_table_and_can_be_promised(pipe, weights, tmp_path):
     assert Shelf(tmp_path / "shelf").all()[0].mean(3, "lpips") == pytest.approx(point.kept.score("lpips").mean)
 
 
-def test_weights_that_are_not_there_are_named_under_a_table_without_it(pipe, package, tmp_path):
+def test_weights_that_are_not_there_are_named_under_a_table_without_it(pipe, package, tmp_path, ssim):
     curve = calibrate(pipe, PROMPTS, None, FAST, budget=3, shelf=Shelf(tmp_path / "shelf")).curve
     head, *_, said = curve.table().splitlines()
     assert "LPIPS" not in head and not curve.points[0].kept.lpips
@@ -83,7 +89,7 @@ def test_weights_that_are_not_there_are_named_under_a_table_without_it(pipe, pac
     assert Curve.from_dict(kept).left_out == said
 
 
-def test_pictures_that_are_too_small_for_it_are_told(pipe, weights):
+def test_pictures_that_are_too_small_for_it_are_told(pipe, weights, ssim):
     checks = Checks(pipe, PROMPTS[:1], [0], dict(height=16, width=16), pictures=True)
     assert checks.left_out == "LPIPS is left out: it needs pictures of 32 pixels a side or more, got 16."
 

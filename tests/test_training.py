@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -222,6 +223,13 @@ def test_a_phase_ends_at_its_best_validation_loss():
     validation = Runs.stack(World(bending).runs(range(100, 104)), ["cond"])
     rows = {"cond": result.predictor.stream_rows("cond", problem.grid, problem.pasts)}
     assert problem.loss(rows, validation, validation, closed_loop=False).item() == pytest.approx(min(losses))
+
+
+@pytest.mark.parametrize("fit", ["gradient", "least-squares"])
+def test_bars_of_updates_end_at_their_end(fit, capsys):
+    World(bending).train(L2P(origin()), Config(updates=(2, 12), rounds=1, fit=fit, loss="latents", free_alphas=True))
+    ends = re.findall(r"(\d+)%\|.* (\d+)/(\d+) \[", capsys.readouterr().err)
+    assert len(ends) == 2 and all(share == "100" and done == total for share, done, total in ends)
 
 
 def test_rounds_whose_runs_blew_up_are_not_trained_on():

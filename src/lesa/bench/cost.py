@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from lesa.host import needs
 from lesa.host.head import to_tokens
 from lesa.host.intercept import intercept
 from lesa.host.tap import part_of, tap_of
@@ -245,11 +246,7 @@ class Memory:
 
 def resident() -> int | None:
     """Return the bytes that this process keeps in memory, None without psutil (the extra `bench`)."""
-    try:
-        import psutil
-    except ImportError:
-        return None
-    return psutil.Process().memory_info().rss
+    return None if needs.lacking("memory") else needs.module("memory").Process().memory_info().rss
 
 
 # --- the machine

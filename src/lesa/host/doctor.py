@@ -21,11 +21,12 @@ from lesa.host.clock import PipelineClock
 from lesa.host.denoiser import compiled_from, denoisers_of
 from lesa.host.executor import Executor
 from lesa.host.facts import Facts
-from lesa.host.found import Found
+from lesa.host.found import Found, NoneFits
 from lesa.host.intercept import unmarked
 from lesa.host.runtime import Run, check_free
 from lesa.host.tap import tap_of
 from lesa.predictors import Predictor
+from lesa.predictors.calibration import Calibration
 from lesa.predictors.shelf import Shelf
 from lesa.rows import sampler as samplers
 from lesa.rows.row import Storage
@@ -183,23 +184,29 @@ class _Look(Found):
 
     def _choices(self, first: FirstStep) -> Iterator[Finding]:
         """Say what is taken, and of each calibration and predictor that is not why."""
-        known: dict[str, Callable[[list[tuple[int, str]]], Chosen | None]] = {
-            f"calibration {one.name}": partial(self._calibrated, one, first) for one in self._calibrations
-        }
-        known |= {repr(one): partial(self._at_this_tap, one, first) for one in self._predictors()}
-        yield from _judged(known)
+        calibrations = {one.name: partial(self._of_calibration, one, first) for one in self._calibrations}
+        yield from _judged(calibrations, "calibration ")
+        yield from _judged({repr(one): partial(self._at_this_tap, one, first) for one in self._predictors()})
         try:
             chosen = super().decide(first)
             plan = chosen.plan(first.facts.streams[0], first.start, first.start, first.times)
             of_data = bool(plan.rows) and chosen.data is not None and chosen.data.wanted(*first.step)
             if not of_data:
                 first.judge(chosen)
+        except NoneFits as error:  # the lines before say why
+            yield Finding("accelerate", "no", f"nothing that is there fits such a call. {error.advice}")
+            return
         except ValueError as error:
             yield Finding("accelerate", "no", str(error))
             return
         self.accelerates = True
         words = f"takes {chosen.label}, {len(plan.full)} full of {len(first.times) - 1 - first.start} steps"
         yield Finding("accelerate", "yes", words + ", forecasting the data prediction" * of_data)
+
+    def _of_calibration(self, one: Calibration, first: FirstStep, reasons: list[tuple[int, str]]) -> Chosen | None:
+        """Choose a calibration if it fits, or its rows can be carried to these times; else add the reason why not."""
+        choose = self._carried if self._is_elsewhere(one, first) else self._calibrated
+        return choose(one, first, reasons)
 
     def _at_this_tap(self, one: Predictor, first: FirstStep, reasons: list[tuple[int, str]]) -> Chosen | None:
         """Choose a predictor if it fits and is at the tap of what is taken; else add the reason why not."""
@@ -211,18 +218,19 @@ class _Look(Found):
         return self._trained(one, first, reasons)
 
 
-def _judged(known: Mapping[str, Callable[[list[tuple[int, str]]], Chosen | None]]) -> Iterator[Finding]:
-    """Say of all that is there whether it fits; what does not for the same reason in one line."""
+def _judged(known: Mapping[str, Callable[[list[tuple[int, str]]], Chosen | None]], kind: str = "") -> Iterator[Finding]:
+    """Say of all of a kind that is there whether it fits; what does not for the same reason in one line."""
     reasons: dict[str, list[str]] = {}
     for name, choose in known.items():
         why: list[tuple[int, str]] = []
         if choose(why) is not None:
-            yield Finding("there", "yes", f"{name} fits")
+            yield Finding("there", "yes", f"{kind}{name} fits")
         else:
             reasons.setdefault("; ".join(reason for _, reason in why), []).append(name)
     for reason, names in reasons.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        yield Finding("there", "no", reason if names[0] in reason else f"{names[0]}{more}: {reason}")
+        named = "" if names[0] in reason else f"{names[0]}{more}: "
+        yield Finding("there", "no", f"{kind}{named}{reason}")
 
 
 def _of_run(facts: Facts) -> Iterator[Finding]:

@@ -139,8 +139,9 @@ class _Full:
 class _Listener:
     """Listens to the runs of a pipeline, each until its first step."""
 
-    def __init__(self, pipe: Any):
+    def __init__(self, pipe: Any, on_facts: Callable[[Facts], object]):
         self.found: list[Facts] = []
+        self._on_facts = on_facts
         self._noise, self._heard = Noise(), Heard()
         self._moment: Moment | None = None
         self._places: dict[str, int] = {}
@@ -173,10 +174,15 @@ class _Listener:
         if moment is not None:
             self.found.append(self._heard.facts(moment, self._noise, scheduler, args, kwargs))
             self._heard = Heard()
+            self._on_facts(self.found[-1])
 
 
 @contextmanager
-def listen(pipe: Any, denoisers: Sequence[str] | None = None) -> Iterator[list[Facts]]:
+def listen(
+    pipe: Any,
+    denoisers: Sequence[str] | None = None,
+    on_facts: Callable[[Facts], object] = lambda _facts: None,
+) -> Iterator[list[Facts]]:
     """Give the list to which the facts of every run of a pipeline are added, at its first step.
 
         with listen(pipe) as facts:
@@ -184,11 +190,11 @@ def listen(pipe: Any, denoisers: Sequence[str] | None = None) -> Iterator[list[F
         print(facts[0].steps)
 
     It is the same list for accelerated runs. `denoisers` names the modules that its loop calls, as for
-    `lesa.accelerate`.
+    `lesa.accelerate`; `on_facts` is called with the facts as they are added, and ends the run there if it raises.
 
     Raises: ValueError if it has none, or no scheduler that tells its steps.
     """
-    listener = _Listener(pipe)
+    listener = _Listener(pipe, on_facts)
     names = denoisers_of(pipe, denoisers)
     with ExitStack() as undo:
         undo.callback(listener.clock.attach())

@@ -41,6 +41,14 @@ from lesa.rows.tap import Tap
 _warned: WeakSet = WeakSet()
 
 
+class NoneFits(ValueError):
+    """There are predictors for a pipeline's weights, and none of them fits a run; `advice` is what to do then."""
+
+    def __init__(self, why: str, advice: str):
+        super().__init__(f"there are predictors for these weights, but none fits this run: {why}. {advice}")
+        self.advice = advice
+
+
 class Found:
     """What is found for each run: on the shelf, beside the model, on the hub; else a default, or an error.
 
@@ -305,7 +313,7 @@ class Found:
         return self._kept[key]
 
     def _refused(self, first: FirstStep, reasons: Sequence[tuple[int, str]]) -> Chosen:
-        """Choose the fallback, or raise ValueError with the reason why the nearest predictor does not fit."""
+        """Choose the fallback, or raise NoneFits with the reason why the nearest predictor does not fit."""
         key = "fallback", self._tap
         if key not in self._kept and (chosen := fallen_back(self._terms, self._fallback, self._tap)) is not None:
             self._kept[key] = chosen
@@ -314,10 +322,10 @@ class Found:
         nearest = min(reasons, key=lambda reason: reason[0])[1]
         took = next((f" ({one.name} took {one.took})" for one in self._calibrations if one.took), "")
         more = f" ({len(reasons) - 1} more fit less)" if len(reasons) > 1 else ""
-        raise ValueError(
-            f"there are predictors for these weights, but none fits this run: {nearest}{more}. Call the pipeline "
-            "as they were made, or calibrate with the arguments of this call: lesa.calibrate(pipe, prompts, "
-            f"budget={self._budget or 8}, ...){took}, or say what such runs do instead: {INSTEAD}."
+        raise NoneFits(
+            f"{nearest}{more}",
+            "Call the pipeline as they were made, or calibrate with the arguments of this call: "
+            f"lesa.calibrate(pipe, prompts, budget={self._budget or 8}, ...){took}, or say what such runs do instead: {INSTEAD}.",
         )
 
 

@@ -21,6 +21,7 @@ class Package(NamedTuple):
 NEEDS: dict[str, tuple[Package, ...]] = {
     "comparison": (Package("scikit-image", "skimage.metrics", "bench"),),
     "plots": (Package("matplotlib", "matplotlib.figure", "bench"),),
+    "memory": (Package("psutil", "psutil", "bench"),),
     "offload": (Package("accelerate", "accelerate", "bench"),),
     "lora": (Package("peft", "peft", "bench"),),
     "mp4": (

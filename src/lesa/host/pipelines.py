@@ -91,7 +91,7 @@ def load(path: str | Path, *, lora: str | Path | None = None, **options: Any) ->
     where = hub.how(str(path), "a pipeline") if hub.is_elsewhere(path) else {}
     try:
         _check_parts(path)
-        pipe = DiffusionPipeline.from_pretrained(str(path), **{**where, **_left_out(path), **options})
+        pipe = DiffusionPipeline.from_pretrained(str(path), **{**where, **_left_out(path), **_memory(), **options})
     except DAMAGED as error:
         raise ValueError(f"{_damaged(path)} cannot be loaded as a pipeline of diffusers: {error}") from error
     except OSError as error:
@@ -139,6 +139,12 @@ def _left_out(path: str | Path) -> dict[str, None]:
     """Name the parts that a saved pipeline was without, such as the third text encoder of Stable Diffusion 3: diffusers
     loads it only if they are named."""
     return {name: None for name, part in _parts_of(path).items() if part == [None, None]}
+
+
+def _memory() -> dict[str, bool]:
+    """Ask for what diffusers can do: without accelerate it loads weights in one way only, and says so at length of each
+    pipeline that is loaded in the other."""
+    return {"low_cpu_mem_usage": False} if needs.lacking("offload") else {}
 
 
 def call_of(path: str | Path, lora: str | Path | None = None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from lesa.learn.calls import Call, plain
 from lesa.learn.checks import Checks
 from lesa.learn.collecting import TRAINING_SEED, VALIDATION_SEED
 from lesa.learn.journal import Journal
-from lesa.learn.kinds import check_one_grid
+from lesa.learn.kinds import check_one_kind
 from lesa.learn.progress import Progress
 from lesa.learn.references import BATCH
 from lesa.learn.rivals import Rivals, baked
@@ -121,7 +121,7 @@ def calibrate(
     was stopped. `on_point` takes each budget's point as it is found, and the pictures of the worst checked call there:
     what was drawn, and the reference's; or None.
 
-    Raises: ValueError if there are no calls, if they are of several grids, if the options do not fit, or as
+    Raises: ValueError if there are no calls, if their runs are of several kinds, if the options do not fit, or as
         `lesa.learn.solve.Solver` does; LookupError if no budget keeps the target, or nothing is near; RuntimeError if
         another process makes the same calibration; OSError if the shelf cannot be written to.
     """
@@ -259,7 +259,7 @@ class _Bench:
         pipe, options, call = plan.pipe, plan.options, plan.call
         self.predictors: dict[int, Solved] = {}
         size = options.batch_size or _batch_size(pipe)
-        check_one_grid(pipe, [*plan.solved_on[0], *plan.checked_on[0]], call)
+        check_one_kind(pipe, [*plan.solved_on[0], *plan.checked_on[0]], call)
         with listen(pipe) as heard:
             self.progress.say("reference runs")
             self._solver = Solver(pipe, *plan.solved_on, call, batch_size=size, on_run=self.progress.counter())

@@ -7,36 +7,36 @@ from typing import Any
 
 import torch
 
-from lesa.host.clock import Moment
+from lesa.host.facts import listen
 from lesa.learn.calls import Call, arguments, seeded
-from lesa.learn.counted import Recorder, Recording
+from lesa.predictors.facts import Facts
 
 
 class _Seen(Exception):
-    """Ends the call of a pipeline where its grid is known."""
+    """Ends the call of a pipeline where its facts are known."""
 
 
-def check_one_grid(pipe: Any, calls: Sequence[Call], common: Mapping[str, Any]) -> None:
-    """Refuse calls whose runs walk different grids. `common` are the arguments that all calls share.
+def check_one_kind(pipe: Any, calls: Sequence[Call], common: Mapping[str, Any]) -> None:
+    """Refuse calls whose runs a calibration of the first of them would not be found for: those of another grid, and
+    those that differ otherwise, as in size or guidance. `common` are the arguments that all calls share.
 
     Calls differ in kind by their numbers, and by the sizes of their pictures and tensors. Of each kind one goes up to
     its first step; where all are of one kind none does.
 
-    Raises: ValueError that names two kinds.
+    Raises: ValueError that names two kinds, and by what their runs differ.
     """
     kinds: dict[str, Call] = {}
     for one in calls:
         kinds.setdefault(kind_of(one), one)
     if len(kinds) == 1:
         return
-    found = [(kind, moment) for kind, one in kinds.items() if (moment := _first_moment(pipe, one, common))]
-    for other, moment in found[1:]:
+    found = [(kind, facts) for kind, one in kinds.items() if (facts := _facts(pipe, one, common))]
+    for other, facts in found[1:]:
         kind, first = found[0]
-        if first.start != moment.start or not torch.equal(first.times, moment.times):
+        if differences := facts.differences(first):
             raise ValueError(
-                f"a calibration is for runs on one grid, got calls {kind} (from step {first.start} of "
-                f"{len(first.times) - 1}) and {other} (from step {moment.start} of {len(moment.times) - 1}), at other "
-                "times; calibrate each kind by itself. (Some schedulers set times by the picture's size.)"
+                f"a calibration is for runs of one kind, got calls {kind} and calls {other}, whose runs differ "
+                f"({'; '.join(differences)}); calibrate each kind by itself."
             )
 
 
@@ -57,21 +57,16 @@ def _words(name: str, value: Any) -> str:
     return f"{name} of {' x '.join(map(str, size))}" if isinstance(size, tuple) else ""
 
 
-def _first_moment(pipe: Any, call: Call, common: Mapping[str, Any]) -> Moment | None:
+def _facts(pipe: Any, call: Call, common: Mapping[str, Any]) -> Facts | None:
     """Run a call up to its first step; None if it comes to none, which its reference run will tell."""
-    recorder, seen = Recorder(pipe, 1, ()), list[Moment]()
 
-    def end(recording: Recording) -> None:
-        seen.append(recording.moment)
+    def end(_facts: Facts) -> None:
         raise _Seen
 
-    recorder.on_record = end
-    undo = recorder.attach()
-    try:
-        with torch.no_grad(), seeded(0):
-            pipe(**arguments(pipe, call, 0, common))
-    except _Seen:
-        pass
-    finally:
-        undo()
-    return seen[0] if seen else None
+    with listen(pipe, on_facts=end) as found:
+        try:
+            with torch.no_grad(), seeded(0):
+                pipe(**arguments(pipe, call, 0, common))
+        except _Seen:
+            pass
+    return found[0] if found else None

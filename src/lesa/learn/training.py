@@ -405,17 +405,19 @@ class _Fit:
         check_every = 1 if by_squares else config.check_every * len(self.tasks)
         go_on = self._squares(unknowns, closed_loop) if by_squares else self._descent(unknowns, round_, updates)
         settled = False
-        bar = Bar(range(updates + 1), desc=f"{phase} {round_ or ''}".strip(), unit="update")
-        for update in bar:
-            if update % check_every == 0 or update == updates:
-                checked = self._check(unknowns, closed_loop)
-                curve.add(phase, round_, update, checked)
-                bar.set_postfix(validation=f"{checked:.4f}")
-                if checked < best_loss:
-                    best, best_loss = unknowns.values(), checked
-            if settled or update == updates:
-                break
-            settled = not go_on()
+        with Bar(total=updates, desc=f"{phase} {round_ or ''}".strip(), unit="update") as bar:
+            for update in range(updates + 1):
+                if update % check_every == 0 or update == updates:
+                    checked = self._check(unknowns, closed_loop)
+                    curve.add(phase, round_, update, checked)
+                    bar.set_postfix(validation=f"{checked:.4f}")
+                    if checked < best_loss:
+                        best, best_loss = unknowns.values(), checked
+                if settled or update == updates:
+                    break
+                settled = not go_on()
+                bar.update()
+            bar.total = bar.n  # it may be settled sooner
         unknowns.settle(best)
 
     def _squares(self, unknowns: Unknowns, closed_loop: bool) -> GaussNewton:
