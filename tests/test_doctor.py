@@ -103,7 +103,7 @@ def test_what_it_says_of_acceleration_holds(name):
 
 def test_what_is_no_pipeline_or_whose_call_fails_is_told(pipe):
     nothing = lesa.examine(object())
-    assert not nothing.accelerates and "a pipeline with a transformer" in str(nothing)
+    assert not nothing.accelerates and "name them: pipe.denoisers" in str(nothing)
     failing = examined(pipe, no_such_argument=1)
     assert not failing.accelerates and "TypeError" in str(failing) and failing.facts is None
     with lesa.accelerate(pipe, lesa.Reuse(), schedule=lesa.Schedule.every(2)) as run:

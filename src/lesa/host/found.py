@@ -325,7 +325,8 @@ class Found:
         raise NoneFits(
             f"{nearest}{more}",
             "Call the pipeline as they were made, or calibrate with the arguments of this call: "
-            f"lesa.calibrate(pipe, prompts, budget={self._budget or 8}, ...){took}, or say what such runs do instead: {INSTEAD}.",
+            f"lesa.calibrate(pipe, prompts, budget={self._budget or 8}, ...){took}, or say what such runs do instead: "
+            f"{INSTEAD}.",
         )
 
 
