@@ -34,10 +34,13 @@ from lesa.predictors import Predictor
 from lesa.predictors import curve as curves
 from lesa.predictors.convert import convert, read
 from lesa.predictors.curve import SOLVED, Point, Tried
+from lesa.predictors.origin import Origin
 from lesa.predictors.shelf import Shelf
+from lesa.predictors.solved import Solved
 from lesa.rows.forecasters import Lagrange
 from lesa.rows.plan import Plan, compile
 from lesa.rows.schedule import Schedule
+from lesa.rows.tap import Tap
 
 
 class Subject(NamedTuple):
@@ -203,6 +206,18 @@ def _make_plan(folder: Path, number: int) -> None:
     (folder / "plan.json").write_text(plan.to_json())
 
 
+def _make_corrected_plan(folder: Path, number: int) -> None:
+    grid, schedule = flux_grid(8), Schedule.at([0, 5, 6, 7])
+    rows = torch.eye(4, 5, dtype=torch.float64)
+    rows[2, :3], rows[3, -1] = torch.tensor([0.25, -0.5, 1.25 + number]), 0.125
+    origin = Origin("a model", "Linear", {}, Tap(), tuple(grid.tolist()), str(schedule), ("all",))
+    predictor = Solved(origin, latents=True)
+    predictor.set_gaps(rows)
+    plan = compile(predictor, grid, schedule)
+    assert set(plan.corrections) == {6, 7}
+    (folder / "plan.json").write_text(plan.to_json())
+
+
 def _use_plan(folder: Path) -> Any:
     return Plan.from_json((folder / "plan.json").read_text(encoding="utf-8", errors="replace")).to_json()
 
@@ -245,6 +260,7 @@ SUBJECTS: dict[str, Subject] = {
     "calibration under way": Subject(_make_journal, _use_journal),
     "records": Subject(_make_records, _use_records),
     "plan": Subject(_make_plan, _use_plan),
+    "corrected plan": Subject(_make_corrected_plan, _use_plan),
     "calls and prompts": Subject(_make_calls, _use_calls, signed=False),
     "checkpoint of the authors": Subject(_make_checkpoint, _use_checkpoint),
 }
