@@ -12,7 +12,10 @@ from diffusers import UniPCMultistepScheduler
 from zoo.pipelines import ZOO
 
 from lesa.host.at_sampler import AtSampler
+from lesa.host.choice import Chosen
+from lesa.host.data import Known
 from lesa.host.intercept import mark_of
+from lesa.host.outside import OutsideRun
 from lesa.host.runtime import accelerate
 from lesa.learn.metrics import drift
 from lesa.learn.references import References
@@ -323,6 +326,43 @@ def test_a_run_after_one_that_was_broken_off_is_as_if_there_had_been_none(tiny_f
             tiny_flux(PROMPTS, **dict(CALL, callback_on_step_end=stop))
         drawn = tiny_flux(PROMPTS[0], **dict(CALL, output_type="latent", generator=torch.Generator().manual_seed(3)))
     assert torch.equal(drawn.images, wanted) and run.summary().bytes_at_sampler > 0
+
+
+def test_the_plan_of_what_began_first_acts_at_the_sampler():
+    """The first call of each step becomes another one at step 5, whose plan corrects nothing; the second goes on."""
+    predictor, run, kept = corrected(), OutsideRun(GRID), {}
+    chosen, latents = Chosen(predictor, lambda _times, _start: predictor.schedule), torch.full((1, 4), 8.0)
+    for step in range(8):
+        run.at(step)
+        for kind in ("other" if step >= 5 else "one", "two"):
+            if run.wants(["cond"], kind):
+                run.keep([torch.full((1, 4), float(step + 1))])
+            else:
+                run.forecast()
+        if step == 0:
+            run.follow(chosen)
+        output = torch.full((1, 4), float(step + 1))
+        kept[step] = float(run.handed(output, latents)[0, 0])
+    assert kept[5] == 6.0 and kept[6] == 0.25 * 1 - 0.5 * 6 + 1.25 * 7 and kept[7] == 0.5 * 1 + 8 + 0.125 * 8
+    assert run.summary().bytes_at_sampler > latents.nbytes
+
+
+def test_where_no_output_gives_the_data_a_full_step_is_handed_on_as_it_is(monkeypatch):
+    subject, at = ZOO["stable_diffusion_euler_ancestral_guided"](), Known.at
+    with subject.around():
+        solver = Solver(subject.pipe, [subject.arguments], [0])
+        rows, ended = solver.gaps((0, 4, 5)).reuse(), {}
+        for own in (1.0, 0.5):
+            rows[2, 2] = own
+            for turns in (True, False):
+                zero = (lambda _known, tick: at(_known, tick)._replace(of_output=0.0)) if not turns else at
+                monkeypatch.setattr(
+                    Known, "at", lambda known, tick, zero=zero: (zero if tick == 5 else at)(known, tick)
+                )
+                with accelerate(subject.pipe, solver.predictor((0, 4, 5), rows)):
+                    ended[own, turns] = torch.as_tensor(subject.call(0)[0])
+    assert torch.equal(ended[0.5, False], ended[1.0, False]) and torch.equal(ended[1.0, False], ended[1.0, True])
+    assert not torch.equal(ended[0.5, True], ended[1.0, True])
 
 
 def test_corrections_make_up_for_what_skipped_steps_left(tiny_flux, monkeypatch):
