@@ -11,7 +11,11 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from zoo.pipelines import ZOO
 
+from lesa.host.at_sampler import AtSampler
+from lesa.host.choice import Chosen
+from lesa.host.data import Known
 from lesa.host.intercept import mark_of
+from lesa.host.outside import OutsideRun
 from lesa.host.runtime import accelerate
 from lesa.learn.metrics import drift
 from lesa.learn.references import References
@@ -19,9 +23,10 @@ from lesa.learn.rivals import Rivals, baked
 from lesa.learn.solve import Solver, solve
 from lesa.predictors import Origin, Predictor
 from lesa.predictors.solved import Solved
-from lesa.rows.forecasters import Lagrange, Reuse
+from lesa.rows.forecasters import Lagrange, PlannedRow, Reuse
 from lesa.rows.gaps import Equations, Gaps, moves, spreads
 from lesa.rows.plan import Plan, compile
+from lesa.rows.row import Row, Storage
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
 
@@ -213,6 +218,151 @@ def test_corrections_are_of_the_plan_in_words_and_in_files():
     assert compile(plan.freeze(), GRID, Schedule.at([0, 3, 6, 7])) == plan
     predictor.set_gaps(torch.eye(4, 5, dtype=torch.float64))
     assert not compile(predictor, GRID, Schedule.at([0, 3, 6, 7])).corrections, "its own output is no correction"
+
+
+def corrected(schedule: str = "at:0,5,6,7", **changes) -> Solved:
+    """Rows that correct the last two of four full steps."""
+    predictor = Solved(origin(schedule=schedule, **changes), latents=True)
+    rows = torch.eye(4, 5, dtype=torch.float64)
+    rows[2, :3], rows[3, 0], rows[3, -1] = torch.tensor([0.25, -0.5, 1.25]), 0.5, 0.125
+    predictor.set_gaps(rows)
+    return predictor
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_after_another_past_nothing_is_corrected(frozen):
+    """A stream that joins a run late has a plan of its own, and so has a schedule with full steps besides."""
+    predictor = corrected()
+    taken = compile(predictor, GRID, predictor.schedule).freeze() if frozen else predictor
+    assert not compile(taken, GRID, Schedule.at([5, 6, 7]), start=5).corrections
+    if not frozen:
+        assert not compile(taken, GRID, Schedule.at([0, 4, 5, 6, 7])).corrections
+    with pytest.raises(ValueError, match="8 steps"):
+        compile(taken, torch.linspace(1, 0, 21), Schedule.every(1))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "latents"),
+    [("at:0,5,7", 0, True), ("at:0,1,7", 1, True), ("at:0,5,7", 5, True), ("at:0,5,7", 7, False)],
+)
+def test_a_row_of_a_full_step_that_is_not_to_be_corrected_is_refused(schedule, step, latents):
+    predictor = Solved(origin(schedule=schedule), latents=latents)
+    with torch.no_grad():
+        predictor.coefficients[step, 0] = 0.5
+    with pytest.raises(ValueError, match=f"got a row for step {step} on"):
+        compile(predictor, GRID, predictor.schedule)
+
+
+def test_corrections_of_a_plan_that_are_wrong_are_refused():
+    plan = compile(corrected(), GRID, Schedule.at([0, 5, 6, 7]))
+    row = plan.corrections[6]
+    for wrong, words in (
+        ({1: row}, r"corrections of skipped steps \[1\]"),
+        ({6: row._replace(past=(0, 5, 7))}, r"holds steps \[0, 5, 6\]"),
+        ({6: row._replace(coefficients=(1.0,))}, "one coefficient for each past step"),
+        ({6: row._replace(coefficients=(math.nan, 0.0, 1.0))}, "are finite"),
+        ({6: row._replace(latents=math.inf)}, "are finite"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            replace(plan, corrections=wrong)
+
+
+def test_a_correction_combines_no_forecasts():
+    class Corrects(Reuse):
+        memory, remembers_forecasts = 2, True
+
+        def correction(self, grid, step, past):
+            return Row(torch.tensor([0.5, 0.5], dtype=torch.float64), torch.tensor(0.0)) if step == 7 else None
+
+    assert compile(Corrects(), GRID, Schedule.at([0, 6, 7])).corrections[7].past == (6, 7)
+    with pytest.raises(ValueError, match=r"step 7 that combines the skipped steps \[6\]"):
+        compile(Corrects(), GRID, Schedule.at([0, 7]))
+
+
+def test_what_a_correction_amplifies_is_said_of_its_row():
+    plan = compile(corrected(), GRID, Schedule.at([0, 5, 6, 7]))
+    assert [line.split("(gain ")[1] for line in repr(plan).splitlines()[-2:]] == ["2)  corrected", "1.5)  corrected"]
+    assert plan.noise_gain()[6:].tolist() == [1.0, 1.0], "the streams' full steps are what they are"
+
+
+def test_a_correction_has_its_offset_whatever_it_combines():
+    outputs, latents = torch.full((1, 4), 2.0), torch.zeros(1, 4)
+    plan = compile(corrected(), GRID, Schedule.at([0, 5, 6, 7]))
+    for coefficients, expected in (((0.0, 0.0, 0.5), 1.25), ((0.5, 0.0, 0.5), 2.25)):
+        changed = {6: PlannedRow((0, 5, 6), coefficients, 0.25)}
+        one, at = replace(plan, corrections=changed), AtSampler(Storage())
+        at.begin(latents)
+        assert [at.handed(one, step, outputs, latents) is outputs for step in (0, 5)] == [True, True]
+        assert torch.equal(at.handed(one, 6, outputs, latents), torch.full((1, 4), expected))
+
+
+def test_what_is_held_at_the_sampler_is_counted(tiny_flux):
+    predictor = Solver(tiny_flux, PROMPTS[:1], [3], CALL).predictor((0, 5, 6, 7), corrected().gaps)
+    call = dict(CALL, output_type="latent", generator=torch.Generator().manual_seed(3))
+    with accelerate(tiny_flux, predictor, check=False) as run:
+        tiny_flux(PROMPTS[0], **call)
+        found = run.summary()
+    plan, latents = run.plan(), last_latents(tiny_flux, 3).nbytes
+    outputs = max(map(len, plan.live(corrections=True).values()))
+    assert found.bytes_at_sampler == latents + outputs * latents + latents, "the first, what is combined, and a scratch"
+    assert found.bytes_held == found.bytes_at_sampler + sum(one.bytes_held for one in found.values())
+    assert "\nsampler " in str(found)
+    with accelerate(tiny_flux, Reuse(), schedule=SCHEDULE) as run:
+        tiny_flux(PROMPTS[0], **call)
+    assert run.summary().bytes_at_sampler == 0
+
+
+def test_a_run_after_one_that_was_broken_off_is_as_if_there_had_been_none(tiny_flux):
+    predictor = Solver(tiny_flux, PROMPTS[:1], [3], CALL).predictor((0, 5, 6, 7), corrected().gaps)
+    wanted = last_latents(tiny_flux, 3, predictor)
+
+    def stop(_pipe, step, _time, given):
+        if step == 6:
+            raise InterruptedError
+        return given
+
+    with accelerate(tiny_flux, predictor) as run:
+        with pytest.raises(InterruptedError):
+            tiny_flux(PROMPTS, **dict(CALL, callback_on_step_end=stop))
+        drawn = tiny_flux(PROMPTS[0], **dict(CALL, output_type="latent", generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(drawn.images, wanted) and run.summary().bytes_at_sampler > 0
+
+
+def test_the_plan_of_what_began_first_acts_at_the_sampler():
+    """The first call of each step becomes another one at step 5, whose plan corrects nothing; the second goes on."""
+    predictor, run, kept = corrected(), OutsideRun(GRID), {}
+    chosen, latents = Chosen(predictor, lambda _times, _start: predictor.schedule), torch.full((1, 4), 8.0)
+    for step in range(8):
+        run.at(step)
+        for kind in ("other" if step >= 5 else "one", "two"):
+            if run.wants(["cond"], kind):
+                run.keep([torch.full((1, 4), float(step + 1))])
+            else:
+                run.forecast()
+        if step == 0:
+            run.follow(chosen)
+        output = torch.full((1, 4), float(step + 1))
+        kept[step] = float(run.handed(output, latents)[0, 0])
+    assert kept[5] == 6.0 and kept[6] == 0.25 * 1 - 0.5 * 6 + 1.25 * 7 and kept[7] == 0.5 * 1 + 8 + 0.125 * 8
+    assert run.summary().bytes_at_sampler > latents.nbytes
+
+
+def test_where_no_output_gives_the_data_a_full_step_is_handed_on_as_it_is(monkeypatch):
+    subject, at = ZOO["stable_diffusion_euler_ancestral_guided"](), Known.at
+    with subject.around():
+        solver = Solver(subject.pipe, [subject.arguments], [0])
+        rows, ended = solver.gaps((0, 4, 5)).reuse(), {}
+        for own in (1.0, 0.5):
+            rows[2, 2] = own
+            for turns in (True, False):
+                zero = (lambda _known, tick: at(_known, tick)._replace(of_output=0.0)) if not turns else at
+                monkeypatch.setattr(
+                    Known, "at", lambda known, tick, zero=zero: (zero if tick == 5 else at)(known, tick)
+                )
+                with accelerate(subject.pipe, solver.predictor((0, 4, 5), rows)):
+                    ended[own, turns] = torch.as_tensor(subject.call(0)[0])
+    assert torch.equal(ended[0.5, False], ended[1.0, False]) and torch.equal(ended[1.0, False], ended[1.0, True])
+    assert not torch.equal(ended[0.5, True], ended[1.0, True])
 
 
 def test_corrections_make_up_for_what_skipped_steps_left(tiny_flux, monkeypatch):

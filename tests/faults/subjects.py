@@ -34,10 +34,12 @@ from lesa.predictors import Predictor
 from lesa.predictors import curve as curves
 from lesa.predictors.convert import convert, read
 from lesa.predictors.curve import SOLVED, Point, Tried
+from lesa.predictors.origin import Origin
 from lesa.predictors.shelf import Shelf
-from lesa.rows.forecasters import Lagrange
+from lesa.predictors.solved import Solved
 from lesa.rows.plan import Plan, compile
 from lesa.rows.schedule import Schedule
+from lesa.rows.tap import Tap
 
 
 class Subject(NamedTuple):
@@ -199,7 +201,14 @@ def _use_records(folder: Path) -> Any:
 
 
 def _make_plan(folder: Path, number: int) -> None:
-    plan = compile(Lagrange(1 + number), flux_grid(20), Schedule.paper(4))
+    grid, schedule = flux_grid(8), Schedule.at([0, 5, 6, 7])
+    rows = torch.eye(4, 5, dtype=torch.float64)
+    rows[2, :3], rows[3, -1] = torch.tensor([0.25, -0.5, 1.25 + number]), 0.125
+    origin = Origin("a model", "Linear", {}, Tap(), tuple(grid.tolist()), str(schedule), ("all",))
+    predictor = Solved(origin, latents=True)
+    predictor.set_gaps(rows)
+    plan = compile(predictor, grid, schedule)
+    assert set(plan.rows) == {1, 2, 3, 4} and set(plan.corrections) == {6, 7}
     (folder / "plan.json").write_text(plan.to_json())
 
 

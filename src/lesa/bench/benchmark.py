@@ -347,7 +347,7 @@ def _cost(pipe: Any, method: Method, pair: Pair) -> Cost:
             *method.key,
             tuple(watch.full),
             flops=counted,
-            bytes_held=sum(stream.bytes_held for stream in ours.summary().values()) if ours else None,
+            bytes_held=ours.summary().bytes_held if ours else None,
             resident_growth=memory.growth,
             cuda_peak=memory.cuda_peak(),
             plans={name: json.loads(ours.plan(name).to_json()) for name in ours.summary()} if ours else {},

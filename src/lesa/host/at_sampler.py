@@ -24,8 +24,8 @@ class AtSampler:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held of the outputs' device memory."""
-        return 0 if self._outputs is None else self._outputs.nbytes
+        """Bytes held of the latents' and the outputs' device memory."""
+        return sum(held.nbytes for held in (self._first, self._outputs) if held is not None)
 
     def begin(self, latents: Tensor) -> None:
         """Take the latents that the run begins with."""
@@ -64,7 +64,7 @@ class AtSampler:
         """Combine the output of a full step with those before it."""
         (*past, _), (*coefficients, own) = row.past, row.coefficients
         if part == 0 and not any(coefficients):
-            return output * own
+            return output * own + row.offset if row.offset else output * own
         self._check_shape(output, part)
         assert self._outputs is not None, "what a correction combines is kept"
         wide = torch.promote_types(output.dtype, torch.float32)

@@ -177,7 +177,7 @@ class Executor:
         self.data: StreamSummary | None = None
         self.data_reason = ""
         self._data_run: DataRun[StreamRun] | None = None
-        self._at_sampler = AtSampler(storage)
+        self._at_sampler, self.bytes_at_sampler = AtSampler(storage), 0
         self._name = threading.local()
         self._lock = threading.Lock()
         self._stream_runs: dict[Stream, StreamRun] = {}
@@ -291,9 +291,8 @@ class Executor:
         moment = self._moment
         if moment is None or moment.ticks != 1:
             return
-        begins = self.chosen.forecaster.begins
         for stream_run in self._stream_runs.values():
-            if stream_run.began != moment.start or (begins and begins[0] > moment.start and not moment.told):
+            if stream_run.began != moment.start:
                 stream_run.began = moment.start
                 stream_run.move(moment.start, *self._plans_of(stream_run, moment))
 
@@ -349,7 +348,8 @@ class Executor:
         if full:
             self._keep_data(run.stream_run, data, part)
         handed = self._at_sampler.handed(plan, step, data, latents, part)
-        if full and handed is data:
+        self.bytes_at_sampler = self._at_sampler.nbytes
+        if full and (handed is data or not known.turns_back):  # or no output would make the sampler predict this
             return args, kwargs
         return with_argument(scheduler, "model_output", known.output(latents, handed, output), args, kwargs)
 
@@ -357,14 +357,21 @@ class Executor:
         self, moment: Moment, tick: int, part: int, scheduler: Any, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict]:
         """Exchange an output where its row acts at the sampler."""
-        plan, step = next((one.plan for one in self._stream_runs.values()), None), moment.start + tick
+        plan, step = self._plan_at_sampler, moment.start + tick
         if plan is None or not plan.acts_at_sampler:
             return args, kwargs
         latents, output = (argument(scheduler, name, args, kwargs) for name in ("sample", "model_output"))
         if tick == part == 0:
             self._at_sampler.begin(latents)
         handed = self._at_sampler.handed(plan, step, output, latents, part)
+        self.bytes_at_sampler = self._at_sampler.nbytes
         return (args, kwargs) if handed is output else with_argument(scheduler, "model_output", handed, args, kwargs)
+
+    @property
+    def _plan_at_sampler(self) -> Plan | None:
+        """Return the plan of the stream that began first: one that joined the run later knows of no step before."""
+        first = min(self._stream_runs.values(), key=lambda one: one.began, default=None)
+        return None if first is None else first.plan
 
     def _keep_data(self, stream_run: StreamRun, data: Tensor, part: int) -> None:
         if not stream_run.fits(data, part):
@@ -390,6 +397,8 @@ class Executor:
         run.stream_run = StreamRun(DATA, self.storage, self.data, began)
         for stream_run in (run.stream_run, *self._stream_runs.values()):
             self._plan(stream_run, moment)
+        acts = run.stream_run.plan.acts_at_sampler
+        self._at_sampler = self._at_sampler if acts else AtSampler(self.storage)  # the first latents are not needed
         for part, data in enumerate(run.first):
             if began == start:
                 run.stream_run.keep(data, part)

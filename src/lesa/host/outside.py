@@ -62,7 +62,7 @@ class OutsideRun:
         self.chosen: Chosen | None = None
         self.step, self._place, self._storage = -1, -1, storage or Storage()
         self._calls: dict[int, _Call] = {}
-        self._at_sampler = AtSampler(self._storage)
+        self._at_sampler, self._bytes_at_sampler = AtSampler(self._storage), 0
 
     def at(self, step: int) -> None:
         """Say which step the next calls are of."""
@@ -105,8 +105,13 @@ class OutsideRun:
         """
         if self.step == 0:
             self._at_sampler.begin(latents)
-        plan = next((one.plan for call in self._calls.values() if call.planned for one in call.stream_runs), None)
-        return output if plan is None else self._at_sampler.handed(plan, self.step, output, latents)
+        planned = [one.plan for call in self._calls.values() if call.planned for one in call.stream_runs]
+        plan = min(planned, key=lambda plan: plan.start, default=None)  # a later one knows of no step before
+        if plan is None or not plan.acts_at_sampler:
+            return output
+        handed = self._at_sampler.handed(plan, self.step, output, latents)
+        self._bytes_at_sampler = self._at_sampler.nbytes
+        return handed
 
     def follow(self, chosen: Chosen) -> None:
         """Take what to forecast with, after the first step.
@@ -124,6 +129,7 @@ class OutsideRun:
     def summary(self) -> Summary:
         """Return what was done so far, of each stream."""
         found = Summary({name: replace(one, clamped=int(one.clamped)) for name, one in self.done.items()})
+        found.bytes_at_sampler = self._bytes_at_sampler
         if self.chosen is not None:
             found.chosen, found.promise = {self.chosen.label: 1}, self.chosen.promise
             found.fallbacks = int(self.chosen.is_fallback)

@@ -38,7 +38,8 @@ class Summary(dict[str, StreamSummary]):
 
     `data` is what was done for the data prediction, where that was forecast, and `reason` why it was. `passed_by`
     counts calls of a denoiser within a call of the pipeline that were of no run, as of a loop that another scheduler
-    steps: they ran in full.
+    steps: they ran in full. `bytes_at_sampler` is the memory of a run's first latents, and of full steps' outputs
+    that correct others, where rows combine them; `bytes_held` is all of the memory held.
 
     Where forecasts were made with what was found for each run, `chosen` says what that was, and in how many runs.
     `promise` is what was measured of those that were calibrated, and `fallbacks` counts the runs that none fitted.
@@ -47,12 +48,19 @@ class Summary(dict[str, StreamSummary]):
     data: StreamSummary | None = None
     reason: str = ""
     passed_by: int = 0
+    bytes_at_sampler: int = 0
     promise: str = ""
     fallbacks: int = 0
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.chosen: dict[str, int] = {}
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes that a run held on the denoiser's device: of streams, of the data prediction, and at the sampler."""
+        streams = [*self.values(), *([self.data] if self.data else [])]
+        return sum(one.bytes_held for one in streams) + self.bytes_at_sampler
 
     def __str__(self) -> str:
         if not self:
@@ -70,6 +78,8 @@ class Summary(dict[str, StreamSummary]):
                 lines.append(f"{'':<10} {s.clamped} forecasts were beyond the range of their dtype and clamped to it")
             if s.detours:
                 lines.append(f"{'':<10} {s.detours} runs were unusual and took a detour")
+        if self.bytes_at_sampler:
+            lines.append(f"{'sampler':<46} {_bytes(self.bytes_at_sampler):>10}")
         if self.data:
             lines.append(f"forecast: the data prediction, {self.reason}")
         lines += [f"{label}, in {runs} run{'s' * (runs != 1)}" for label, runs in self.chosen.items()]

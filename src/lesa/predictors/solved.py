@@ -28,7 +28,7 @@ STREAMS = ("all",)
 class Solved(Predictor):
     """Free rows over the outputs of all full steps so far, the same in every stream.
 
-    `coefficients` is (S, J) for J full steps, float64: the row of each skipped step, oldest full step first, 0 for what
+    `coefficients` is (S, J) for J full steps, float64: the rows of skipped steps, oldest full step first, 0 for what
     is not held. A new predictor is reuse. Its grid is whatever a sampler walks, times that repeat included; runs begin
     at the first of the steps `begins`, and histories anew at the others.
 
@@ -117,7 +117,7 @@ class Solved(Predictor):
 
         `further` is by how much more rows that were refined since then move the latents at the end of each gap.
         """
-        solved, moves = basis.solve(response, self.full).rows, _moves(response, self.full)
+        solved, moves = basis.solve(response, self.full).rows, _moves(response, self.full, basis.latents)
         kept = {name: getattr(basis, name) for name in ("gram", "answers", "shares", "sizes")}
         for name, numbers in {**kept, "further": (self.gaps - solved) * moves[:, None]}.items():
             self.get_buffer(name).copy_(numbers)
@@ -135,7 +135,7 @@ class Solved(Predictor):
             raise ValueError("of these rows nothing was kept to carry them to other times by; calibrate there.")
         basis = self.basis.at(times_in_order(times))
         full = basis.search(response)
-        rows, moves = basis.solve(response, full).rows, _moves(response, full)
+        rows, moves = basis.solve(response, full).rows, _moves(response, full, basis.latents)
         rows = rows + torch.where(moves.abs() > TINY, 1 / moves, 0.0)[:, None] * self.get_buffer("further")
         drift = 10 * math.log10(max(basis.left(response, full, rows), TINY))
         training = {**self.origin.training, "carried_from": len(self.grid) - 1, "drift": drift}
@@ -175,8 +175,20 @@ class Solved(Predictor):
         }
 
     def correction(self, grid: Tensor, step: int, past: Sequence[int]) -> Row | None:
-        """Return the row of a full step, None if it has none or the step is not one of its own."""
-        if not self.coefficients[step].any() or step not in self.full:
+        """Return the row of a full step, None if it has none, or the step or its past is not one of its own.
+
+        Raises: ValueError if the predictor is bound to another grid, or has a row where no full step is corrected.
+        """
+        self.check_grid(grid)
+        if step not in self.full or not self.coefficients[step].any():
+            return None
+        j, ends = self.full.index(step), ends_of(self.full, len(self.grid) - 1)
+        if self.latents is None or not is_corrected(self.full, j, ends[j]):
+            raise ValueError(
+                f"full steps after skipped ones are corrected, where the next is full too, got a row for step {step} "
+                f"on {self.schedule!r}; calibrate again."
+            )
+        if [*self.past(step), step][-self.memory :] != list(past):
             return None
         return self.stream_rows(STREAMS[0], grid, {step: past})[step]
 
@@ -222,7 +234,7 @@ def _shapes(steps: int, count: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _moves(response: Tensor, full: Full) -> Tensor:
-    """Return by how much an output of all steps skipped in each gap moves the latents at its end, (J,)."""
-    gaps = Gaps(response, full)
+def _moves(response: Tensor, full: Full, latents: bool) -> Tensor:
+    """Return by how much an output of all steps that each gap's row is for moves the latents at its end, (J,)."""
+    gaps = Gaps(response, full, latents=latents)
     return torch.tensor([gaps.moves(j) for j in range(len(full))], dtype=torch.float64)

@@ -34,8 +34,11 @@ class Forecaster(Protocol):
         return {step: self.row(grid, step, past) for step, past in pasts.items()}
 
     def correction(self, grid: Tensor, step: int, past: Sequence[int]) -> Row | None:
-        """Return the row that a full step is corrected by, None if it is not: at the output tap, what the sampler is
-        handed there combines the outputs of full steps, and its own is the newest of `past`."""
+        """Return the row that a full step is corrected by, None if it is not, or not after this past.
+
+        At the output tap what the sampler is handed there combines the outputs of full steps, its own the newest of
+        `past`.
+        """
         return None
 
     def wants(self, grid: Tensor, step: int) -> int:
@@ -168,9 +171,10 @@ def _distinct(grid: Tensor, past: Sequence[int]) -> list[int]:
 
 
 class PlannedRow(NamedTuple):
-    """The row of one skipped step as plain numbers: h = sum_k coefficients[k] h_{past[k]} + offset.
+    """The row of one step as plain numbers: h = sum_k coefficients[k] h_{past[k]} + offset.
 
-    The sampler is handed what guidance makes of these forecasts, and `latents` times the run's first latents.
+    Of a skipped step the sampler is handed what guidance makes of these forecasts, and `latents` times the run's first
+    latents; of a corrected one the same combination of what guidance made of full steps, its own the newest.
     """
 
     past: tuple[int, ...]
@@ -225,12 +229,13 @@ class LinearRows(Forecaster):
         return self._looked_up(self.rows[step], step, past)
 
     def correction(self, grid: Tensor, step: int, past: Sequence[int]) -> Row | None:
-        """Look the row of a full step up, None if it is not corrected.
+        """Look the row of a full step up, None if it is not corrected, or was made for another past.
 
-        Raises: ValueError if it was made for another grid or past.
+        Raises: ValueError if it was made for another grid.
         """
         self._check_grid(grid)
-        return self._looked_up(self.corrections[step], step, past) if step in self.corrections else None
+        row = self.corrections.get(step)
+        return None if row is None or row.past != tuple(past) else self._looked_up(row, step, past)
 
     def _check_grid(self, grid: Tensor) -> None:
         if not matches(self.grid, grid):

@@ -24,13 +24,14 @@ SHOWN_TERMS = 8
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """The rows of one run and one stream: what every skipped step is made of.
+    """The rows of one run and one stream: what every skipped step is made of, and what full steps are corrected by.
 
     `times` is the grid, `full` the full steps, `start` the step that the run begins at. `rows` holds the row of every
     skipped step; each combines exactly the steps that the history holds by then, oldest first: the newest `memory` of
     the full steps, or, if it `remembers_forecasts`, of all steps. `truncated` names the skipped steps whose rows are
     makeshifts, because the history was shorter than the forecaster wanted. `corrections` holds rows of some full steps:
-    what the sampler is handed there combines their own outputs, the newest, and those that the history holds.
+    what the sampler is handed there combines their own outputs, the newest, and those of full steps that the history
+    holds.
 
     Raises: ValueError if these do not fit together.
     """
@@ -65,6 +66,12 @@ class Plan:
             row = self.rows.get(step) or self.corrections.get(step)
             if row is not None:
                 _check(step, past, row)
+        for step, row in self.corrections.items():
+            if others := [k for k, c in zip(row.past, row.coefficients, strict=True) if c and k in skipped]:
+                raise ValueError(
+                    f"a correction combines outputs of full steps, got one of step {step} that combines the skipped "
+                    f"steps {others}; put zeros there."
+                )
 
     @property
     def grid(self) -> Tensor:
@@ -106,12 +113,12 @@ class Plan:
     def noise_gain(self) -> Tensor:
         """Return sum|c| of every step's row, shape (S,): by how much it can amplify the rounding noise of its past.
 
-        It is 1 at full steps and 0 before `start`.
+        It is 1 at full steps, what is done at the sampler left out, and 0 before `start`.
         """
         gain = torch.zeros(self.steps, dtype=torch.float64)
         gain[list(self.full)] = 1.0
         for step, row in self.rows.items():
-            gain[step] = math.fsum(map(abs, row.coefficients))
+            gain[step] = _gain(row)
         return gain
 
     def live(self, differences: bool = False, corrections: bool = False) -> dict[int, tuple[int, ...]]:
@@ -188,7 +195,7 @@ class Plan:
         ]
         for step, row in sorted({**self.rows, **self.corrections}.items()):
             short = "  short history" if step in self.truncated else "  corrected" if step in self.corrections else ""
-            lines.append(f"{step:4d} = {_formula(row)}  (gain {float(gain[step]):.3g}){short}")
+            lines.append(f"{step:4d} = {_formula(row)}  (gain {_gain(row):.3g}){short}")
         return "\n".join(lines)
 
 
@@ -296,6 +303,10 @@ def _check(step: int, past: tuple[int, ...], row: PlannedRow) -> None:
     if not all(map(math.isfinite, (*row.coefficients, row.offset, row.latents))):
         numbers = f"{row.coefficients} + {row.offset}" + (f" + {row.latents} of the latents" if row.latents else "")
         raise ValueError(f"the numbers of a row are finite, got {numbers} at step {step}.")
+
+
+def _gain(row: PlannedRow) -> float:
+    return math.fsum(map(abs, row.coefficients))
 
 
 def _formula(row: PlannedRow) -> str:
