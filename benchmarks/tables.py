@@ -34,7 +34,7 @@ OTHERWISE = {
     "docs/planners.md": "the command that stands at each table",
     "docs/unseen.md": "python benchmarks/calibrate.py",
     "docs/published.md": "python benchmarks/published.py",
-    "docs/stable-audio.md": "make bench-sound",
+    "docs/stable-audio.md": "python benchmarks/sound.py",
 }
 """Which commands print the figures in dB of tables that stand in no block, by the pages that have some."""
 
