@@ -61,19 +61,19 @@ def space(runs: Runs, budgets: Sequence[int], numbers: int, picture: tuple[int, 
     """Measure what is kept of runs whose latents have so many numbers, on objects of that size.
 
     Beside all that is kept the peak has the most of three moments: one call's equations in double precision; what is
-    held while rows are refined, parts of the last latents of one run for each direction; the pictures of checked runs
-    before they are 8-bit. Pictures that come as PIL's are 8-bit at once, and clips are floats.
+    held while rows are refined, parts of the last latents of one run for each direction; the pictures of runs, of the
+    newest of them before they are 8-bit. Pictures that come as PIL's are 8-bit at once, and clips are floats.
     """
     budget, eight_bit = max(budgets), torch.Size(picture).numel()
     sampled = recorded(numbers, 1, 1)[0]
     whole, partly = (sum(recorded(numbers, runs.steps, kept)) for kept in (runs.steps, budget))
     last = sum(recorded(numbers, runs.steps, 0))
-    pictures = (runs.checked + 1) * eight_bit
+    pictures = (runs.solved_on + runs.checked + 1) * eight_bit
     kept = runs.solved_on * whole + runs.checked * last + pictures + runs.steps**2 * 8
     columns = 2 * (2 * runs.steps + 3 * budget) * sampled // 2  # a velocity is half of a tick; doubles are twice that
     sample = recorded(min(numbers, ELEMENTS), 1, 0)[1]
     moved = runs.solved_on * (directions(budget) * sample + 4 * partly) + 6 * directions(budget) * sample
-    drawn = runs.checked * (eight_bit * (5 if len(picture) > 3 else 2) + last)
+    drawn = runs.checked * (eight_bit + last) + eight_bit * (4 if len(picture) > 3 else 1)
     live = 3 * runs.solved_on * partly
     peak = kept + max(columns + live, moved, drawn)
     return Space(kept, peak, pictures + (drawn if peak == kept + drawn else 0), on_disk(origin, budgets, picture))

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from zoo.pipelines import ZOO
 
@@ -118,7 +119,7 @@ def test_rows_without_training_are_planned_one_call_at_a_time_where_there_is_no_
 
 def test_of_all_that_is_drawn_the_worst_pair_of_the_best_rows_is_kept(tiny_flux):
     checks = Checks(tiny_flux, PROMPTS, [3, 4, 5], CALL, pictures=True)
-    assert not checks._known.pictures, "what is measured against is 8-bit"
+    assert {one.dtype for one in checks._known.pictures} == {np.dtype("uint8")}, "what is measured against"
     schedules = [Schedule.at([0, 5]), Schedule.at([0, 1, 2, 3, 4]), Schedule.at([0])]
     tried = [checks.run("reuse", Reuse(), schedule) for schedule in schedules]
     best = min(tried, key=lambda one: one.score("drift").mean)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count, pairwise
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
@@ -17,10 +18,13 @@ from lesa.host.data import Known
 from lesa.host.intercept import mark_of
 from lesa.host.outside import OutsideRun
 from lesa.host.runtime import accelerate
-from lesa.learn.metrics import drift
+from lesa.learn.metrics import drift, psnr
 from lesa.learn.references import References
+from lesa.learn.refining import _left_out
 from lesa.learn.rivals import Rivals, baked
+from lesa.learn.searching import ending
 from lesa.learn.solve import Solver, solve
+from lesa.learn.solving import SHOWN
 from lesa.predictors import Origin, Predictor
 from lesa.predictors.solved import Solved
 from lesa.rows.forecasters import Lagrange, PlannedRow, Reuse
@@ -449,6 +453,47 @@ def test_a_schedule_searched_by_real_runs_is_no_worse_than_the_one_that_algebra_
     assert predictor.origin.training["drift"] == pytest.approx(found, abs=0.1)
 
 
+def test_schedules_are_chosen_by_what_they_draw_too_where_there_are_pictures(tiny_flux):
+    solver = Solver(tiny_flux, PROMPTS, [3, 4], CALL, pictures=True)
+    solver.solve(3, refine=0, most=12)
+    assert 1 < len(solver._search.known) <= 12
+    assert {full[-1] for full in solver._search.known} > {7}, "runs that end on a full step, and others"
+    for full, score in list(solver._search.known.items())[:3]:
+        found = solver.lockstep(full, "search")
+        measured = solver.measure(solver.predictor(full, found.rows))
+        pairs = zip(measured.pictures, solver.pictures, strict=True)
+        seen = sum(psnr(np.asarray(one), other) for one, other in pairs) / 2
+        assert score == pytest.approx((1 - SHOWN) * measured.drift - SHOWN * seen, abs=0.02)
+    assert solver.run_rows(full, found.rows, of="search").score == pytest.approx(measured.drift, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("full", "begins", "expected"),
+    [
+        ((0, 3, 7), (0,), (0, 3, 6)),
+        ((0, 5, 6, 7), (0,), (0, 4, 5, 6)),
+        ((0, 3, 5), (0,), (0, 3, 7)),
+        ((0, 6, 7), (0, 6), (0, 5, 6)),
+        ((0, 5, 7), (0, 7), None),
+        ((0,), (0,), None),
+        (tuple(range(8)), (0,), None),
+    ],
+)
+def test_a_schedule_that_ends_the_other_way_is_near(full, begins, expected):
+    assert ending(full, 8, begins, full[-1] != 7) == expected
+
+
+def test_a_step_that_gains_on_its_own_calls_alone_is_known_as_such():
+    """Derivatives of all calls are alike; what they have in common is gained, what each has alone is not."""
+    gram = torch.eye(3, dtype=torch.float64).expand(4, 3, 3)
+    shared = torch.tensor([0.6, 0.0, 0.0], dtype=torch.float64).expand(4, 3)
+    alone = 0.6 * torch.tensor([[1, 1, 0], [-1, 1, 0], [1, -1, 0], [-1, -1, 0]], dtype=torch.float64)
+    assert _left_out(gram, shared, 1e-4) == pytest.approx(math.log(1 - 0.6**2), abs=1e-3)
+    assert _left_out(gram, alone, 1e-4) == pytest.approx(math.log(1 + 0.72 * (2 / 3 + 1 / 9)), abs=1e-3)
+    assert 0 < _left_out(gram, alone, 10.0) < _left_out(gram, alone, 1e-4), "damped, less of it is lost"
+    assert _left_out(gram[:1], alone[:1], 1e-4) < 0, "one call has no other"
+
+
 def test_a_curve_begins_each_search_near_the_schedule_before(tiny_flux):
     solver = Solver(tiny_flux, PROMPTS, [3, 4], CALL)
     found = list(solver.curve([2, 4, 3], refine=0, most=10))
@@ -465,7 +510,7 @@ def test_other_forecasters_are_measured_on_the_same_calls_and_pictures_are_kept_
     known = References(tiny_flux, PROMPTS, [3, 4], CALL, pictures=True)
     found = known.measure(Reuse(), SCHEDULE)
     assert len(known.pictures) == len(found.pictures) == len(found.drifts) == 2
-    assert known.pictures[0].size == (32, 32) and known.pictures[0] != found.pictures[0]
+    assert known.pictures[0].shape == (32, 32, 3) and (known.pictures[0] != np.asarray(found.pictures[0])).any()
     with accelerate(tiny_flux, Reuse(), schedule=SCHEDULE):
         ended = last_latents(tiny_flux, 3)
     assert found.drifts[0] == pytest.approx(drift(ended, last_latents(tiny_flux, 3)), abs=0.01)

@@ -262,7 +262,14 @@ class _Bench:
         check_one_kind(pipe, [*plan.solved_on[0], *plan.checked_on[0]], call)
         with listen(pipe) as heard:
             self.progress.say("reference runs")
-            self._solver = Solver(pipe, *plan.solved_on, call, batch_size=size, on_run=self.progress.counter())
+            self._solver = Solver(
+                pipe,
+                *plan.solved_on,
+                call,
+                batch_size=size,
+                pictures=options.pictures,
+                on_run=self.progress.counter(),
+            )
         self._facts: Facts = heard[0]
         self._near = self._nearest(plan.near) if near else None
         self._checks = Checks(

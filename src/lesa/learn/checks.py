@@ -13,7 +13,6 @@ from lesa.host import needs
 from lesa.learn import metrics, perceptual
 from lesa.learn.calls import Call
 from lesa.learn.counted import Recording
-from lesa.learn.drawn import arrays
 from lesa.learn.references import References
 from lesa.predictors.curve import Tried
 from lesa.rows.forecasters import Forecaster
@@ -42,8 +41,7 @@ class Checks:
         **how: Any,
     ):
         self._known = References(pipe, calls, seeds, call, pictures=pictures, **how)
-        self._wanted = arrays(self._known.pictures) if pictures else None
-        self._known.pictures = []  # clips come as floats, four times as large as what is kept
+        self._wanted = self._known.pictures or None
         self.worst: dict[Tried, tuple[np.ndarray, np.ndarray]] = {}
         self._metrics: dict[str, Metric] = {"psnr": metrics.psnr}
         self.left_out = " ".join(self._left_out(min(min(x.shape[-3:-1]) for x in self._wanted))) if self._wanted else ""
@@ -68,8 +66,7 @@ class Checks:
         Raises: as `lesa.accelerate` does.
         """
         measured = self._known.measure(forecaster, schedule)
-        drawn = arrays(measured.pictures) if self._wanted is not None else None
-        return self._tried(rows, str(schedule), measured.drifts, drawn)
+        return self._tried(rows, str(schedule), measured.drifts, measured.pictures)
 
     def compare(self, rows: str, schedule: str, runs: Sequence[Recording], drawn: list[np.ndarray] | None) -> Tried:
         """Say what other runs of the same calls gave: where they ended, and what they drew."""

@@ -50,9 +50,10 @@ def most_runs(runs: Runs, budgets: Sequence[int], options: CalibrateOptions = OP
         planned_on = min(calls, PLANNED_ON if together else PLANNED_APART)
         found["rivals"] = planned_on * runs.steps + min(planned_on, DISTURBED) * disturbed
     for budget in budgets:
-        tries = most * few + (searching.FINALISTS * calls if calls > few else 0)
-        steps = options.refine * len(refining.DAMPINGS) + (directions(budget) if options.refine else 0)
         refined = searching.REFINED if together else 1
+        tries = (most + searching.STARTS + 1) * few + (searching.FINALISTS * calls if calls > few else 0)
+        tries += refined * calls * (refined > 1)
+        steps = options.refine * refining.TRIED + (directions(budget) if options.refine else 0)
         found["rounds"] += (1 + ROUNDS) * calls * budget * refined
         found["search"] += (1 if together else 2) * tries * budget
         found["refinement"] += steps * calls * budget * refined

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from lesa.host.pipelines import for_each, pictures_of
 from lesa.host.runtime import Run, accelerate
 from lesa.learn.calls import Call, arguments, plain, seeded, takes
 from lesa.learn.counted import Recorder, Recording
+from lesa.learn.drawn import arrays
 from lesa.rows.forecasters import Forecaster
 from lesa.rows.levels import Levels
 from lesa.rows.sampler import Sampler
@@ -53,10 +55,11 @@ class Counts:
 
 
 class Measured(NamedTuple):
-    """How far the runs of each call ended from its reference run, in dB, and what they drew if that was asked for."""
+    """How far the runs of each call ended from its reference run, in dB, and what they drew (uint8) if that was asked
+    for."""
 
     drifts: list[float]
-    pictures: list[Any]
+    pictures: list[np.ndarray]
     transformer_runs: int
 
     @property
@@ -98,7 +101,8 @@ class References:
         self.pipe, self.counts, self.done, self._progress = pipe, Counts(), 0, self
         self._on_run, self._pictures = on_run or (lambda _done: None), pictures
         self._call, self._batches = dict(call or {}), list(_batches(calls, seeds, batch_size))
-        self.pictures: list[Any] = []
+        self.pictures: list[np.ndarray] = []
+        """Of the reference runs, as `arrays` has them; empty without, or where what is drawn is no picture."""
         self.numbers: Sampler | None = None
         self.levels: Levels | None = None
         self.reference = self._run_in_full()
@@ -121,7 +125,7 @@ class References:
             left -= len(some)
         sizes = [len(some) for some, _ in part._batches]
         part.reference = [run.first(sizes[run.batch]) for run in self.reference if run.batch < len(sizes)]
-        part._progress = self
+        part._progress, part.pictures = self, self.pictures[:calls]
         part._weigh()
         return part
 
@@ -174,10 +178,13 @@ class References:
         of: str,
         keep: Collection[int] | None = (),
         on_record: Callable[[Run, Recording], None] | None = None,
-    ) -> tuple[list[Recording], list[Any]]:
-        """Run all calls, and return what passed at the steps to `keep` (None: all) and what was drawn."""
+        draw: bool = True,
+    ) -> tuple[list[Recording], list[np.ndarray]]:
+        """Run all calls, and return what passed at the steps to `keep` (None: all) and what was drawn: nothing unless
+        there are `pictures`, and the latents are to be decoded (`draw`)."""
+        draw = draw and self._pictures
         runs: list[Recording] = []
-        drawn: list[Any] = []
+        drawn: list[np.ndarray] = []
         for batch, (calls, seeds) in enumerate(self._batches):
             accelerated = accelerate(self.pipe, forecaster, schedule=schedule) if forecaster else nullcontext()
             with accelerated as live:
@@ -186,14 +193,14 @@ class References:
                     recorder.on_record = lambda run, live=live: on_record(live, run)
                 recorder.wants_numbers = keep is None and self.numbers is None
                 recorder.levels = self.levels
-                pictures = self._record(recorder, calls, seeds)
+                pictures = self._record(recorder, calls, seeds, draw)
             setattr(self.counts, of, getattr(self.counts, of) + recorder.counted)
             if self.numbers is None:
                 self.numbers, self.levels = recorder.numbers, recorder.levels
             for run in recorder.whole_runs():
                 run.batch = batch
                 runs.append(run)
-            drawn += pictures
+            drawn += arrays(pictures) or []  # clips come as floats, four times as large
             self._progress._count(len(calls))
         return runs, drawn
 
@@ -202,21 +209,24 @@ class References:
         self._on_run(self.done)
 
     def _run_in_full(self) -> list[Recording]:
-        runs, self.pictures = self.run(of="reference")
+        return self._kept(*self.run(of="reference"))
+
+    def _kept(self, runs: list[Recording], drawn: list[np.ndarray]) -> list[Recording]:
+        self.pictures = drawn
         return runs
 
-    def _record(self, recorder: Recorder, calls: Sequence[Call], seeds: Sequence[int]) -> list[Any]:
+    def _record(self, recorder: Recorder, calls: Sequence[Call], seeds: Sequence[int], draw: bool) -> list[Any]:
         undo = recorder.attach()
         try:
             with torch.no_grad(), seeded(seeds[0]):
-                result = self.pipe(**self._arguments(calls, seeds))
+                result = self.pipe(**self._arguments(calls, seeds, draw))
         finally:
             undo()
-        return list(pictures_of(result)) if self._pictures and _has_pictures(result) else []
+        return list(pictures_of(result)) if draw and _has_pictures(result) else []
 
-    def _arguments(self, calls: Sequence[Call], seeds: Sequence[int]) -> dict[str, Any]:
+    def _arguments(self, calls: Sequence[Call], seeds: Sequence[int], draw: bool) -> dict[str, Any]:
         usual = inspect.signature(type(self.pipe).__call__).parameters.get("output_type")
-        decoded = {"output_type": usual.default} if self._pictures and usual is not None else {}
+        decoded = {"output_type": usual.default} if draw and usual is not None else {}
         common = decoded | self._call
         if len(calls) == 1:
             return arguments(self.pipe, calls[0], seeds[0], common)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from lesa.learn.solving import Found, Problem
 
 NUDGE = 0.3
 """How far the latents are moved to measure a derivative, as a share of what they are off."""
-DAMPINGS = (1e-4, 1e-2, 1.0)
-"""What Gauss-Newton steps are damped by, as shares of the curvature's diagonal; all are run, and the best one kept."""
+DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""What Gauss-Newton steps may be damped by, as shares of the curvature's diagonal."""
+TRIED = 3
+"""How many dampings are run at most, those first that gain the most on calls left out; the best one is kept."""
 MOST = 21
 """In how many directions rows are changed at most: all of them at 6 full steps; of more, those of newest outputs."""
 WORTH = 0.1
@@ -62,22 +65,41 @@ def _end(run: Recording) -> Tensor:
 
 
 def _best_step(problem: Problem, found: Found, changes: list[Tensor], moved: list[Tensor]) -> Found | None:
-    """Return the best of the steps with more and more damping; None if none ends nearer."""
-    gram = torch.zeros(len(changes), len(changes), dtype=torch.float64)
-    slope = torch.zeros(len(changes), dtype=torch.float64)
+    """Return the best of the steps that promise to gain on other calls; None if none ends nearer."""
+    grams: list[Tensor] = []
+    slopes: list[Tensor] = []
     for some, run, wanted in zip(moved, found.recordings, problem.reference, strict=True):
         derivatives, error = some.double(), _end(run) - _end(wanted)
         weights = 1 / error.square().sum(1).clamp_min(TINY)
-        gram += (weights[:, None, None] * (derivatives @ derivatives.mT)).sum(0)
-        slope += (weights[:, None] * torch.einsum("pcn,pn->pc", derivatives, error)).sum(0)
+        grams.append(weights[:, None, None] * (derivatives @ derivatives.mT))
+        slopes.append(weights[:, None] * torch.einsum("pcn,pn->pc", derivatives, error))
+    gram, slope = torch.cat(grams), torch.cat(slopes)
+    gains = {damping: _left_out(gram, slope, damping) for damping in DAMPINGS}
     best = found
-    for damping in DAMPINGS:
-        held = gram + damping * torch.diag(gram.diagonal() + TINY)
-        step = -torch.linalg.solve(held, slope)
+    for damping in sorted(DAMPINGS, key=gains.__getitem__)[:TRIED]:
+        if gains[damping] >= 0:
+            break
+        step = _damped(gram.sum(0), slope.sum(0), damping)
         rows = found.rows + torch.einsum("c,cjk->jk", step, torch.stack(changes))
         tried = problem.run_rows(found.full, rows, of=OF)
         best = tried if tried.drift < best.drift else best
     return None if best is found else best
+
+
+def _damped(gram: Tensor, slope: Tensor, damping: float) -> Tensor:
+    return -torch.linalg.solve(gram + damping * torch.diag(gram.diagonal() + TINY), slope)
+
+
+def _left_out(gram: Tensor, slope: Tensor, damping: float) -> float:
+    """Return the mean change of log |e|^2, as the derivatives have it, of each call by the step that the others make:
+    of curvatures, (calls, changes, changes), and slopes; of one call by its own step."""
+    changes: list[float] = []
+    for k in range(len(gram)):
+        others = [i for i in range(len(gram)) if i != k] or [k]
+        step = _damped(gram[others].sum(0), slope[others].sum(0), damping)
+        left = 1 + 2 * step @ slope[k] + step @ gram[k] @ step
+        changes.append(math.log(max(float(left), TINY)))
+    return fmean(changes)
 
 
 def directions(problem: Problem, found: Found) -> list[Tensor]:

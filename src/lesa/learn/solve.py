@@ -140,13 +140,17 @@ class Solver(Problem):
         else:
             fulls = [self._of(schedule)]
             self.check_full(fulls[0])
-        all_found = (self._found(one, rounds, refine, report) for one in fulls)
-        solved, found, report = min(all_found, key=lambda one: one[1].drift)
+        (solved, found, report), *others = (self._found(one, rounds, refine, report) for one in fulls)
+        if others:
+            solved, found, report = min([(solved, found, report), *others], key=lambda one: self._score(one[1]))
         report.drift, report.seconds = found.drift, time.perf_counter() - began
         report.counts = self.counts - before
         report.counts.reference = self.counts.reference
         taken = dict(drift=found.drift, transformer_runs=report.counts.total)  # whatever was solved for before
         return Solution(self.predictor(found.full, found.rows, basis_of(self, solved), **taken), report)
+
+    def _score(self, found: Found) -> float:
+        return self.run_rows(found.full, found.rows, of="search", draw=True).score if self.pictures else found.score
 
     def curve(self, budgets: Sequence[int], **options: Any) -> Iterator[Solution]:
         """Solve for several budgets, from high to low: each search begins, too, near the schedule found before.

@@ -14,6 +14,7 @@ from lesa.host.runtime import Run, denoisers_of
 from lesa.host.tap import OUTPUT, tap_of
 from lesa.learn.calls import Call
 from lesa.learn.counted import Recording
+from lesa.learn.metrics import psnr
 from lesa.learn.references import BATCH, TINY, OnRun, References
 from lesa.predictors import Origin, configuration
 from lesa.predictors.solved import STREAMS, Solved
@@ -34,13 +35,28 @@ LEAST_HOLD, HOLDS = 1e-4, 100.0
 """How near to the best rows new ones are held after a round that was worse, and by what factor more after the next."""
 
 
+SHOWN = 0.75
+"""What pictures count for between schedules, where there are any; the last latents count for the rest."""
+
+
 class Found(NamedTuple):
-    """Rows, the recordings of a real run with them, and how far its calls ended from their references, in dB."""
+    """Rows, the recordings of a real run with them, and how far its calls ended from their references, in dB; where it
+    was drawn, by how many dB of PSNR its pictures are those of the references."""
 
     full: Full
     rows: Tensor
     recordings: list[Recording]
     drift: float
+    psnr: float | None = None
+
+    @property
+    def score(self) -> float:
+        """What is the less the nearer a run is, in dB: its drift, or where it was drawn its pictures, too.
+
+        A last step that is full takes much off the drift that a decoder would not have shown. Of pictures that are
+        alike to the cap of PSNR the drift alone tells which are nearer.
+        """
+        return self.drift if self.psnr is None else (1 - SHOWN) * self.drift - SHOWN * self.psnr
 
 
 class Problem(References):
@@ -76,8 +92,7 @@ class Problem(References):
         self.gram = sum(grams[1:], grams[0])
 
     def _run_in_full(self) -> list[Recording]:
-        runs, self.pictures = self.run(of="reference", keep=None)
-        return runs
+        return self._kept(*self.run(of="reference", keep=None))
 
     @property
     def ticks(self) -> int:
@@ -123,11 +138,19 @@ class Problem(References):
         return Gaps(self.response, full, self.begins, self.latents)
 
     def run_rows(
-        self, full: Full, rows: Tensor, *, of: str, on_record: Callable[[Run, Recording], None] | None = None
+        self,
+        full: Full,
+        rows: Tensor,
+        *,
+        of: str,
+        on_record: Callable[[Run, Recording], None] | None = None,
+        draw: bool = False,
     ) -> Found:
-        """Run all calls with these rows, (J, J + 1)."""
-        runs, _ = self.run(self.predictor(full, rows), of=of, keep=full, on_record=on_record)
-        return Found(full, rows, runs, fmean(self.drifts(runs)))
+        """Run all calls with these rows, (J, J + 1), and `draw` where there are pictures."""
+        draw = draw and bool(self.pictures)
+        runs, drawn = self.run(self.predictor(full, rows), of=of, keep=full, on_record=on_record, draw=draw)
+        pairs = zip(drawn, self.pictures, strict=True) if draw else ()
+        return Found(full, rows, runs, fmean(self.drifts(runs)), fmean(psnr(*both) for both in pairs) if draw else None)
 
     def predictor(self, full: Full, rows: Tensor, basis: Basis | None = None, **training: Any) -> Solved:
         """Make a predictor of these rows, (J, J + 1), which remembers more facts about its `training`, and may be
@@ -201,7 +224,7 @@ class Problem(References):
         """Tell whether all calls go in one run of the pipeline."""
         return len(self._batches) == 1 and len(self.reference) == 1
 
-    def lockstep(self, full: Full, of: str) -> Found:
+    def lockstep(self, full: Full, of: str, draw: bool = False) -> Found:
         """Solve every gap as the one run of all calls comes to it.
 
         Where the rows' algebra is not exact, what it is off by at a full step is taken into the gap that begins there.
@@ -234,7 +257,7 @@ class Problem(References):
             past = tuple(self.start + k for k in full[gaps.lows[j] : j + 1])
             return PlannedRow(past, coefficients, 0.0, float(rows[j, -1]))
 
-        return self.run_rows(full, held, of=of, on_record=go_on)._replace(rows=rows)
+        return self.run_rows(full, held, of=of, on_record=go_on, draw=draw)._replace(rows=rows)
 
     def _added(self, wanted: Recording, ticks: Sequence[int]) -> Tensor:
         """Return what the sampler's noise made of the latents at some ticks, (calls, ticks, elements): in all runs of a
@@ -280,12 +303,15 @@ class Problem(References):
             equations = self.equations(gaps, best)
         return best, drifts
 
-    def tried(self, full: Full, of: str) -> Found:
-        """Return the better of two rounds, of which the first goes by what the reference runs say."""
+    def tried(self, full: Full, of: str, draw: bool = False) -> Found:
+        """Return rows solved as one run of all calls comes to them, or else the better of two rounds, of which the
+        first goes by what the reference runs say."""
+        if self.goes_together:
+            return self.lockstep(full, of, draw)
         gaps = self.gaps(full)
-        one = self.run_rows(full, gaps.solve_rows(self.equations(gaps)), of=of)
-        other = self.run_rows(full, gaps.solve_rows(self.equations(gaps, one)), of=of)
-        return min(one, other, key=lambda found: found.drift)
+        one = self.run_rows(full, gaps.solve_rows(self.equations(gaps)), of=of, draw=draw)
+        other = self.run_rows(full, gaps.solve_rows(self.equations(gaps, one)), of=of, draw=draw)
+        return min(one, other, key=lambda found: found.score)
 
     def first(self, calls: int) -> Self:
         if self.levels is not None and calls < self.calls and max(len(some) for some, _ in self._batches) > 1:

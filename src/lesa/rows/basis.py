@@ -18,6 +18,7 @@ recorded one, and by as much again in a direction of its own as far as it is not
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -117,9 +118,10 @@ class Basis:
         """Return what these rows leave instead, as `Outcome` has it."""
         return _Walk(self, response, full).end(rows).left
 
-    def search(self, response: Tensor) -> Full:
-        """Return the full steps, as many as were recorded, whose rows leave the least, near those recorded."""
-        return descend(self.nearest, lambda full: self.solve(response, full).left, self.steps)
+    def search(self, response: Tensor, allowed: Callable[[Full], bool] | None = None) -> Full:
+        """Return the full steps, as many as were recorded, whose rows leave the least, near those recorded; on the way
+        there all schedules are `allowed`."""
+        return descend(self.nearest, lambda full: self.solve(response, full).left, self.steps, allowed=allowed)
 
 
 class _Walk:

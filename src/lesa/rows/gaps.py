@@ -196,13 +196,17 @@ def with_begins(full: Sequence[int], begins: Sequence[int]) -> tuple[int, ...]:
 
 
 def descend(
-    full: tuple[int, ...], cost: Callable[[tuple[int, ...]], float], steps: int, begins: Sequence[int] = (0,)
+    full: tuple[int, ...],
+    cost: Callable[[tuple[int, ...]], float],
+    steps: int,
+    begins: Sequence[int] = (0,),
+    allowed: Callable[[tuple[int, ...]], bool] | None = None,
 ) -> tuple[int, ...]:
-    """Take every move that makes the cost smaller, until there is none."""
+    """Take every move that makes the cost smaller, of those that are allowed, until there is none."""
     best, improved = cost(full), True
     while improved:
         improved = False
-        for moved in moves(full, steps, begins):
+        for moved in filter(allowed, moves(full, steps, begins)):
             if (found := cost(moved)) < best - TINY:
                 full, best, improved = moved, found, True
                 break
