@@ -163,6 +163,10 @@ def measured(options: argparse.Namespace, pipe: Any, ours: Calibrated, points: S
         found.append(known.run(rival.rows, by_name[rival.rows], lesa.Schedule.parse(rival.schedule)))
         if options.rivals:
             found += everyone(known, plans, point.full_steps, options.rivals)
+        for one in map(lesa.Predictor.from_pretrained, options.trained):
+            schedule = lesa.Schedule.parse(one.origin.schedule)
+            if len(schedule.full_steps(ours.curve.steps)) == point.full_steps:
+                found.append(known.run(f"trained {type(one).__name__}", one, schedule))
         try:
             trained = shipped_for(pipe, budget=point.full_steps)
             schedule = trained.schedule_for(kept.grid, point.full_steps)
@@ -238,6 +242,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=200, help="held-out ones (200)")
     parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--rivals", type=int, default=0, help="every row without training, planned; so many refined")
+    parser.add_argument("--trained", nargs="+", default=[], help="predictors, each measured beside as many full steps")
     parser.add_argument("--refine", type=int, default=lesa.CalibrateOptions.refine)
     parser.add_argument("--seed", type=int, default=0, help="of the calibration's noise and choice of prompts")
     parser.add_argument("--seeds", type=int, default=1, help="repeat it with so many, and say how far they differ")
