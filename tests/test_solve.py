@@ -332,9 +332,19 @@ def test_a_run_after_one_that_was_broken_off_is_as_if_there_had_been_none(tiny_f
     assert torch.equal(drawn.images, wanted) and run.summary().bytes_at_sampler > 0
 
 
-def test_the_plan_of_what_began_first_acts_at_the_sampler():
-    """The first call of each step becomes another one at step 5, whose plan corrects nothing; the second goes on."""
-    predictor, run, kept = corrected(), OutsideRun(GRID), {}
+@pytest.mark.parametrize("known", [True, False])
+def test_nothing_from_before_other_calls_came_corrects(known):
+    """The first call of each step becomes another one at step 5; the second goes on.
+
+    A predictor that knows of it combines what came since. The rows of one that does not would take the jump of what
+    guidance makes of the calls for a miss of the forecasts.
+    """
+    full, begins = ((0, 3, 5, 6, 7), (0, 5)) if known else ((0, 1, 5, 6, 7), (0,))
+    predictor = Solved(origin(schedule=str(Schedule.at(full)), training={"begins": begins}), latents=True)
+    rows = torch.eye(5, 6, dtype=torch.float64)
+    rows[3, 2:4], rows[4, 2], rows[4, 5] = torch.tensor([-0.5, 1.25]), 0.5, 0.125
+    predictor.set_gaps(rows)
+    run, kept = OutsideRun(GRID), {}
     chosen, latents = Chosen(predictor, lambda _times, _start: predictor.schedule), torch.full((1, 4), 8.0)
     for step in range(8):
         run.at(step)
@@ -347,8 +357,11 @@ def test_the_plan_of_what_began_first_acts_at_the_sampler():
             run.follow(chosen)
         output = torch.full((1, 4), float(step + 1))
         kept[step] = float(run.handed(output, latents)[0, 0])
-    assert kept[5] == 6.0 and kept[6] == 0.25 * 1 - 0.5 * 6 + 1.25 * 7 and kept[7] == 0.5 * 1 + 8 + 0.125 * 8
-    assert run.summary().bytes_at_sampler > latents.nbytes
+    six, seven = (-0.5 * 6 + 1.25 * 7, 0.5 * 6 + 8 + 0.125 * 8) if known else (7.0, 8.0)
+    assert (kept[5], kept[6], kept[7]) == (6.0, six, seven)
+    found = run.summary()
+    assert (found.at_sampler.corrected, found.at_sampler.uncorrected) == ((2, 0) if known else (0, 2))
+    assert ("2 full steps were not corrected" in str(found)) != known and found.bytes_at_sampler > latents.nbytes
 
 
 def test_where_no_output_gives_the_data_a_full_step_is_handed_on_as_it_is(monkeypatch):

@@ -55,9 +55,9 @@ class Known(NamedTuple):
         wide = torch.promote_types(torch.promote_types(latents.dtype, output.dtype), torch.float32)
         return self.of_latents * latents.to(wide) + self.of_output * output.to(wide)
 
-    def output(self, latents: Tensor, data: Tensor, like: Tensor) -> Tensor:
-        """Return the output that predicts this data, in the dtype of another one."""
-        return ((data - self.of_latents * latents.to(data.dtype)) / self.of_output).to(like.dtype)
+    def output(self, latents: Tensor, data: Tensor) -> Tensor:
+        """Return the output that predicts this data, in its dtype."""
+        return (data - self.of_latents * latents.to(data.dtype)) / self.of_output
 
 
 UNKNOWN = Known(math.nan, math.nan)

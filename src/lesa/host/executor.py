@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from lesa.host.facts import Heard
 from lesa.host.found import Found
 from lesa.host.streams import Call, Stream, Streams, name_of
 from lesa.host.structure import leaves, replace
-from lesa.host.summary import StreamSummary
+from lesa.host.summary import SamplerSummary, StreamSummary
 from lesa.rows.detour import Detour, Detours
 from lesa.rows.levels import DATA
 from lesa.rows.plan import Plan
@@ -177,7 +177,8 @@ class Executor:
         self.data: StreamSummary | None = None
         self.data_reason = ""
         self._data_run: DataRun[StreamRun] | None = None
-        self._at_sampler, self.bytes_at_sampler = AtSampler(storage), 0
+        self.done_at_sampler = SamplerSummary()
+        self._at_sampler = AtSampler(storage, self.done_at_sampler)
         self._name = threading.local()
         self._lock = threading.Lock()
         self._stream_runs: dict[Stream, StreamRun] = {}
@@ -347,31 +348,36 @@ class Executor:
         data = known.data(latents, output) if full else self._forecast_data(run.stream_run, latents, part)
         if full:
             self._keep_data(run.stream_run, data, part)
-        handed = self._at_sampler.handed(plan, step, data, latents, part)
-        self.bytes_at_sampler = self._at_sampler.nbytes
+        handed = self._at_sampler.handed(plan, step, data, latents, part, self._among(step))
         if full and (handed is data or not known.turns_back):  # or no output would make the sampler predict this
             return args, kwargs
-        return with_argument(scheduler, "model_output", known.output(latents, handed, output), args, kwargs)
+        given = self._at_sampler.narrow(known.output(latents, handed), output)
+        return with_argument(scheduler, "model_output", given, args, kwargs)
 
     def _handed(
         self, moment: Moment, tick: int, part: int, scheduler: Any, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict]:
         """Exchange an output where its row acts at the sampler."""
-        plan, step = self._plan_at_sampler, moment.start + tick
-        if plan is None or not plan.acts_at_sampler:
+        step = moment.start + tick
+        plan = self._plan_at_sampler(step)
+        if plan is None or not (plan.acts_at_sampler or self._at_sampler.began):
             return args, kwargs
         latents, output = (argument(scheduler, name, args, kwargs) for name in ("sample", "model_output"))
         if tick == part == 0:
             self._at_sampler.begin(latents)
-        handed = self._at_sampler.handed(plan, step, output, latents, part)
-        self.bytes_at_sampler = self._at_sampler.nbytes
+        handed = self._at_sampler.handed(plan, step, output, latents, part, self._among(step))
         return (args, kwargs) if handed is output else with_argument(scheduler, "model_output", handed, args, kwargs)
 
-    @property
-    def _plan_at_sampler(self) -> Plan | None:
-        """Return the plan of the stream that began first: one that joined the run later knows of no step before."""
-        first = min(self._stream_runs.values(), key=lambda one: one.began, default=None)
+    def _plan_at_sampler(self, step: int) -> Plan | None:
+        """Return the plan of the stream that began first, of those of a step: one that joined the run later knows of
+        no step before."""
+        acting = (one for one in self._stream_runs.values() if one.step == step)
+        first = min(acting, key=lambda one: one.began, default=None)
         return None if first is None else first.plan
+
+    def _among(self, step: int) -> Hashable:
+        """Tell of which streams a step is."""
+        return frozenset((id(one), one.began) for one in self._stream_runs.values() if one.step == step)
 
     def _keep_data(self, stream_run: StreamRun, data: Tensor, part: int) -> None:
         if not stream_run.fits(data, part):
@@ -398,12 +404,13 @@ class Executor:
         for stream_run in (run.stream_run, *self._stream_runs.values()):
             self._plan(stream_run, moment)
         acts = run.stream_run.plan.acts_at_sampler
-        self._at_sampler = self._at_sampler if acts else AtSampler(self.storage)  # the first latents are not needed
+        if not acts:  # the first latents are not needed
+            self._at_sampler = AtSampler(self.storage, self.done_at_sampler)
         for part, data in enumerate(run.first):
             if began == start:
                 run.stream_run.keep(data, part)
             if began == start and part == 0:
-                self._at_sampler.keep(run.stream_run.plan, start, data)
+                self._at_sampler.keep(run.stream_run.plan, start, data, self._among(start))
         run.first.clear()
 
     def hear(self, stream_run: StreamRun, kwargs: dict, output: Any) -> None:
@@ -437,7 +444,7 @@ class Executor:
     def forget(self) -> None:
         """End the run: its histories are freed."""
         self._stream_runs, self._moment, self._data_run = {}, None, None
-        self._at_sampler, self._heard = AtSampler(self.storage), Heard()
+        self._at_sampler, self._heard = AtSampler(self.storage, self.done_at_sampler), Heard()
 
     @contextmanager
     def within(self, name: str) -> Iterator[None]:

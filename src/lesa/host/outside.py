@@ -28,7 +28,7 @@ from torch import Tensor
 from lesa.host.at_sampler import AtSampler
 from lesa.host.choice import FULL, REFUSE, Chosen
 from lesa.host.executor import StreamRun
-from lesa.host.summary import StreamSummary, Summary
+from lesa.host.summary import SamplerSummary, StreamSummary, Summary
 from lesa.predictors import Predictor
 from lesa.predictors.calibration import Calibration
 from lesa.predictors.facts import Facts, Mixture
@@ -62,7 +62,8 @@ class OutsideRun:
         self.chosen: Chosen | None = None
         self.step, self._place, self._storage = -1, -1, storage or Storage()
         self._calls: dict[int, _Call] = {}
-        self._at_sampler, self._bytes_at_sampler = AtSampler(self._storage), 0
+        self._done_at_sampler = SamplerSummary()
+        self._at_sampler = AtSampler(self._storage, self._done_at_sampler)
 
     def at(self, step: int) -> None:
         """Say which step the next calls are of."""
@@ -103,15 +104,15 @@ class OutsideRun:
 
         Raises: RuntimeError if latents or outputs have not kept their shape.
         """
+        acting = [call for call in self._calls.values() if call.planned and call.step == self.step]
+        planned = [one.plan for call in acting for one in call.stream_runs]
+        plan = min(planned, key=lambda plan: plan.start, default=None)  # a later one knows of no step before
+        if plan is None or not (plan.acts_at_sampler or self._at_sampler.began):
+            return output
         if self.step == 0:
             self._at_sampler.begin(latents)
-        planned = [one.plan for call in self._calls.values() if call.planned for one in call.stream_runs]
-        plan = min(planned, key=lambda plan: plan.start, default=None)  # a later one knows of no step before
-        if plan is None or not plan.acts_at_sampler:
-            return output
-        handed = self._at_sampler.handed(plan, self.step, output, latents)
-        self._bytes_at_sampler = self._at_sampler.nbytes
-        return handed
+        among = frozenset((id(call), call.began) for call in acting)
+        return self._at_sampler.handed(plan, self.step, output, latents, among=among)
 
     def follow(self, chosen: Chosen) -> None:
         """Take what to forecast with, after the first step.
@@ -129,7 +130,7 @@ class OutsideRun:
     def summary(self) -> Summary:
         """Return what was done so far, of each stream."""
         found = Summary({name: replace(one, clamped=int(one.clamped)) for name, one in self.done.items()})
-        found.bytes_at_sampler = self._bytes_at_sampler
+        found.at_sampler = replace(self._done_at_sampler, clamped=int(self._done_at_sampler.clamped))
         if self.chosen is not None:
             found.chosen, found.promise = {self.chosen.label: 1}, self.chosen.promise
             found.fallbacks = int(self.chosen.is_fallback)
@@ -140,7 +141,7 @@ class _Call:
     """Calls at one place of their steps, as long as they are of a kind: a stream for each of their outputs."""
 
     def __init__(self, kind: Hashable, began: int, stream_runs: list[StreamRun]):
-        self.kind, self.step, self._began, self.stream_runs = kind, began, began, stream_runs
+        self.kind, self.step, self.began, self.stream_runs = kind, began, began, stream_runs
         self.planned = False
         self._first: Sequence[Tensor] = ()
 
@@ -163,7 +164,7 @@ class _Call:
     def follow(self, chosen: Chosen, times: tuple[float, ...], rows_of: str | None) -> None:
         """Plan, and keep what came before there was a plan."""
         for stream_run in self.stream_runs:
-            stream_run.follow(chosen.plan(rows_of or stream_run.name, 0, self._began, times))
+            stream_run.follow(chosen.plan(rows_of or stream_run.name, 0, self.began, times))
         self.planned = True
         if self._first:
             self.enter(self.step)

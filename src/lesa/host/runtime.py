@@ -108,7 +108,8 @@ class Run:
         if self._executor.data is not None:
             found.data = replace(self._executor.data, clamped=int(self._executor.data.clamped))
             found.reason = self._executor.data_reason
-        found.passed_by, found.bytes_at_sampler = self._executor.clock.passed_by, self._executor.bytes_at_sampler
+        found.passed_by, at_sampler = self._executor.clock.passed_by, self._executor.done_at_sampler
+        found.at_sampler = replace(at_sampler, clamped=int(at_sampler.clamped))
         for chosen, runs in self._executor.found.items():
             if chosen.label:
                 found.chosen[chosen.label] = found.chosen.get(chosen.label, 0) + runs

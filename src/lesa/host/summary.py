@@ -33,13 +33,29 @@ class StreamSummary:
         return (self.full_steps + self.skipped_steps) / max(self.full_steps, 1)
 
 
+@dataclass
+class SamplerSummary:
+    """What was done at the sampler, after guidance, in all runs so far.
+
+    `corrected` counts full steps that were corrected, which the denoiser's streams count as full; `uncorrected` those
+    that were not, as other streams ran before (guidance was turned off); `clamped` the outputs that would have been
+    beyond the largest number of their dtype; `bytes_held` is the memory of a run's first latents, and of full steps'
+    outputs that correct others, where rows combine them.
+    """
+
+    corrected: int = 0
+    uncorrected: int = 0
+    clamped: int | Tensor = 0
+    bytes_held: int = 0
+
+
 class Summary(dict[str, StreamSummary]):
     """Stream name to `StreamSummary`; prints as a table.
 
     `data` is what was done for the data prediction, where that was forecast, and `reason` why it was. `passed_by`
     counts calls of a denoiser within a call of the pipeline that were of no run, as of a loop that another scheduler
-    steps: they ran in full. `bytes_at_sampler` is the memory of a run's first latents, and of full steps' outputs
-    that correct others, where rows combine them; `bytes_held` is all of the memory held.
+    steps: they ran in full. `at_sampler` is what rows did there, and `bytes_at_sampler` the memory held for it;
+    `bytes_held` is all of the memory held.
 
     Where forecasts were made with what was found for each run, `chosen` says what that was, and in how many runs.
     `promise` is what was measured of those that were calibrated, and `fallbacks` counts the runs that none fitted.
@@ -48,13 +64,18 @@ class Summary(dict[str, StreamSummary]):
     data: StreamSummary | None = None
     reason: str = ""
     passed_by: int = 0
-    bytes_at_sampler: int = 0
     promise: str = ""
     fallbacks: int = 0
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.chosen: dict[str, int] = {}
+        self.at_sampler = SamplerSummary()
+
+    @property
+    def bytes_at_sampler(self) -> int:
+        """Bytes that a run held of its first latents, and of full steps' outputs that correct others."""
+        return self.at_sampler.bytes_held
 
     @property
     def bytes_held(self) -> int:
@@ -80,6 +101,14 @@ class Summary(dict[str, StreamSummary]):
                 lines.append(f"{'':<10} {s.detours} runs were unusual and took a detour")
         if self.bytes_at_sampler:
             lines.append(f"{'sampler':<46} {_bytes(self.bytes_at_sampler):>10}")
+        if self.at_sampler.corrected:
+            lines.append(f"{'':<10} {self.at_sampler.corrected} full steps were corrected")
+        if self.at_sampler.uncorrected:
+            words = "full steps were not corrected, as other streams ran than before"
+            lines.append(f"{'':<10} {self.at_sampler.uncorrected} {words}")
+        if self.at_sampler.clamped:
+            words = "handed on were beyond the range of their dtype and clamped to it"
+            lines.append(f"{'':<10} {self.at_sampler.clamped} outputs {words}")
         if self.data:
             lines.append(f"forecast: the data prediction, {self.reason}")
         lines += [f"{label}, in {runs} run{'s' * (runs != 1)}" for label, runs in self.chosen.items()]

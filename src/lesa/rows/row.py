@@ -45,8 +45,7 @@ def combine(terms: Sequence[Term], offset: float, forecast: Tensor, scratch: Ten
     infinite values stay infinite. Returns 1 if there were such sums, else 0: a number on the forecast's device where
     the range is so narrow that it has to be looked at.
     """
-    most, clamped = torch.finfo(forecast.dtype).max, 0
-    is_narrow = most < torch.finfo(scratch.dtype).max / 2  # bfloat16 has the range of float32
+    clamped: Tensor | int = 0
     for start in range(0, len(forecast), len(scratch)):
         piece = slice(start, start + len(scratch))
         total = scratch[: len(forecast[piece])].fill_(offset)
@@ -56,12 +55,23 @@ def combine(terms: Sequence[Term], offset: float, forecast: Tensor, scratch: Ten
                 total.add_(part, alpha=coefficient)
             else:
                 total.addcmul_(part.to(total.dtype), scale[piece].to(total.device), value=coefficient)
-        if is_narrow:
-            beyond = (total.abs() > most) & total.isfinite()
-            clamped = clamped | beyond.any()
-            total = torch.where(beyond, total.clamp(-most, most), total)
+        total, beyond = within(total, forecast.dtype)
+        clamped = clamped | beyond
         forecast[piece] = total
     return clamped
+
+
+def within(sums: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | int]:
+    """Return sums clamped to the range of a dtype, which they keep their own before, and whether some were beyond it.
+
+    Infinite ones stay infinite. The second is 1 or 0, a number on their device where the range is so narrow that it has
+    to be looked at.
+    """
+    most = torch.finfo(dtype).max
+    if most >= torch.finfo(sums.dtype).max / 2:  # bfloat16 has the range of float32
+        return sums, 0
+    beyond = (sums.abs() > most) & sums.isfinite()
+    return torch.where(beyond, sums.clamp(-most, most), sums), beyond.any()
 
 
 class Storage(NamedTuple):
