@@ -34,7 +34,6 @@ from lesa.bench.methods import REFERENCE, Method, forecast, untrained
 from lesa.bench.report import markdown
 from lesa.learn.call_files import read_prompts
 from lesa.learn.metrics import interval, paired_interval, psnr
-from lesa.rows.forecasters import LinearRows
 from lesa.rows.grid import from_scheduler
 from lesa.rows.plan import compile
 
@@ -159,8 +158,10 @@ def shoot(pipe: Any, condition: Condition, method: Method, pairs: Sequence[Seque
 
 def unbound(predictor: lesa.Predictor, grid: torch.Tensor) -> lesa.Forecaster:
     """Take a predictor's rows as they are: for every stream, and for another grid of as many steps."""
-    plan = compile(predictor, predictor.grid, predictor.schedule)
-    return LinearRows(grid, plan.rows, memory=plan.memory, remembers_forecasts=plan.remembers_forecasts)
+    plan = compile(predictor, predictor.grid, predictor.schedule, predictor.begins[0])
+    frozen = plan.freeze()
+    frozen.grid = grid
+    return frozen
 
 
 def rows(

@@ -2,23 +2,28 @@
 
 import copy
 import math
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
+import numpy as np
 import pytest
 import torch
 from zoo.pipelines import ZOO
 
+from lesa.bench.plots import coefficients
+from lesa.cli import main
 from lesa.host.at_sampler import AtSampler
 from lesa.host.intercept import intercept
 from lesa.host.runtime import accelerate
 from lesa.host.summary import SamplerSummary
+from lesa.host.times import times_of
 from lesa.learn.solve import Solver
 from lesa.predictors import Origin, configuration
+from lesa.predictors.lesa import LESA
 from lesa.predictors.solved import Solved
-from lesa.rows.forecasters import PlannedRow, Reuse
+from lesa.rows.forecasters import LinearRows, PlannedRow, Reuse
 from lesa.rows.grid import from_scheduler
-from lesa.rows.plan import Plan
-from lesa.rows.row import STORAGES, Storage
+from lesa.rows.plan import Plan, compile
+from lesa.rows.row import STORAGES, Row, Storage
 from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
 
@@ -306,3 +311,65 @@ def test_nothing_is_corrected_from_before_guidance_was_turned_off(at):
     assert as_they_are == [True] * 4 + [corrects < 1, corrects < 2]
     found = run.summary().at_sampler
     assert (found.corrected, found.uncorrected) == (corrects, 2 - corrects)
+
+
+# --- who else asks for rows
+
+
+def test_a_stream_of_a_predictor_is_corrected_as_the_predictor_is():
+    class Corrects(LESA):
+        def correction(self, grid, step, past):
+            return Row(torch.tensor([0.0, 0.5], dtype=torch.float64), torch.tensor(0.0)) if step == 7 else None
+
+    times = tuple(torch.linspace(1, 0, 9).tolist())
+    origin = Origin("a model", "Linear", {}, Tap(), times, "at:0,1,6,7", ("cond", "uncond"))
+    predictor = Corrects(origin, bounds=(), memories=(2,))
+    for one in (predictor, predictor.for_stream("uncond")):
+        plan = compile(one, times, predictor.schedule)
+        assert set(plan.corrections) == {7} and plan.corrections[7].coefficients[-1] == 0.5
+
+
+def test_corrections_are_refused_where_noise_is_added_though_rows_reuse():
+    """Outputs jump with the noise."""
+    subject = ZOO["stable_diffusion_euler_ancestral_guided"]()
+    with subject.around():
+        subject.call(0)
+        times = times_of(subject.pipe.scheduler)
+        steps = len(times) - 1
+        kept = {k: PlannedRow((0,), (1.0,), 0.0) for k in range(1, steps - 1)}
+        last = {steps - 1: PlannedRow((0, steps - 1), (-0.5, 1.5), 0.0)}
+        for corrections in ({}, last):
+            one = LinearRows(times, kept, memory=2, remembers_forecasts=False, corrections=corrections)
+            refused = pytest.raises(ValueError, match="add no noise") if corrections else nullcontext()
+            with accelerate(subject.pipe, one, schedule=Schedule.at([0, steps - 1]), of="output"), refused:
+                subject.call(0)
+
+
+def test_rows_of_runs_that_begin_in_mid_grid_are_printed(tmp_path, capsys):
+    origin = Origin("a model", "Linear", {}, Tap(), TIMES8, "at:3,5,6,7", ("all",), training={"begins": [3]})
+    predictor = Solved(origin, latents=True)
+    made = torch.eye(4, 5, dtype=torch.float64)
+    made[2, 0], made[3, 4] = 0.5, 0.25
+    predictor.set_gaps(made)
+    predictor.save_pretrained(tmp_path)
+    assert main(["rows", str(tmp_path)]) == 0
+    assert "6 = +1 h6 +0.5 h3  (gain 1.5)  corrected\n   7 = +1 h7 +0.25 x" in capsys.readouterr().out
+
+
+def test_the_map_of_rows_shows_what_corrects_a_full_step():
+    plan = Plan(TIMES, (0, 2), 0, 2, False, {1: PlannedRow((0,), (1.0,), 0.0)}, corrections={2: LAST})
+    np.testing.assert_equal(coefficients(plan), [[np.nan] * 3, [1.0, np.nan, np.nan], [0.5, np.nan, 2.0]])
+
+
+def test_predictors_saved_before_there_were_corrections_correct_nothing(tmp_path):
+    """Their rows of full steps are zeros, whatever the schedule; and so are those of a predictor without latents."""
+    for latents in (True, False):
+        predictor = Solved(Origin("a model", "Linear", {}, Tap(), TIMES8, str(SCHEDULE), ("all",)), latents=latents)
+        made = rows()
+        with torch.no_grad():
+            for j, end in ((0, 3), (1, 6)):
+                predictor.coefficients[FULL[j] + 1 : end] = made[j, :4]
+        predictor.save_pretrained(tmp_path / str(latents))
+        plan = compile(Solved.from_pretrained(tmp_path / str(latents)), TIMES8, SCHEDULE)
+        assert not plan.corrections and plan.rows[4].coefficients == (-0.25, 1.25)
+        assert torch.equal(predictor.gaps[2:], torch.eye(4, 5, dtype=torch.float64)[2:])

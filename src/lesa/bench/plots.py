@@ -242,8 +242,10 @@ def mean_error(records: Sequence[Record]) -> np.ndarray:
 
 
 def rows(comparison: Comparison, path: str | Path) -> None:
-    """Draw rows as heat maps: step s is made of the past steps at its left. Of many methods it is some: the highlighted
-    ones, those with the most full steps first."""
+    """Draw rows as heat maps: step s is made of the past steps at its left, and where it is corrected of itself, too.
+
+    Of many methods it is some: the highlighted ones, those with the most full steps first.
+    """
     maps: dict[tuple[Key, str], np.ndarray] = {
         (key, stream): coefficients(Plan.from_json(json.dumps(plan)))
         for key, cost in comparison.costs.items()
@@ -258,7 +260,7 @@ def rows(comparison: Comparison, path: str | Path) -> None:
         image = axes.imshow(matrix, cmap="RdBu_r", vmin=-STRONGEST, vmax=STRONGEST)
         words = [key[0] + (f", {stream}" if len(streams) > 1 else ""), f"on {key[1]}"]
         axes.set_title("\n".join(line for text in words for line in textwrap.wrap(text, 38)), fontsize=7)
-        axes.set_ylabel("step that is forecast" if number % columns == 0 else "", fontsize=8)
+        axes.set_ylabel("step that is forecast, or corrected" if number % columns == 0 else "", fontsize=8)
         axes.set_xlabel("past step" if number >= len(maps) - columns else "", fontsize=8)
         axes.tick_params(labelsize=7)
         for axis in (axes.xaxis, axes.yaxis):
@@ -285,10 +287,10 @@ def _first_of(maps: Mapping[tuple[Key, str], Any], comparison: Comparison) -> li
 def coefficients(plan: Plan) -> np.ndarray:
     """Return a plan's coefficients, (S, S): row s, column k is the weight of step k in the forecast for step s.
 
-    A full step has nothing in its row.
+    A full step has nothing in its row, unless it is corrected: then the weights of full steps up to itself.
     """
     matrix = np.full((plan.steps, plan.steps), np.nan)
-    for step, row in plan.rows.items():
+    for step, row in (plan.rows | plan.corrections).items():
         matrix[step, list(row.past)] = row.coefficients
     return matrix
 

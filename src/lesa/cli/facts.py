@@ -28,7 +28,7 @@ def rows(given: Namespace) -> None:
     """Print the rows of a predictor."""
     predictor = Predictor.from_pretrained(given.predictor)
     stream = given.stream or predictor.origin.streams[0]
-    print(compile(predictor.for_stream(stream), predictor.grid, predictor.schedule))
+    print(compile(predictor.for_stream(stream), predictor.grid, predictor.schedule, predictor.begins[0]))
     options.say_next("generate", "MODEL", "PROMPT", "--predictor", given.predictor)
 
 

@@ -159,8 +159,8 @@ class Judge:
 
 
 def _reuses(plan: Plan) -> bool:
-    """Tell whether a plan's forecasts are the newest feature as it is."""
-    return all(
+    """Tell whether a plan's forecasts are the newest feature as it is, and its full steps are as they are."""
+    return not plan.corrections and all(
         row.coefficients[-1] == 1 and not any((*row.coefficients[:-1], row.offset, row.latents))
         for row in plan.rows.values()
     )

@@ -305,6 +305,9 @@ class _Stream(Forecaster):
             self._predictor.check_past(step, past)
         return self._predictor.stream_rows(self._name, grid, pasts)
 
+    def correction(self, grid: Tensor, step: int, past: Sequence[int]) -> Row | None:
+        return self._predictor.correction(grid, step, past)  # at the sampler all streams are one
+
     def wants(self, grid: Tensor, step: int) -> int:
         return self._predictor.wants(grid, step)
 
