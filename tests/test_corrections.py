@@ -141,7 +141,7 @@ def test_what_goes_beyond_the_range_of_its_dtype_is_clamped_and_counted(tiny_flu
         assert all(one > 10 * largest for one in most[4:])
     clamped = 4 * (dtype == torch.float16)
     assert found.at_sampler.clamped == clamped and found["cond"].clamped == 0
-    assert ("\n           4 outputs handed on were beyond the range of their dtype" in str(found)) == bool(clamped)
+    assert ("\n           4 outputs were beyond the range of the dtype" in str(found)) == bool(clamped)
 
 
 @pytest.mark.parametrize("spoiled", [math.nan, math.inf])
@@ -311,6 +311,7 @@ def test_nothing_is_corrected_from_before_guidance_was_turned_off(at):
     assert as_they_are == [True] * 4 + [corrects < 1, corrects < 2]
     found = run.summary().at_sampler
     assert (found.corrected, found.uncorrected) == (corrects, 2 - corrects)
+    assert ("\n           1 full step was not corrected, as other" in str(run.summary())) == (corrects == 1)
 
 
 # --- who else asks for rows

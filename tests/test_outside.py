@@ -362,6 +362,37 @@ def test_a_part_of_the_first_latents_is_added_after_guidance(sampling: Any, nois
         assert torch.allclose(found, wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("changes", [False, True])
+@pytest.mark.parametrize("noise", [False, True])
+def test_full_steps_are_corrected_after_guidance(sampling: Any, noise: bool, changes: bool):
+    """By hand: of what guidance made at full steps, and of the first latents; a condition that no longer acts in the
+    last step makes another output of it, which is handed on as it is."""
+    times = (1.0, 0.8, 0.6, 0.4, 0.0)
+    corrections = {2: PlannedRow((0, 2), (-0.5, 1.5), 0.0), 3: PlannedRow((0, 2, 3), (0.25, -0.5, 1.0), 0.0, 0.5)}
+    skipped = {1: PlannedRow((0,), (1.0,), 0.0)}
+    rows = LinearRows(times, skipped, memory=3, remembers_forecasts=False, corrections=corrections)
+    course = sampling.Course(times[:-1], 0.0, noise, False, ())
+    asked = Asked(forecaster=rows, schedule=Schedule.at([0, 2, 3]))
+    run, made = sampling.Sampling(course, True, "euler", asked, lambda: ""), {}
+    conds = [[{}, *([{"timestep_end": 0.5}] if changes else [])], [{}]]
+    for step, sigma in enumerate(course.sigmas):
+        x = torch.full((1, 4, 2, 2), 4 * sigma)
+
+        def predict(x: Tensor, sigma: Tensor, step: int = step) -> Tensor:
+            cond, uncond = run.predict(lambda *_: [x - sigma * (step + 1), x], None, conds, x, sigma, {})
+            return uncond + 2 * (cond - uncond)
+
+        found = run.evaluate(predict, x, torch.tensor([sigma]))
+        made[step] = x - sigma * 2 * (step + 1) if noise else torch.full_like(x, 2.0 * (step + 1))
+        wanted = made[0 if step == 1 else step]
+        if step in corrections and not (changes and step == 3):
+            row = corrections[step]
+            wanted = sum(c * made[k] for k, c in zip(row.past, row.coefficients, strict=True)) + row.latents * 4.0
+        assert torch.allclose(found, wanted if noise else x - sigma * wanted, atol=1e-5), f"step {step}"
+    at_sampler = run.summary().at_sampler
+    assert (at_sampler.corrected, at_sampler.uncorrected) == (2 - changes, int(changes))
+
+
 def test_an_evaluation_that_was_not_expected_is_an_error(sampling: Any):
     course = sampling.Course((1.0, 0.8), 0.0, False, False, ())
     run = sampling.Sampling(course, True, "mine", Asked(), lambda: "")

@@ -102,13 +102,15 @@ class Summary(dict[str, StreamSummary]):
         if self.bytes_at_sampler:
             lines.append(f"{'sampler':<46} {_bytes(self.bytes_at_sampler):>10}")
         if self.at_sampler.corrected:
-            lines.append(f"{'':<10} {self.at_sampler.corrected} full steps were corrected")
+            lines.append(f"{'':<10} {_many(self.at_sampler.corrected, 'full step')} corrected")
         if self.at_sampler.uncorrected:
-            words = "full steps were not corrected, as other streams ran than before"
-            lines.append(f"{'':<10} {self.at_sampler.uncorrected} {words}")
+            words = "not corrected, as other streams ran than before"
+            lines.append(f"{'':<10} {_many(self.at_sampler.uncorrected, 'full step')} {words}")
         if self.at_sampler.clamped:
-            words = "handed on were beyond the range of their dtype and clamped to it"
-            lines.append(f"{'':<10} {self.at_sampler.clamped} outputs {words}")
+            words = "beyond the range of the dtype and clamped to it"
+            lines.append(
+                f"{'':<10} {_many(int(self.at_sampler.clamped), 'output handed on', 'outputs handed on')} {words}"
+            )
         if self.data:
             lines.append(f"forecast: the data prediction, {self.reason}")
         lines += [f"{label}, in {runs} run{'s' * (runs != 1)}" for label, runs in self.chosen.items()]
@@ -120,6 +122,10 @@ class Summary(dict[str, StreamSummary]):
         if self.passed_by:
             lines.append(f"{self.passed_by} calls of a denoiser were of no run, and ran in full")
         return "\n".join(lines)
+
+
+def _many(count: int, one: str) -> str:
+    return f"1 {one} was" if count == 1 else f"{count} {one}s were"
 
 
 def _bytes(count: float) -> str:
