@@ -314,6 +314,21 @@ def test_nothing_is_corrected_from_before_guidance_was_turned_off(at):
     assert ("\n           1 full step was not corrected, as other" in str(run.summary())) == (corrects == 1)
 
 
+def test_where_a_first_step_has_outputs_of_other_shapes_rows_begin_after_it():
+    """Qwen-Image-2.1 prefills tokens there: nothing is combined with it, and corrections are of the steps after it."""
+    subject = ZOO["qwen_image21_guided"]()
+    with subject.around():
+        solver = Solver(subject.pipe, [subject.arguments], [0])
+        assert solver.begins == (0, 1)
+        found, _ = solver.rounds((0, 1, 3, 4), most=1)
+        predictor = solver.predictor(found.full, found.rows)
+        with accelerate(subject.pipe, predictor) as run:
+            subject.call(0)
+    assert run.plan().corrections[3].past == (1, 3)
+    assert (run.summary().at_sampler.corrected, run.summary().at_sampler.uncorrected) == (1, 0)
+    assert found.drift < solver.reuse(found.full).drift
+
+
 # --- who else asks for rows
 
 

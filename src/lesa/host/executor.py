@@ -18,7 +18,7 @@ from lesa.host.data import DataRun
 from lesa.host.facts import Heard
 from lesa.host.found import Found
 from lesa.host.streams import Call, Stream, Streams, name_of
-from lesa.host.structure import leaves, replace
+from lesa.host.structure import is_numbers, leaves, replace
 from lesa.host.summary import SamplerSummary, StreamSummary
 from lesa.rows.detour import Detour, Detours
 from lesa.rows.levels import DATA
@@ -68,14 +68,14 @@ class StreamRun:
         """Keep the feature of a full step, if a later row combines it."""
         if not self.plan.rows:
             return
-        found = [x for _, x in leaves(feature) if _is_numbers(x)]
+        found = [x for _, x in leaves(feature) if is_numbers(x)]
         if not found:
             raise RuntimeError(
                 f"a feature is made of tensors, got a {type(feature).__name__} without any in stream {self.name!r}; "
                 "accelerate the module that returns tensors (denoisers=...)."
             )
         numbers = iter(range(len(found)))
-        template = replace(feature, Tensor, lambda x: _Slot(next(numbers), x.dtype) if _is_numbers(x) else x)
+        template = replace(feature, Tensor, lambda x: _Slot(next(numbers), x.dtype) if is_numbers(x) else x)
         held = self.parts[part][1] if part in self.parts else self._make(found)
         for history, x in zip(held, found, strict=True):
             self._remember(history, x)
@@ -96,7 +96,7 @@ class StreamRun:
         """Tell whether a feature has the shapes of those held, if any are."""
         if part not in self.parts:
             return True
-        found, held = [x for _, x in leaves(feature) if _is_numbers(x)], self.parts[part][1]
+        found, held = [x for _, x in leaves(feature) if is_numbers(x)], self.parts[part][1]
         return len(found) == len(held) and all(history.fits(x) for history, x in zip(held, found, strict=True))
 
     def _make(self, found: Sequence[Tensor]) -> list[History]:
@@ -129,7 +129,7 @@ class StreamRun:
 
     def error(self, row: Row, past: Sequence[int], feature: Any) -> float:
         """Return how far a row's forecast is from the feature that is known: |forecast - feature| / |feature|."""
-        known = next(x for _, x in leaves(feature) if _is_numbers(x)).float()
+        known = next(x for _, x in leaves(feature) if is_numbers(x)).float()
         history = self.parts[0][1][0]
         forecast = history.forecast(past, row.coefficients.tolist(), float(row.offset)).float()
         return float((forecast - known).norm() / known.norm())
@@ -144,10 +144,6 @@ class StreamRun:
                 if feature is not None:
                     (held[k],) = self._make([feature])
                     self._remember(held[k], feature)
-
-
-def _is_numbers(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 0
 
 
 def _slots(template: Any) -> list[_Slot]:

@@ -47,3 +47,8 @@ def _parts(structure: Any) -> list[tuple[Any, Any]] | None:
     if isinstance(structure, (tuple, list)):
         return list(enumerate(structure))
     return list(structure.items()) if isinstance(structure, Mapping) else None
+
+
+def is_numbers(x: Any) -> bool:
+    """Tell whether a leaf is what forecasts are made of: a tensor of numbers with a shape."""
+    return isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 0

@@ -16,6 +16,7 @@ from lesa.host.data import Known
 from lesa.host.intercept import intercept, unmarked
 from lesa.host.runtime import denoisers_of
 from lesa.host.streams import Call, Stream, Streams, hear
+from lesa.host.structure import is_numbers, leaves
 from lesa.rows import levels, sampler
 from lesa.rows.levels import Levels
 from lesa.rows.sampler import Sampler
@@ -23,12 +24,16 @@ from lesa.rows.sampler import Sampler
 ELEMENTS = 1 << 15
 """How many elements of each call's latents the equations are made of, drawn once; all of them where there are fewer."""
 
+_Streams = set[tuple[Stream, tuple]]
+"""Streams, each with the shapes of what its call gave"""
+
 
 class Recording:
     """One run of a batch of calls: of the ticks to keep, velocities and latents before them at some elements, and the
     last latents whole; all float32 on the CPU.
 
-    Ticks count from the run's first step. `begins` are those at which other streams ran than before.
+    Ticks count from the run's first step. `begins` are those at which other streams ran than before, or a stream's
+    outputs had other shapes (a first step may prefill tokens).
     """
 
     def __init__(self, moment: Moment, calls: int, keep: Collection[int] | None):
@@ -39,19 +44,23 @@ class Recording:
         self.ticks, self.batch, self.number = 0, 0, 0  # which of the batches, and which run of its call
         self.begins: list[int] = []
         self.size: int | None = None
-        self.streams, self._mine, self._before = Streams(), set[Stream](), set[Stream]()
+        self.streams, self._mine, self._before = Streams(), _Streams(), _Streams()
         self._places: dict[str, int] = {}
 
-    def call(self, name: str, stream: str | None, args: tuple, kwargs: dict) -> None:
-        """Take note of a denoiser's call."""
+    def call(self, name: str, stream: str | None, args: tuple, kwargs: dict) -> Stream:
+        """Take note of a denoiser's call; returns its stream."""
         place = self._places[name] = self._places.get(name, -1) + 1
-        self._mine.add(self.streams.find(Call(name, stream, args, kwargs, place), self.moment.ticks))
+        return self.streams.find(Call(name, stream, args, kwargs, place), self.moment.ticks)
+
+    def gave(self, stream: Stream, output: Any) -> None:
+        """Take note of what a call gave."""
+        self._mine.add((stream, tuple(tuple(x.shape) for _, x in leaves(output) if is_numbers(x))))
 
     def add(self, velocity: Tensor, latents: Tensor) -> None:
         """Keep what a tick begins with."""
         if self._mine != self._before:
             self.begins.append(self.ticks)
-        self._before, self._mine, self._places = self._mine, set(), {}
+        self._before, self._mine, self._places = self._mine, _Streams(), {}
         if self.size not in (None, latents.numel()):
             raise ValueError(
                 f"the latents of a run that rows are solved for keep their size, got {latents.numel()} numbers after "
@@ -68,7 +77,7 @@ class Recording:
 
     def forget(self) -> None:
         """Let go of what the calls brought."""
-        self.streams, self._mine, self._before = Streams(), set(), set()
+        self.streams, self._mine, self._before = Streams(), _Streams(), _Streams()
 
     def _split(self, x: Tensor) -> Tensor:
         if x.shape[0] % self.calls:
@@ -175,11 +184,15 @@ class Recorder(PipelineClock):
 
     def _hear(self, name: str, go_on: Callable, _denoiser: Any, *args: Any, **kwargs: Any) -> Any:
         moment = self.now()
-        if moment is not None:
-            if not self.runs or self.runs[-1].moment is not moment:
-                self.runs = [*(run for run in self.runs if run.ticks), Recording(moment, self._batch, self._keep)]
-            self.runs[-1].call(name, self._stream, args, kwargs)
-        return go_on(*args, **kwargs)
+        if moment is None:
+            return go_on(*args, **kwargs)
+        if not self.runs or self.runs[-1].moment is not moment:
+            self.runs = [*(run for run in self.runs if run.ticks), Recording(moment, self._batch, self._keep)]
+        run = self.runs[-1]
+        stream = run.call(name, self._stream, args, kwargs)
+        output = go_on(*args, **kwargs)
+        run.gave(stream, output)
+        return output
 
     def _count(self, go_on: Callable, _denoiser: Any, *args: Any, **kwargs: Any) -> Any:
         self.counted += self._batch
