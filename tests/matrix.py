@@ -1,9 +1,10 @@
 """Every environment that can be had here: made, tested, and listed in docs/versions.md. `make test-matrix`.
 
-python tests/matrix.py [--only NAME ...] [--quick] [--make] [--out docs/versions.md]
+python tests/matrix.py [--only NAME ...] [--quick] [--again] [--make] [--out docs/versions.md]
 
-Environments are kept in .venv-matrix/, each with what its newest run gave. A Python that is not on this machine is told
-and left out.
+Environments are kept in .venv-matrix/, each with what its newest run gave, and in said.txt what pytest says while it
+runs. A Python that is not on this machine is told and left out. With --again, after what was mended, those tests alone
+run that failed in an environment's newest run; what passed before is added, and the page says so.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ QUICK = {
 """The tests of a quick run, by their files' names: of every room of the house, in about 90 s of one core. Where
 more is installed, those of the forms that it gives weights."""
 RESULT = "result.json"
+SAID = "said.txt"
+"""What pytest says, in the environment's folder while it runs."""
+CACHE = "pytest"
+FAILED = f"{CACHE}/v/cache/lastfailed"
+"""Which tests failed in the newest run, as pytest keeps it."""
 
 
 @dataclass(frozen=True)
@@ -148,23 +154,58 @@ def surroundings() -> dict[str, str]:
 
 def tested(environment: Environment, quick: bool, workers: int) -> dict[str, Any]:
     """Run the tests in an environment, and of a wheel what a user does with it alone; returns what that gave."""
-    began, program = time.time(), str(environment.program)
     some = ["types"] if environment.also else [name for names in QUICK.values() for name in names]
     files = [f"tests/test_{name}.py" for name in some] if quick else []
-    command = [program, "-m", "pytest", "-q", "-n", str(workers), "--dist", "loadfile", *files]
-    said = subprocess.run(command, cwd=ROOT, env=surroundings(), capture_output=True, text=True, check=False)
-    print(said.stdout[-6000:], said.stderr[-2000:], flush=True)
-    last = next(
-        (line for line in reversed(said.stdout.splitlines()) if re.search(r"\d+ (passed|failed|error)", line)), ""
-    )
-    counts = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
-    outside = outside_of(program) if environment.wheel else 0
+    shutil.rmtree(environment.folder / CACHE, ignore_errors=True)  # what failed in older runs
+    return {**_run_tests(environment, workers, files), "quick": quick}
+
+
+def tested_again(environment: Environment, workers: int) -> dict[str, Any]:
+    """Run what failed in an environment's newest run; returns what that and what passed before give together.
+
+    Raises: Stopped if there is no such run, nothing failed in it, or what failed is not there any more.
+    """
+    kept = environment.folder / RESULT
+    before = json.loads(kept.read_text()) if kept.exists() else {}
+    if not _failures(before):
+        raise Stopped(f"{environment.name}: it has no run in which tests failed: run it without --again")
+    wrong = list(json.loads((environment.folder / FAILED).read_text()))
+    found = _run_tests(environment, workers, wrong)
+    if sum(found["counts"].values()) < len(wrong):
+        raise Stopped(f"{environment.name}: not all that failed is there any more: run it whole, without --again")
+    counts = {name: before["counts"].get(name, 0) + found["counts"].get(name, 0) for name in ("passed", "skipped")}
+    counts |= {name: found["counts"][name] for name in ("failed", "error") if name in found["counts"]}
+    return {**found, "counts": counts, "quick": before["quick"], "again": before.get("again", len(wrong))}
+
+
+class Stopped(Exception):
+    """An environment's tests did not all run: what they gave is no row."""
+
+
+def _failures(found: dict[str, Any]) -> int:
+    return sum(found.get("counts", {}).get(name, 0) for name in ("failed", "error"))
+
+
+def _run_tests(environment: Environment, workers: int, arguments: Sequence[str]) -> dict[str, Any]:
+    """Run pytest in an environment, which keeps what failed, and of a wheel what a user does with it alone.
+
+    Raises: Stopped if the tests did not run to their end.
+    """
+    began, program = time.time(), str(environment.program)
+    command = [program, "-m", "pytest", "-q", "-n", str(workers), "--dist", "loadfile", *arguments]
+    command += ["-o", f"cache_dir={environment.folder / CACHE}"]
+    with (environment.folder / SAID).open("w", encoding="utf-8") as file:
+        done = subprocess.run(command, cwd=ROOT, env=surroundings(), stdout=file, stderr=subprocess.STDOUT, check=False)
+    said = (environment.folder / SAID).read_text(encoding="utf-8")
+    print(said[-6000:], flush=True)
+    if done.returncode not in (0, 1):
+        raise Stopped(f"{environment.name}: pytest ended with {done.returncode} before its tests had all run")
+    last = next((line for line in reversed(said.splitlines()) if re.search(r"\d+ (passed|failed|error)", line)), "")
     return {
         "versions": _versions(program),
-        "counts": counts,
-        "code": said.returncode,
-        "quick": quick,
-        "outside": outside,
+        "counts": {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|error)", last)},
+        "code": done.returncode,
+        "outside": outside_of(program) if environment.wheel else 0,
         "seconds": time.time() - began,
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -195,7 +236,8 @@ HEAD = """# Versions
 Written by `make test-matrix`, which makes each of these environments and runs the tests in it. `outside` is what
 somebody does with the wheel and no checkout, in an empty folder (`tests/outside.py`): every command's help; a tiny
 model collected for, trained for, calibrated and run by the program `lesa`; the demo, or what it says that it lacks.
-A row stays until its environment runs again.
+A row stays until its environment runs again. Where `tests` has some of them again, these failed in the whole run and,
+after what was mended, ran alone (`python tests/matrix.py --again`); what else passed did so before.
 
 What `pyproject.toml` declares: {bounds}. Python 3.10 ends with diffusers 0.41 and
 transformers 5.20, the newest that are made for it.
@@ -230,15 +272,14 @@ def declared() -> list[str]:
 
 
 def _cells(found: dict[str, Any], wheel: bool) -> list[str]:
-    counts = found["counts"]
-    failed = counts.get("failed", 0) + counts.get("error", 0)
+    counts, again = found["counts"], found.get("again", 0)
     versions = [found["versions"][name].split("+")[0] for name in ("python", *SHOWN)]
-    told = [str(counts.get("passed", 0)), str(failed), str(counts.get("skipped", 0))]
+    told = [str(counts.get("passed", 0)), str(_failures(found)), str(counts.get("skipped", 0))]
     return [
         *versions,
         *told,
         "failed" if found["outside"] else "works" if wheel else "",
-        "a subset" if found["quick"] else "all",
+        ("a subset" if found["quick"] else "all") + (f", {again} of them again" if again else ""),
         found["date"],
     ]
 
@@ -247,10 +288,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[one.name for one in ENVIRONMENTS], help="these alone")
     parser.add_argument("--quick", action="store_true", help="some files of tests, of every room")
+    parser.add_argument("--again", action="store_true", help="what failed in the newest run; what passed is added")
     parser.add_argument("--make", action="store_true", help="make the environments and test nothing")
     parser.add_argument("--workers", type=int, default=2, help="processes that share the files of tests (2; 0: none)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "versions.md")
     options = parser.parse_args()
+    if options.again and options.quick:
+        parser.error("--again runs what failed in the newest run, whole or --quick: leave out --quick")
     wrong = []
     for environment in ENVIRONMENTS:
         if options.only and environment.name not in options.only:
@@ -263,7 +307,15 @@ def main() -> int:
         if options.make:
             continue
         print(f"\n== {environment.name}", flush=True)
-        found = tested(environment, options.quick, options.workers)
+        try:
+            if options.again:
+                found = tested_again(environment, options.workers)
+            else:
+                found = tested(environment, options.quick, options.workers)
+        except Stopped as error:
+            print(f"{error}; its row stays", flush=True)
+            wrong.append(environment.name)
+            continue
         (environment.folder / RESULT).write_text(json.dumps(found, indent=1))
         if found["code"] or found["outside"]:
             wrong.append(environment.name)

@@ -19,6 +19,7 @@ from zoo.pipelines import ZOO
 from zoo.transformers import MODELS, model_call
 
 from lesa.host.denoiser import attach, check_tap
+from lesa.host.offload import groups_layers
 from lesa.host.runtime import accelerate
 from lesa.host.tap import FINAL, TAPS, tap_of
 from lesa.rows.forecasters import Reuse, Taylor
@@ -397,6 +398,8 @@ def test_at_a_feature_tap_a_pipeline_compiled_later_is_refused_at_its_next_call(
 
 
 def by_groups(pipe) -> None:
+    if not groups_layers():
+        pytest.skip("an older diffusers groups layers for an accelerator alone")
     pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
 
 

@@ -56,6 +56,9 @@ def set_up(folder: Path, patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=test_pages.name)
 def test_the_blocks_of_a_page_run(page, desk, recwarn):
     """One after the other, as they stand, on a pipeline of the reader's own where the page loads none."""
+    if any("export_to_video" in block for block in blocks(page)):
+        for module in ("imageio", "imageio_ffmpeg"):
+            pytest.importorskip(module, reason=f"diffusers writes clips with {module} (the extra `video`)")
     known: dict[str, Any] = {} if loads(page) else {"pipe": stand_in("flux"), "lesa": lesa}
     for block in blocks(page):
         exec(compile(block.replace(", ...]", "]"), f"{test_pages.name(page)}, {block[:40]!r}", "exec"), known)

@@ -428,7 +428,8 @@ def test_rounds_one_call_at_a_time_end_where_lockstep_ends(tiny_flux, unipc, sch
     apart, second = solve(pipe, PROMPTS, [3, 4], schedule=schedule, refine=0, batch_size=1, **CALL)
     assert len(first.rounds) == 1, "what lockstep finds is what a round would find"
     assert 2 <= len(second.rounds) <= len(schedule.full_steps(8)) + 1
-    assert apart.origin.training["drift"] == pytest.approx(together.origin.training["drift"], abs=0.05)
+    gained = together.origin.training["drift"] - apart.origin.training["drift"]
+    assert -0.05 < gained < 0.15, "rounds solve on what steps really gave: as good, or a little better"
 
 
 def test_the_drift_reported_is_that_of_real_runs_and_below_that_of_reuse(tiny_flux):

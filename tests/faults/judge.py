@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import sys
@@ -31,7 +32,8 @@ stop would have left, which goes on from there."""
 AROUND = [sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), str(Path(lesa.__file__).parents[2])]
 AROUND += ["/dev/null", "/dev/urandom", "/proc", "/sys", "/etc/mime.types", "/etc/apache2", "/etc/httpd"]
 RUN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "socket.getaddrinfo")
-WRITTEN = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "shutil.rmtree")
+WRITTEN = {"os.remove": 1, "os.rename": 2, "os.mkdir": 2, "os.rmdir": 1, "shutil.rmtree": 1}
+"""Which argument of each names the open folder, if any, that its path begins in: `shutil.rmtree` removes so."""
 
 
 class Fault(NamedTuple):
@@ -54,12 +56,21 @@ def _hear(event: str, args: tuple) -> None:
     if not _watching:
         return
     folder, seen = _watching[-1]
+    if event == "open" and args[1] is None and sys._getframe(1).f_code.co_filename == shutil.__file__:
+        return  # folders within an open one, of which nothing tells which: what is removed there does
     if event in RUN:
         seen.append(f"{event} {args!r:.200}")
     elif (event == "open" or event in WRITTEN) and isinstance(args[0], (str, bytes)):
-        path = str(Path(args[0] if isinstance(args[0], str) else args[0].decode()).absolute())
+        path = str(_begun_in(args, WRITTEN.get(event)) / os.fsdecode(args[0]))
         if not any(path.startswith(str(place)) for place in (folder, *AROUND)) or "/.." in path:
             seen.append(f"{event} {path}")
+
+
+def _begun_in(args: tuple, at: int | None) -> Path:
+    """Return the folder that a path begins in: an open one, or this process's own."""
+    opened = args[at] if at is not None and at < len(args) else None
+    place = Path(f"/proc/self/fd/{opened}")
+    return place.readlink() if isinstance(opened, int) and opened >= 0 and place.exists() else Path.cwd()
 
 
 sys.addaudithook(_hear)

@@ -328,7 +328,8 @@ def bria_fibo(cls: type, **arguments: Any) -> Specimen:
     layers = [[noise(1, TOKENS, WIDTH, seed=2 * seed + layer) for layer in range(4)] for seed in range(2)]
     kept = torch.ones(1, TOKENS)
     encoded = (*prompts, torch.zeros(1, TOKENS, 3), kept, kept, *layers)
-    return stub(specimen(cls, parts, **arguments), encode_prompt=encoded)
+    drop = ["prompt_embeds", "negative_prompt_embeds"]  # an older diffusers refuses them beside a prompt
+    return stub(specimen(cls, parts, drop=drop, **arguments), encode_prompt=encoded)
 
 
 @entry

@@ -2,18 +2,26 @@
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
+from packaging.version import Version
 from PIL import Image
 from torch import Tensor, nn
 
+PINNED = re.search(r"^diffusers==([\d.]+)", (Path(__file__).parents[2] / "constraints.txt").read_text(), re.M)
+assert PINNED
+OLDER = Version(diffusers.__version__) < Version(PINNED[1])
+"""Whether this diffusers is older than what the zoo is written for: its classes may take other arguments."""
 WIDTH = 32  # of the tokens of nearly every model: 2 heads of 16; its text embeddings are as wide
 TOKENS = 6  # of a prompt
 STEPS = 6
@@ -199,13 +207,28 @@ def entry(build: Callable[[], Specimen]) -> Callable[[], Specimen]:
     def built() -> Specimen:
         try:
             return build()
-        except (AttributeError, ImportError) as error:
-            of_import = isinstance(error, ImportError) and (error.name or "").startswith("diffusers")
-            if not of_import and getattr(error, "obj", None) is not diffusers:
+        except (AttributeError, ImportError, TypeError, RuntimeError) as error:
+            if not (why := lacks(error)):
                 raise
             import pytest
 
-            pytest.skip(f"diffusers {diffusers.__version__} is without it: {error}")
+            pytest.skip(f"diffusers {diffusers.__version__} {why}: {error}")
 
     ZOO[build.__name__] = built
     return build
+
+
+def lacks(error: Exception) -> str:
+    """Return what this diffusers lacks if that is why a specimen cannot be built, else nothing.
+
+    Of the diffusers that the zoo is written for, or a newer one, nothing but a whole class may be missing.
+    """
+    of_import = isinstance(error, ImportError) and (error.name or "").startswith("diffusers")
+    if of_import or getattr(error, "obj", None) is diffusers:
+        return "is without it"
+    if not OLDER:
+        return ""
+    if isinstance(error, TypeError) and re.search(r"__init__\(\) (got an unexpected|missing \d+ required)", str(error)):
+        return "has another class of this name"
+    missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
+    return f"needs {missing} for it" if missing and not find_spec(missing.partition(".")[0]) else ""
