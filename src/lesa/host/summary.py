@@ -108,9 +108,7 @@ class Summary(dict[str, StreamSummary]):
             lines.append(f"{'':<10} {_many(self.at_sampler.uncorrected, 'full step')} {words}")
         if self.at_sampler.clamped:
             words = "beyond the range of the dtype and clamped to it"
-            lines.append(
-                f"{'':<10} {_many(int(self.at_sampler.clamped), 'output handed on', 'outputs handed on')} {words}"
-            )
+            lines.append(f"{'':<10} {_many(int(self.at_sampler.clamped), 'output')} {words}")
         if self.data:
             lines.append(f"forecast: the data prediction, {self.reason}")
         lines += [f"{label}, in {runs} run{'s' * (runs != 1)}" for label, runs in self.chosen.items()]
