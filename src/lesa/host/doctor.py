@@ -252,6 +252,6 @@ def _numbers(first: FirstStep) -> Finding:
     except ValueError as error:
         return Finding(topic, "no", f"not known as numbers, so no calibrating, planning and training: {error}")
     if found.injects_noise:
-        words = "it adds noise: rows of the data prediction can be named, but not calibrated, planned and trained for"
-        return Finding(topic, "no", words)
+        words = "it adds noise: rows of its data predictions are calibrated, but not planned or trained"
+        return Finding(topic, "yes", words)
     return Finding(topic, "yes", "known as numbers: calibrate, plan and train work")
