@@ -32,7 +32,7 @@ GROUNDS = {
     "blue": (160, 200, 246),
     "yellow": (250, 234, 164),
 }
-SIZES = {"small": 28, "large": 44}
+SIZES = {"small": 32, "large": 48}
 SKY_SIZE = 32
 SKY = ("moon", "sun", "star", "cloud")
 BESIDE = ("left of", "right of")
@@ -69,7 +69,7 @@ class Place(NamedTuple):
 
 
 def caption(scene: Scene) -> str:
-    """Describe a scene, e.g. `small red crown left of large blue taxi, on green, under a yellow moon`."""
+    """Describe a scene, e.g. `small red bug left of large blue cow, on green, under a yellow moon`."""
     first, second = " ".join(scene.first), " ".join(scene.second)
     sky = f", under a {' '.join(scene.sky)}" if scene.sky else ""
     return f"{first} {scene.relation} {second}, on {scene.ground}{sky}"
@@ -89,7 +89,7 @@ def parse(prompt: str) -> Scene:
         if caption(scene) != prompt or not is_drawable(scene):
             raise ValueError(scene)
     except (ValueError, TypeError, StopIteration) as error:
-        example = "small red crown left of large blue taxi, on green, under a yellow moon"
+        example = "small red bug left of large blue cow, on green, under a yellow moon"
         raise ValueError(f"a prompt must read like {example!r}, got {prompt!r}.") from error
     return scene
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
-from emoji_scene import Scene, hand_on
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from emoji_flux import Flux
+from emoji_scene import DRAWINGS, EMOJI_FLUX, Scene, hand_on, take_over
 from emoji_training import export, train_transformer
 from quick_flux import quicken
 from scenes import PIXELS, RELATIONS, SIZES, SKY_SIZE, Atlas, caption, pair, parse, places
@@ -21,7 +22,7 @@ SPLITS = {
     split: (MODEL / "prompts" / f"{split}.txt").read_text().splitlines() for split in ("train", "validation", "heldout")
 }
 TRAINED = (MODEL / "model_index.json").exists()
-EXAMPLE = "small red bell left of large blue cat, on green, under a yellow moon"
+EXAMPLE = "small red bug left of large blue cow, on green, under a yellow moon"
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +46,14 @@ def test_captions_are_read_back():
     "prompt",
     [
         "",
-        "small red bell",
-        "small red bell left of large blue cat",  # on what?
-        "small red bell near large blue cat, on green",
-        "tiny red bell left of large blue cat, on green",
-        "small red bell left of large blue bell, on green",
-        "small green bell left of large blue cat, on green",
-        "small red bell above large blue cat, on green, under a yellow moon",  # there is no room for it
-        "small red bell left of large blue cat, on green, under a yellow dog",
+        "small red bug",
+        "small red bug left of large blue cow",  # on what?
+        "small red bug near large blue cow, on green",
+        "tiny red bug left of large blue cow, on green",
+        "small red bug left of large blue bug, on green",
+        "small green bug left of large blue cow, on green",
+        "small red bug above large blue cow, on green, under a yellow moon",  # there is no room for it
+        "small red bug left of large blue cow, on green, under a yellow bed",
     ],
 )
 def test_other_prompts_are_refused(prompt):
@@ -79,7 +80,7 @@ def test_things_lie_in_the_picture_and_apart_whatever_chance_has():
 
 
 def test_places_are_those_of_the_relation():
-    things = "small red bell {} large blue cat, on green"
+    things = "small red bug {} large blue cow, on green"
     for relation, axis, sign in (("left of", 0, -1), ("right of", 0, 1), ("above", 1, -1), ("below", 1, 1)):
         (_, first), (_, second) = places(parse(things.format(relation)))
         assert np.sign(np.mean(first[axis]) - np.mean(second[axis])) == sign
@@ -89,8 +90,8 @@ def test_a_drawing_is_recognised_and_not_what_differs_in_one_word(atlas):
     others = [
         EXAMPLE.replace(*words)
         for words in (
-            ("bell", "crown"),
-            ("cat", "dog"),
+            ("bug", "axe"),
+            ("cow", "bed"),
             ("small", "large"),
             ("blue", "purple"),
             ("left", "right"),
@@ -115,14 +116,25 @@ def test_drawings_are_recognised_through_noise(atlas):
 # --- the training
 
 
+class Fresh(Scene):
+    """A recipe that starts from nothing."""
+
+    known = None
+
+
 @pytest.fixture(scope="module")
-def untrained(tmp_path_factory):
-    """The pipeline as its training begins, with emoji-flux's autoencoder."""
+def folder(tmp_path_factory):
+    """A model's folder as its transformer's training begins, with emoji-flux's autoencoder."""
     folder = tmp_path_factory.mktemp("scene")
     (folder / "prompts").symlink_to(MODEL / "prompts")
     Scene().build_vae().save_pretrained(folder / "vae")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def untrained(folder):
     torch.manual_seed(0)
-    return Scene().build_pipeline(folder)
+    return Fresh().build_pipeline(folder)
 
 
 def test_every_caption_fits_and_has_a_token_a_word(untrained):
@@ -149,15 +161,31 @@ def test_untrained_it_hands_the_noise_on(untrained):
     assert (velocity - noise).square().mean() < 0.1
 
 
-def test_a_caption_is_drawn_otherwise_each_time(untrained):
+def test_a_caption_is_drawn_otherwise_from_time_to_time(untrained):
     latents = Scene().latents(untrained, MODEL, SPLITS["train"])
-    first, second = latents(torch.tensor([3, 4])), latents(torch.tensor([3, 5]))
+    first = latents(torch.tensor([3, 4]))
     assert first.shape == (2, Scene.image_tokens, 16)
-    assert (first[0] - second[0]).abs().max() > 0.1
     assert torch.equal(first, latents(torch.tensor([3, 4])))
+    drawn = [latents(torch.tensor([3, other]))[0] for other in range(24)]
+    assert len({tuple(one.flatten().tolist()) for one in drawn}) == DRAWINGS
+    assert any((first[0] - one).abs().max() > 0.1 for one in drawn)
 
 
-class Small(Scene):
+@torch.no_grad()
+def test_known_words_are_read_as_emoji_flux_reads_them(folder):
+    known, pipe = FluxPipeline.from_pretrained(EMOJI_FLUX), Flux.build_pipeline(Scene(), folder)
+    take_over(pipe, known)
+    read = []
+    for one in (known, pipe):
+        clip, t5 = Flux().tokens(one, ["small zebra on blue, left", "large pill on green, right"])
+        read.append((one.text_encoder(clip).pooler_output, one.text_encoder_2(t5)[0]))
+    for ours, theirs in zip(*read, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    for name, weight in known.transformer.state_dict().items():
+        assert torch.equal(weight, pipe.transformer.state_dict()[name])
+
+
+class Small(Fresh):
     """A recipe whose clock stands still but for a step's start and end: each step takes a second."""
 
     width, batch = 64, 2
