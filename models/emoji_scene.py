@@ -17,29 +17,38 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FluxPipeline
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from emoji_flux import Flux
 from emoji_training import main, packed_latents
 from quick_flux import quicken
+from scene_words import NOTHING, around, classes, labels, learn_to_read, share_read
 from scenes import PIXELS, Atlas, parse
 from torch import nn
 
 CUT = 64  # pixels along each side of what the autoencoder learns from
 EMOJI_FLUX = Path(__file__).parent / "emoji-flux"
 LOUD = 3.0  # root mean square of the embedded noise
+ASIDE = 0.1  # weight of what is told beside the velocity
+SHIFTED = dict(  # the times of FLUX.1-dev's scheduler: fewer of them where all is noise than emoji-flux has
+    use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096
+)
 DRAWINGS = 2  # of each caption: what captions leave to chance differs between them
 
 
 class Scene(Flux):
     name = "scene"
+    text_encoders = ("text_encoder", "text_encoder_2", "heads")
     dropped = 0.1
     batch = 16
     haste = 1.5
+    decay = 0.99
     shift = 2.5
     vae_batch = 24
     text_tokens = 20
     image_tokens = 256
     known: Path | None = EMOJI_FLUX  # the model that the training starts from
+    reading_steps = 600  # of the text encoder's training, which comes first
     clock = staticmethod(time.process_time)
 
     def pictures(self, folder, captions):
@@ -64,11 +73,44 @@ class Scene(Flux):
 
     def build_pipeline(self, folder):
         pipe = super().build_pipeline(folder)
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(**SHIFTED)
+        pipe.heads = nn.ModuleList([nn.Linear(self.width, len(kind)) for kind in classes(Atlas(folder).names)[1:]])
         if self.known:
             take_over(pipe, FluxPipeline.from_pretrained(self.known))
         hand_on(pipe.transformer)
+        pipe.text_encoder_2.requires_grad_(False)  # it has learned to read before: see `prepare`
         quicken(pipe.transformer)
         return pipe
+
+    def aside(self, pipe, folder, captions):
+        """Let heads on the tokens between double and single blocks tell which thing stands about there."""
+        names, seen, device = Atlas(folder).names, [], pipe.transformer.device
+        pipe.heads.to(device)
+        about = torch.stack([around(caption, names) for caption in captions])
+        pipe.transformer.transformer_blocks[-1].register_forward_hook(lambda _, __, out: seen.append(out[1]))
+
+        def told(chosen: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+            tokens = seen.pop()
+            right = about[chosen].long().masked_fill(dropped[:, None, None], NOTHING).to(device).unbind(-1)
+            losses = [
+                F.cross_entropy(
+                    head(tokens).float().flatten(0, 1), one.flatten(), ignore_index=NOTHING, reduction="sum"
+                )
+                for head, one in zip(pipe.heads, right, strict=True)
+            ]
+            return ASIDE * sum(losses) / (right[0] != NOTHING).sum().clamp(min=1)
+
+        return told
+
+    def prepare(self, pipe, folder, captions):
+        """Teach the text encoder what belongs together and where it is, before the transformer learns to draw it."""
+        names = Atlas(folder).names
+        tokens = self.tokens(pipe, captions)[1]
+        told = torch.stack([labels(caption, names, self.text_tokens) for caption in captions])
+        encoder = pipe.text_encoder_2.requires_grad_(True)
+        heads = learn_to_read(encoder, tokens, told, [len(kind) for kind in classes(names)], self.reading_steps)
+        encoder.requires_grad_(False)
+        print(f"of the words {share_read(encoder, heads, tokens[:400], told[:400]):.3f} are read", flush=True)
 
     def latents(self, pipe, folder, captions):
         """Draw each caption `DRAWINGS` times, when it is first asked for; chance chooses among them."""

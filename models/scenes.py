@@ -37,10 +37,10 @@ SKY_SIZE = 32
 SKY = ("moon", "sun", "star", "cloud")
 BESIDE = ("left of", "right of")
 RELATIONS = (*BESIDE, "above", "below")
-LATTICE = 4  # pixels between places, one of the autoencoder's latents
-MOVED = range(-2 * LATTICE, 2 * LATTICE + 1, LATTICE)
+LATTICE = 8  # pixels between places, one of the transformer's tokens
+MOVED = range(-LATTICE, LATTICE + 1, LATTICE)
 SLACK = 2  # pixels between the corners at which a bitmap is looked for, and beyond the last places
-SKY_ROOM = range(LATTICE, PIXELS - SKY_SIZE, LATTICE)
+SKY_ROOM = range(0, PIXELS - SKY_SIZE + 1, LATTICE)
 
 
 class Thing(NamedTuple):
@@ -113,7 +113,7 @@ def places(scene: Scene) -> list[tuple[Thing, Place]]:
     """Return what is drawn and where, the thing in the sky last."""
     low, high = (PIXELS // 4, 3 * PIXELS // 4)
     if scene.relation in BESIDE:
-        y = PIXELS // 2 + (20 if scene.sky else 0)
+        y = PIXELS // 2 + (2 * LATTICE if scene.sky else 0)
         centres = [(low, y), (high, y)]
     else:
         centres = [(PIXELS // 2, low), (PIXELS // 2, high)]
@@ -121,7 +121,7 @@ def places(scene: Scene) -> list[tuple[Thing, Place]]:
         centres.reverse()
     things = [(t, _around(t, *centre)) for t, centre in zip((scene.first, scene.second), centres, strict=True)]
     if scene.sky:
-        things.append((Thing("sky", *scene.sky), Place(SKY_ROOM, range(0, 2 * LATTICE + 1, LATTICE))))
+        things.append((Thing("sky", *scene.sky), Place(SKY_ROOM, range(0, LATTICE + 1, LATTICE))))
     return things
 
 

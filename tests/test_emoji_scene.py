@@ -1,5 +1,6 @@
 """The embedded model `emoji-scene`: its captions, pictures and recogniser, how it is trained, and what it draws."""
 
+import copy
 import random
 from itertools import combinations, count
 from pathlib import Path
@@ -12,7 +13,8 @@ from emoji_flux import Flux
 from emoji_scene import DRAWINGS, EMOJI_FLUX, Scene, hand_on, take_over
 from emoji_training import export, train_transformer
 from quick_flux import quicken
-from scenes import PIXELS, RELATIONS, SIZES, SKY_SIZE, Atlas, caption, pair, parse, places
+from scene_words import NOTHING, around, classes, labels, learn_to_read, share_read
+from scenes import LATTICE, PIXELS, RELATIONS, SIZES, SKY_SIZE, Atlas, caption, pair, parse, places
 
 import lesa
 from lesa.bench.recogniser import recogniser
@@ -126,7 +128,8 @@ class Fresh(Scene):
 def folder(tmp_path_factory):
     """A model's folder as its transformer's training begins, with emoji-flux's autoencoder."""
     folder = tmp_path_factory.mktemp("scene")
-    (folder / "prompts").symlink_to(MODEL / "prompts")
+    for name in ("prompts", "emoji.json", "emoji.png"):
+        (folder / name).symlink_to(MODEL / name)
     Scene().build_vae().save_pretrained(folder / "vae")
     return folder
 
@@ -185,10 +188,51 @@ def test_known_words_are_read_as_emoji_flux_reads_them(folder):
         assert torch.equal(weight, pipe.transformer.state_dict()[name])
 
 
+def test_every_word_of_a_thing_is_labelled_with_it(untrained, atlas):
+    kinds = classes(atlas.names)
+    for prompt in [EXAMPLE, *SPLITS["validation"][:50]]:
+        (ids,) = Scene().tokens(untrained, [prompt])[1].tolist()
+        words = [word.strip("▁") for word in untrained.tokenizer_2.convert_ids_to_tokens(ids)]
+        about = labels(prompt, atlas.names, len(words)).tolist()
+        told = {tuple(kind[k] for kind, k in zip(kinds, one, strict=True)) for one in about if one[0] != NOTHING}
+        assert {one[1:] for one in told} == {tuple(thing) for thing, _ in places(parse(prompt))}
+        for word, one in zip(words, about, strict=True):
+            meant = one[0] != NOTHING and word in [kind[k] for kind, k in zip(kinds, one, strict=True)]
+            assert meant == (one[0] != NOTHING)
+
+
+@pytest.mark.broad
+def test_it_learns_to_read_captions_that_it_was_not_trained_on(untrained, atlas):
+    torch.manual_seed(0)
+    encoder, kinds = copy.deepcopy(untrained.text_encoder_2).requires_grad_(True), classes(atlas.names)
+    (tokens, told), (new, new_told) = (
+        (
+            Scene().tokens(untrained, prompts)[1],
+            torch.stack([labels(p, atlas.names, Scene.text_tokens) for p in prompts]),
+        )
+        for prompts in (SPLITS["train"][:2000], SPLITS["validation"][:200])
+    )
+    heads = learn_to_read(encoder, tokens, told, [len(kind) for kind in kinds], steps=80)
+    assert share_read(encoder, heads, new, new_told) > 0.6
+
+
+def test_what_stands_about_a_token_is_told_where_it_may_stand(atlas):
+    kinds, side = classes(atlas.names)[1:], PIXELS // LATTICE
+    for prompt in [EXAMPLE, *SPLITS["validation"][:50]]:
+        about = around(prompt, atlas.names).reshape(side, side, 3)
+        for chance in range(3):
+            for thing, (xs, ys) in places(parse(prompt)):
+                half = SIZES.get(thing.size, SKY_SIZE) // 2
+                x, y = (random.Random(chance).choice(span) + half for span in (xs, ys))
+                one = about[y // LATTICE, x // LATTICE].tolist()
+                assert [kind[k] for kind, k in zip(kinds, one, strict=True)] == list(thing)
+        assert (about == NOTHING).any()
+
+
 class Small(Fresh):
     """A recipe whose clock stands still but for a step's start and end: each step takes a second."""
 
-    width, batch = 64, 2
+    width, batch, reading_steps = 64, 2, 2
 
     def __init__(self):
         ticks = count()
