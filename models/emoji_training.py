@@ -36,6 +36,7 @@ class Recipe(ABC):
     vae_batch = 16
     batch = 96
     muon = True  # it pays where bfloat16 products are fast
+    decay = 0.999  # of the weights' average, a step
     haste = 1.0  # factor of the learning rates: a short training takes longer strides
     columns = 10  # of the contact sheet
     shift = 2.0  # of the times trained on, as schedulers have it
@@ -87,6 +88,13 @@ class Recipe(ABC):
     @abstractmethod
     def pack(self, pipe: Any, means: Tensor) -> Tensor:
         """Make of the autoencoder's latents what the transformer sees."""
+
+    def prepare(self, pipe: Any, folder: Path, captions: list[str]) -> None:  # noqa: B027  (most have nothing to do)
+        """Do what comes before the transformer's first step; a training that is resumed has it behind it."""
+
+    def aside(self, pipe: Any, folder: Path, captions: list[str]) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """Return the call that gives, after a forward pass, what is to be lowered beside the velocity's error."""
+        return None
 
     def latents(self, pipe: Any, folder: Path, captions: list[str]) -> Callable[[Tensor], Tensor]:
         """Return the call that gives the latents of captions by their indices: each caption's picture is one."""
@@ -290,15 +298,19 @@ def train_transformer(
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     captions = prompts(folder, "train")
-    pipe = recipe.build_pipeline(folder).to(device)
+    pipe = recipe.build_pipeline(folder)
+    path = runs / f"{recipe.name}.pt"
+    if not path.exists():
+        recipe.prepare(pipe, folder, captions)
+    pipe = pipe.to(device)
     latents = recipe.latents(pipe, folder, captions)
+    aside = recipe.aside(pipe, folder, captions)
     tokens = [part.to(device) for part in recipe.tokens(pipe, [*recipe.unconditional, *captions])]
     clock = recipe.clock if device == "cpu" else time.monotonic
     learners = optimisers(recipe, pipe)
     peaks = [o.param_groups[0]["lr"] for o in learners]
     live = trained_state(recipe, pipe)
     average = {key: t.clone() for key, t in live.items()}
-    path = runs / f"{recipe.name}.pt"
     spent, step = resume(path, live, average, learners, device)
     saved = time.monotonic()
     generator = torch.Generator().manual_seed(step)
@@ -319,22 +331,23 @@ def train_transformer(
         level, noised, target = recipe.disturb(*(t.to(device) for t in (clean, noise, uniform)))
         with mixed, sdpa_kernel(SDPBackend.MATH):  # the fused backward is slower here
             velocity = recipe.velocity(pipe, noised, level, *(t[rows] for t in tokens))
+            beside = aside(chosen, dropped) if aside else 0.0
         loss = F.mse_loss(velocity.float(), target)
         for learner in learners:
             learner.zero_grad()
-        loss.backward()
+        (loss + beside).backward()
         for learner in learners:
             nn.utils.clip_grad_norm_(learner.param_groups[0]["params"], 1.0)
             learner.step()
         step += 1
-        decay = min(0.999, step / (step + 10))
+        decay = min(recipe.decay, step / (step + 10))
         with torch.no_grad():
             floats = [key for key, t in live.items() if t.is_floating_point()]
             torch._foreach_lerp_([average[k] for k in floats], [live[k] for k in floats], 1 - decay)
         spent += clock() - start
         running = loss.item() if not running else 0.98 * running + 0.02 * loss.item()
         bar.update(round(spent) - bar.n)
-        bar.set_postfix(loss=f"{running:.4f}", step=step, refresh=False)
+        bar.set_postfix(loss=f"{running:.4f}", beside=f"{float(beside):.3f}", step=step, refresh=False)
         if time.monotonic() - saved > CHECKPOINT_SECONDS or spent >= minutes * 60:
             kept = [learner.state_dict() for learner in learners]
             save_atomically(dict(live=live, average=average, learners=kept, spent=spent, step=step), path)

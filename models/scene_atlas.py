@@ -18,7 +18,7 @@ from composed_emoji import bitmaps
 from PIL import Image, ImageDraw
 from scenes import BESIDE, COLOURS, GROUNDS, RELATIONS, SIZES, SKY, Scene, Thing
 
-COUNT = 40
+COUNT = 20
 SIDE = max(SIZES.values())
 CAPTIONS = {"validation": 400, "heldout": 1000, "train": 12000}
 PAIRS = {"validation": 0.04, "heldout": 0.10}  # of all pairs of names

@@ -32,15 +32,15 @@ GROUNDS = {
     "blue": (160, 200, 246),
     "yellow": (250, 234, 164),
 }
-SIZES = {"small": 28, "large": 44}
+SIZES = {"small": 32, "large": 48}
 SKY_SIZE = 32
 SKY = ("moon", "sun", "star", "cloud")
 BESIDE = ("left of", "right of")
 RELATIONS = (*BESIDE, "above", "below")
-LATTICE = 4  # pixels between places, one of the autoencoder's latents
-MOVED = range(-2 * LATTICE, 2 * LATTICE + 1, LATTICE)
+LATTICE = 8  # pixels between places, one of the transformer's tokens
+MOVED = range(-LATTICE, LATTICE + 1, LATTICE)
 SLACK = 2  # pixels between the corners at which a bitmap is looked for, and beyond the last places
-SKY_ROOM = range(LATTICE, PIXELS - SKY_SIZE, LATTICE)
+SKY_ROOM = range(0, PIXELS - SKY_SIZE + 1, LATTICE)
 
 
 class Thing(NamedTuple):
@@ -69,7 +69,7 @@ class Place(NamedTuple):
 
 
 def caption(scene: Scene) -> str:
-    """Describe a scene, e.g. `small red crown left of large blue taxi, on green, under a yellow moon`."""
+    """Describe a scene, e.g. `small red bug left of large blue cow, on green, under a yellow moon`."""
     first, second = " ".join(scene.first), " ".join(scene.second)
     sky = f", under a {' '.join(scene.sky)}" if scene.sky else ""
     return f"{first} {scene.relation} {second}, on {scene.ground}{sky}"
@@ -89,7 +89,7 @@ def parse(prompt: str) -> Scene:
         if caption(scene) != prompt or not is_drawable(scene):
             raise ValueError(scene)
     except (ValueError, TypeError, StopIteration) as error:
-        example = "small red crown left of large blue taxi, on green, under a yellow moon"
+        example = "small red bug left of large blue cow, on green, under a yellow moon"
         raise ValueError(f"a prompt must read like {example!r}, got {prompt!r}.") from error
     return scene
 
@@ -113,7 +113,7 @@ def places(scene: Scene) -> list[tuple[Thing, Place]]:
     """Return what is drawn and where, the thing in the sky last."""
     low, high = (PIXELS // 4, 3 * PIXELS // 4)
     if scene.relation in BESIDE:
-        y = PIXELS // 2 + (20 if scene.sky else 0)
+        y = PIXELS // 2 + (2 * LATTICE if scene.sky else 0)
         centres = [(low, y), (high, y)]
     else:
         centres = [(PIXELS // 2, low), (PIXELS // 2, high)]
@@ -121,7 +121,7 @@ def places(scene: Scene) -> list[tuple[Thing, Place]]:
         centres.reverse()
     things = [(t, _around(t, *centre)) for t, centre in zip((scene.first, scene.second), centres, strict=True)]
     if scene.sky:
-        things.append((Thing("sky", *scene.sky), Place(SKY_ROOM, range(0, 2 * LATTICE + 1, LATTICE))))
+        things.append((Thing("sky", *scene.sky), Place(SKY_ROOM, range(0, LATTICE + 1, LATTICE))))
     return things
 
 

@@ -1,5 +1,6 @@
 """The embedded model `emoji-scene`: its captions, pictures and recogniser, how it is trained, and what it draws."""
 
+import copy
 import random
 from itertools import combinations, count
 from pathlib import Path
@@ -7,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
-from emoji_scene import Scene, hand_on
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from emoji_flux import Flux
+from emoji_scene import DRAWINGS, EMOJI_FLUX, Scene, hand_on, take_over
 from emoji_training import export, train_transformer
 from quick_flux import quicken
-from scenes import PIXELS, RELATIONS, SIZES, SKY_SIZE, Atlas, caption, pair, parse, places
+from scene_words import NOTHING, around, classes, labels, learn_to_read, share_read
+from scenes import LATTICE, PIXELS, RELATIONS, SIZES, SKY_SIZE, Atlas, caption, pair, parse, places
 
 import lesa
 from lesa.bench.recogniser import recogniser
@@ -21,7 +24,7 @@ SPLITS = {
     split: (MODEL / "prompts" / f"{split}.txt").read_text().splitlines() for split in ("train", "validation", "heldout")
 }
 TRAINED = (MODEL / "model_index.json").exists()
-EXAMPLE = "small red bell left of large blue cat, on green, under a yellow moon"
+EXAMPLE = "small red bug left of large blue cow, on green, under a yellow moon"
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +48,14 @@ def test_captions_are_read_back():
     "prompt",
     [
         "",
-        "small red bell",
-        "small red bell left of large blue cat",  # on what?
-        "small red bell near large blue cat, on green",
-        "tiny red bell left of large blue cat, on green",
-        "small red bell left of large blue bell, on green",
-        "small green bell left of large blue cat, on green",
-        "small red bell above large blue cat, on green, under a yellow moon",  # there is no room for it
-        "small red bell left of large blue cat, on green, under a yellow dog",
+        "small red bug",
+        "small red bug left of large blue cow",  # on what?
+        "small red bug near large blue cow, on green",
+        "tiny red bug left of large blue cow, on green",
+        "small red bug left of large blue bug, on green",
+        "small green bug left of large blue cow, on green",
+        "small red bug above large blue cow, on green, under a yellow moon",  # there is no room for it
+        "small red bug left of large blue cow, on green, under a yellow bed",
     ],
 )
 def test_other_prompts_are_refused(prompt):
@@ -79,7 +82,7 @@ def test_things_lie_in_the_picture_and_apart_whatever_chance_has():
 
 
 def test_places_are_those_of_the_relation():
-    things = "small red bell {} large blue cat, on green"
+    things = "small red bug {} large blue cow, on green"
     for relation, axis, sign in (("left of", 0, -1), ("right of", 0, 1), ("above", 1, -1), ("below", 1, 1)):
         (_, first), (_, second) = places(parse(things.format(relation)))
         assert np.sign(np.mean(first[axis]) - np.mean(second[axis])) == sign
@@ -89,8 +92,8 @@ def test_a_drawing_is_recognised_and_not_what_differs_in_one_word(atlas):
     others = [
         EXAMPLE.replace(*words)
         for words in (
-            ("bell", "crown"),
-            ("cat", "dog"),
+            ("bug", "axe"),
+            ("cow", "bed"),
             ("small", "large"),
             ("blue", "purple"),
             ("left", "right"),
@@ -115,14 +118,26 @@ def test_drawings_are_recognised_through_noise(atlas):
 # --- the training
 
 
+class Fresh(Scene):
+    """A recipe that starts from nothing."""
+
+    known = None
+
+
 @pytest.fixture(scope="module")
-def untrained(tmp_path_factory):
-    """The pipeline as its training begins, with emoji-flux's autoencoder."""
+def folder(tmp_path_factory):
+    """A model's folder as its transformer's training begins, with emoji-flux's autoencoder."""
     folder = tmp_path_factory.mktemp("scene")
-    (folder / "prompts").symlink_to(MODEL / "prompts")
+    for name in ("prompts", "emoji.json", "emoji.png"):
+        (folder / name).symlink_to(MODEL / name)
     Scene().build_vae().save_pretrained(folder / "vae")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def untrained(folder):
     torch.manual_seed(0)
-    return Scene().build_pipeline(folder)
+    return Fresh().build_pipeline(folder)
 
 
 def test_every_caption_fits_and_has_a_token_a_word(untrained):
@@ -149,18 +164,75 @@ def test_untrained_it_hands_the_noise_on(untrained):
     assert (velocity - noise).square().mean() < 0.1
 
 
-def test_a_caption_is_drawn_otherwise_each_time(untrained):
+def test_a_caption_is_drawn_otherwise_from_time_to_time(untrained):
     latents = Scene().latents(untrained, MODEL, SPLITS["train"])
-    first, second = latents(torch.tensor([3, 4])), latents(torch.tensor([3, 5]))
+    first = latents(torch.tensor([3, 4]))
     assert first.shape == (2, Scene.image_tokens, 16)
-    assert (first[0] - second[0]).abs().max() > 0.1
     assert torch.equal(first, latents(torch.tensor([3, 4])))
+    drawn = [latents(torch.tensor([3, other]))[0] for other in range(24)]
+    assert len({tuple(one.flatten().tolist()) for one in drawn}) == DRAWINGS
+    assert any((first[0] - one).abs().max() > 0.1 for one in drawn)
 
 
-class Small(Scene):
+@torch.no_grad()
+def test_known_words_are_read_as_emoji_flux_reads_them(folder):
+    known, pipe = FluxPipeline.from_pretrained(EMOJI_FLUX), Flux.build_pipeline(Scene(), folder)
+    take_over(pipe, known)
+    read = []
+    for one in (known, pipe):
+        clip, t5 = Flux().tokens(one, ["small zebra on blue, left", "large pill on green, right"])
+        read.append((one.text_encoder(clip).pooler_output, one.text_encoder_2(t5)[0]))
+    for ours, theirs in zip(*read, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    for name, weight in known.transformer.state_dict().items():
+        assert torch.equal(weight, pipe.transformer.state_dict()[name])
+
+
+def test_every_word_of_a_thing_is_labelled_with_it(untrained, atlas):
+    kinds = classes(atlas.names)
+    for prompt in [EXAMPLE, *SPLITS["validation"][:50]]:
+        (ids,) = Scene().tokens(untrained, [prompt])[1].tolist()
+        words = [word.strip("▁") for word in untrained.tokenizer_2.convert_ids_to_tokens(ids)]
+        about = labels(prompt, atlas.names, len(words)).tolist()
+        told = {tuple(kind[k] for kind, k in zip(kinds, one, strict=True)) for one in about if one[0] != NOTHING}
+        assert {one[1:] for one in told} == {tuple(thing) for thing, _ in places(parse(prompt))}
+        for word, one in zip(words, about, strict=True):
+            meant = one[0] != NOTHING and word in [kind[k] for kind, k in zip(kinds, one, strict=True)]
+            assert meant == (one[0] != NOTHING)
+
+
+@pytest.mark.broad
+def test_it_learns_to_read_captions_that_it_was_not_trained_on(untrained, atlas):
+    torch.manual_seed(0)
+    encoder, kinds = copy.deepcopy(untrained.text_encoder_2).requires_grad_(True), classes(atlas.names)
+    (tokens, told), (new, new_told) = (
+        (
+            Scene().tokens(untrained, prompts)[1],
+            torch.stack([labels(p, atlas.names, Scene.text_tokens) for p in prompts]),
+        )
+        for prompts in (SPLITS["train"][:2000], SPLITS["validation"][:200])
+    )
+    heads = learn_to_read(encoder, tokens, told, [len(kind) for kind in kinds], steps=80)
+    assert share_read(encoder, heads, new, new_told) > 0.6
+
+
+def test_what_stands_about_a_token_is_told_where_it_may_stand(atlas):
+    kinds, side = classes(atlas.names)[1:], PIXELS // LATTICE
+    for prompt in [EXAMPLE, *SPLITS["validation"][:50]]:
+        about = around(prompt, atlas.names).reshape(side, side, 3)
+        for chance in range(3):
+            for thing, (xs, ys) in places(parse(prompt)):
+                half = SIZES.get(thing.size, SKY_SIZE) // 2
+                x, y = (random.Random(chance).choice(span) + half for span in (xs, ys))
+                one = about[y // LATTICE, x // LATTICE].tolist()
+                assert [kind[k] for kind, k in zip(kinds, one, strict=True)] == list(thing)
+        assert (about == NOTHING).any()
+
+
+class Small(Fresh):
     """A recipe whose clock stands still but for a step's start and end: each step takes a second."""
 
-    width, batch = 64, 2
+    width, batch, reading_steps = 64, 2, 2
 
     def __init__(self):
         ticks = count()
