@@ -84,7 +84,7 @@ CASES = (
     Case("emoji-qwen-lightning", QWEN, (6, 4), lora=f"{QWEN}/lightning"),
     Case("unseen-flags", "models/unseen-flags"),
     Case("emoji-qwen-guidance-5", QWEN, call={"true_cfg_scale": 5.0}, pairs=16),
-    Case("emoji-scene", "models/emoji-scene", pairs=16),
+    Case("emoji-scene", "models/emoji-scene", (12, 10, 8, 6), pairs=16),
 )
 
 
