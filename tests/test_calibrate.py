@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny import TRAINED
+from zoo.pipelines import ZOO
 
 import lesa
 from lesa.cli import main
@@ -230,6 +231,31 @@ def test_what_cannot_be_calibrated(pipe, shelf, named, message):
         calibrate(pipe, [], None, FAST, shelf=shelf)
     with pytest.raises(ValueError, match="most= is at least 1"):
         CalibrateOptions(most=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "usual", "least"),
+    [("wan22_guided", 6, 2, 2), ("modular_qwen_interval_guided", 6, 3, 3), ("flux_img2img_guided", 3, 2, 1)],
+)
+def test_budgets_are_of_the_steps_that_a_run_walks_and_that_have_to_be_full(shelf, name, steps, usual, least):
+    """Where a second denoiser takes over, guidance begins and ends, or a run begins in mid-grid."""
+    subject, done = ZOO[name](), []
+    call = subject.arguments | (dict(strength=0.4) if least == 1 else {})
+    options = CalibrateOptions(refine=0, most=1, pictures=False, rivals=False, progress=False)
+    how = dict(shelf=shelf, on_point=lambda point, _pictures: done.append(point.full_steps))
+    with subject.around():
+        found = calibrate(subject.pipe, [call], None, options, **how)
+        assert done == [usual] and f"| {usual} | {steps / usual:.2f} |" in found.curve.table()
+        found = calibrate(subject.pipe, [call], None, options, target="drift:200", **how)
+        assert len(found.full) == min(done) == least
+        if least == 1:
+            with pytest.raises(LookupError, match="keeps drift:-200"):
+                calibrate(subject.pipe, [call], None, options, target="drift:-200", **how)
+        wrong = least - 1 or steps + 1
+        done.clear()
+        with pytest.raises(ValueError, match=f"from {least} to {steps} full steps, got {wrong}"):
+            calibrate(subject.pipe, [call], None, options, budgets=(steps, wrong), **how)
+    assert not done, "said before any is calibrated"
 
 
 def test_a_call_and_a_command_calibrate_alike(pipe, tiny_flux, tmp_path, capsys):

@@ -109,7 +109,8 @@ def calibrate(
 
     A `budget` is a number of full steps; several `budgets` are calibrated from high to low. A `target` such as
     'psnr:40', 'ssim:0.97' or 'drift:-45' is kept on the mean of the checked calls by the smallest budget that does, of
-    those named or of all. Without any of them the budget is a sixth of the steps, and two at least.
+    those named or of all. Without any of them the budget is a sixth of the run's steps, two at least, and as many as
+    have to be full.
 
     With `near` it begins with a calibration on the shelf that differs in its times alone, the one of the nearest number
     of steps: of budgets whose rows can be carried no schedule is tried, as their algebra on the reference runs here
@@ -161,6 +162,8 @@ class _Wanted:
         Raises: LookupError if none keeps the target.
         """
         points: dict[int, Point] = {}
+        for one in self.budgets:
+            bench.check_budget(one)
 
         def found(budget: int) -> Point:
             if budget not in points:
@@ -169,10 +172,10 @@ class _Wanted:
             return points[budget]
 
         if self.budgets or self.target is None:
-            for one in self.budgets or (usual_budget(bench.steps),):
+            for one in self.budgets or (bench.usual_budget,):
                 found(one)
         else:
-            _walk(found, self.target, bench.steps)
+            _walk(found, self.target, bench.usual_budget, bench.least_budget, bench.steps)
         ordered = sorted(points.values(), key=lambda point: -point.full_steps)
         curve = Curve(bench.steps, tuple(ordered), bench.left_out)
         return curve, curve.least(self.target) if self.target else ordered[0]
@@ -183,11 +186,11 @@ def usual_budget(steps: int) -> int:
     return max(round(steps / FIRST_SHARE), min(2, steps))
 
 
-def _walk(found: Callable[[int], Point], target: Quality, steps: int) -> None:
-    """Look for the fewest full steps that keep a target: down while it is kept, or up until it is."""
-    budget = usual_budget(steps)
+def _walk(found: Callable[[int], Point], target: Quality, budget: int, least: int, steps: int) -> None:
+    """Look for the fewest full steps, `least` or more, that keep a target: from a budget down while it is kept, or up
+    until it is."""
     if found(budget).kept.keeps(target):
-        while budget > 1 and found(budget - 1).kept.keeps(target):
+        while budget > least and found(budget - 1).kept.keeps(target):
             budget -= 1
         return
     while budget < steps - 1:
@@ -280,7 +283,21 @@ class _Bench:
 
     @property
     def steps(self) -> int:
-        return self._solver.steps
+        """How many steps a run walks."""
+        return self._solver.ticks
+
+    @property
+    def least_budget(self) -> int:
+        """How many steps have to be full."""
+        return len(self._solver.begins)
+
+    @property
+    def usual_budget(self) -> int:
+        return max(usual_budget(self.steps), self.least_budget)
+
+    def check_budget(self, budget: int) -> None:
+        """Raise ValueError if the runs have fewer steps, or more that have to be full."""
+        self._solver.check_budget(budget)
 
     @property
     def left_out(self) -> str:
@@ -348,7 +365,7 @@ class _Bench:
                 "near= begins with a calibration of the same weights and calls at other times, got none on the shelf; "
                 "calibrate with more steps first, or leave it out."
             )
-        return min(found, key=lambda one: abs(math.log(one.facts.steps / self.steps)))
+        return min(found, key=lambda one: abs(math.log(one.facts.steps / self._facts.steps)))
 
     def _elsewhere(self, budget: int) -> list[Solved]:
         """Return the predictor of a budget that was calibrated at other times, if one is to begin near."""

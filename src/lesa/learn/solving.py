@@ -125,6 +125,12 @@ class Problem(References):
                 f"step skipped; run this {type(self.pipe).__name__} in bfloat16 or float32."
             )
 
+    def check_budget(self, budget: int) -> None:
+        """Raise ValueError if there are fewer steps, or more that have to be full."""
+        least, most = len(self.begins), self.ticks
+        if not least <= budget <= most:
+            raise ValueError(f"a budget is from {least} to {most} full steps, got {budget}; change it.")
+
     def check_full(self, full: Sequence[int]) -> None:
         """Raise ValueError unless all is full at which streams begin or end."""
         if missing := sorted(set(self.begins) - set(full)):
