@@ -184,6 +184,13 @@ def test_rows_solved_near_those_of_another_grid_try_no_schedule(tiny_flux, solve
     assert report.drift == pytest.approx(there.rounds(found.full, 6)[0].drift)
 
 
+def test_where_rows_cannot_be_carried_a_schedule_is_searched_for(tiny_flux, solver):
+    there = Solver(tiny_flux, PROMPTS, range(2), dict(CALL, num_inference_steps=3))
+    first, _ = solver.solve(schedule=Schedule.at([0, 5]), refine=0)
+    found, report = there.solve(2, near=[first], refine=0, most=3)
+    assert len(found.full) == 2 and report.tried > 0
+
+
 def test_a_calibration_begins_near_another_of_the_same_weights(tiny_flux, tmp_path):
     shelf, options = Shelf(tmp_path), CalibrateOptions(most=3, refine=0, progress=False, pictures=False, rivals=False)
     calls: list[dict[str, Any]] = [dict(CALL, num_inference_steps=steps) for steps in (8, 7)]

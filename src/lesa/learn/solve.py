@@ -168,10 +168,14 @@ class Solver(Problem):
 
     def _elsewhere(self, budget: int, near: Sequence[Solved | Schedule]) -> Full | None:
         """Return the full steps that the algebra of a predictor for other times says are the best here, if there is one
-        of so many."""
+        of so many whose rows may be carried here."""
         for one in near:
             if isinstance(one, Solved) and one.basis and len(one.full) == budget and not matches(one.grid, self.times):
-                return one.basis.at(self.times.double(), self.gram / len(self.weights)).search(self.response)
+                try:
+                    basis = one.basis.at(self.times.double(), self.gram / len(self.weights))
+                except ValueError:
+                    continue
+                return basis.search(self.response)
         return None
 
     def _starts(self, budget: int, near: Sequence[Solved | Schedule]) -> list[Full]:
