@@ -125,7 +125,8 @@ class References:
             left -= len(some)
         sizes = [len(some) for some, _ in part._batches]
         part.reference = [run.first(sizes[run.batch]) for run in self.reference if run.batch < len(sizes)]
-        part._progress, part.pictures = self, self.pictures[:calls]
+        each = len(self.pictures) // self.calls  # a call may draw several
+        part._progress, part.pictures = self, self.pictures[: calls * each]
         part._weigh()
         return part
 
