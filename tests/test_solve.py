@@ -697,11 +697,14 @@ def test_a_budget_beyond_the_run_is_refused(tiny_flux):
 
 
 def test_a_schedule_without_a_step_at_which_streams_change_is_refused():
+    """To solve for, and to begin a search near."""
     subject = ZOO["wan22_guided"]()
     with subject.around():
         solver = Solver(subject.pipe, [subject.arguments], [0])
     with pytest.raises(ValueError, match="add 2 to them"):
         solver.solve(schedule=Schedule.at([0, 3, 4]))
+    with pytest.raises(ValueError, match="add 2 to them"):
+        solver.solve(budget=3, near=[Schedule.at([0, 1, 3])])
     with pytest.raises(ValueError, match="from 2 to 6"):
         solver.solve(budget=1)
 

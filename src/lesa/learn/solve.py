@@ -182,6 +182,8 @@ class Solver(Problem):
         """Return schedules of so many full steps: those that are near, or what they leave without some of their own."""
         here = [one for one in near if not isinstance(one, Solved) or matches(one.grid, self.times)]
         known = {self._of(one.schedule if isinstance(one, Solved) else one) for one in here}
+        for full in known:
+            self.check_full(full)
         while known and len(next(iter(known))) > budget:
             known = {full for one in known for full in without_one(one, self.begins)}
             known = set(sorted(known, key=self._search.algebra.cost)[:4])
