@@ -4,6 +4,7 @@ import copy
 import math
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from itertools import count, pairwise
 
 import numpy as np
@@ -537,6 +538,31 @@ def test_other_forecasters_are_measured_on_the_same_calls_and_pictures_are_kept_
     assert found.drifts[0] == pytest.approx(drift(ended, last_latents(tiny_flux, 3)), abs=0.01)
     assert known.drift_of(Reuse(), Schedule.every(1)) == pytest.approx([-120.0] * 2), "every step is full"
     assert not any(run.velocities for run in known.reference), "to measure, the last latents are enough"
+
+
+def test_runs_that_no_scheduler_stepped_are_not_measured(tiny_flux, monkeypatch):
+    """Nor is a call of the denoiser after a run's end, be it after times that were set anew."""
+    call, known = type(tiny_flux).__call__, References(tiny_flux, PROMPTS[:1], [3], CALL)
+    given = {}
+
+    def heard(_module, _args, kwargs):
+        given.update(kwargs)
+
+    def probe(pipe, *_args, **_kwargs):
+        pipe.scheduler.set_timesteps(sigmas=[1.0, 0.5], mu=0.5)
+        pipe.transformer(**given)
+
+    def probed(pipe, *args, **kwargs):
+        call(pipe, *args, **kwargs)
+        probe(pipe)
+
+    with tiny_flux.transformer.register_forward_pre_hook(heard, with_kwargs=True):
+        monkeypatch.setattr(type(tiny_flux), "__call__", wraps(call)(probed))
+        (run,) = References(tiny_flux, PROMPTS[:1], [3], CALL).reference
+    assert run.ticks == 8 and torch.equal(run.final, known.reference[0].final)
+    monkeypatch.setattr(type(tiny_flux), "__call__", wraps(call)(probe))
+    with pytest.raises(ValueError, match="got a FluxPipeline that did not step one"):
+        References(tiny_flux, PROMPTS[:1], [3], CALL)
 
 
 def test_any_sampler_is_measured_one_that_adds_noise_too():

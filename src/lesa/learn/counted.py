@@ -164,6 +164,7 @@ class Recorder(PipelineClock):
 
         Raises: ValueError if there is none.
         """
+        self.runs = [run for run in self.runs if run.ticks]
         if not self.runs:
             raise ValueError(
                 f"runs are measured where their scheduler steps, got a {type(self._pipe).__name__} that did not step "
