@@ -258,6 +258,20 @@ def test_budgets_are_of_the_steps_that_a_run_walks_and_that_have_to_be_full(shel
     assert not done, "said before any is calibrated"
 
 
+@pytest.mark.parametrize(("target", "pictures"), [("psnr:40", False), ("lpips:0.1", True)])
+def test_a_target_that_is_not_measured_is_refused_before_any_budget_is_calibrated(
+    pipe, shelf, target, pictures, monkeypatch
+):
+    monkeypatch.setattr("lesa.learn.perceptual.lacking", lambda: "AlexNet's weights")
+    monkeypatch.setattr(Solver, "solve", stop)
+    options = CalibrateOptions(pictures=pictures, progress=False)
+    reason = (
+        "LPIPS is left out: it needs AlexNet's weights" if pictures else "measured by drift, got the target psnr:40"
+    )
+    with pytest.raises(ValueError, match=reason):
+        calibrate(pipe, PROMPTS[:2], None, options, target=target, shelf=shelf)
+
+
 def test_a_call_and_a_command_calibrate_alike(pipe, tiny_flux, tmp_path, capsys):
     model = tmp_path / "model"
     tiny_flux.save_pretrained(model)

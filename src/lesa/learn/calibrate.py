@@ -162,8 +162,7 @@ class _Wanted:
         Raises: LookupError if none keeps the target.
         """
         points: dict[int, Point] = {}
-        for one in self.budgets:
-            bench.check_budget(one)
+        bench.check(self)
 
         def found(budget: int) -> Point:
             if budget not in points:
@@ -295,9 +294,13 @@ class _Bench:
     def usual_budget(self) -> int:
         return max(usual_budget(self.steps), self.least_budget)
 
-    def check_budget(self, budget: int) -> None:
-        """Raise ValueError if the runs have fewer steps, or more that have to be full."""
-        self._solver.check_budget(budget)
+    def check(self, wanted: _Wanted) -> None:
+        """Raise ValueError if the runs have fewer steps than a budget, or more that have to be full, or if what is
+        checked is not measured by what the target is of."""
+        for budget in wanted.budgets:
+            self._solver.check_budget(budget)
+        if wanted.target is not None:
+            self._checks.check(wanted.target)
 
     @property
     def left_out(self) -> str:
