@@ -761,6 +761,29 @@ def test_rows_of_the_data_are_solved_where_a_sampler_adds_noise(tmp_path, name):
     assert ours < reuse - 0.1
 
 
+def test_where_rows_of_the_data_do_not_fit_a_run_it_falls_back(monkeypatch):
+    """To a run of other steps, and under a sampler that does not say what outputs say of the data."""
+    subject = ZOO["stable_diffusion_euler_ancestral_guided"]()
+
+    def unknown(*_args, **_kwargs):
+        raise ValueError("noise levels are not known")
+
+    def draw(steps: int) -> torch.Tensor:
+        call = {**subject.arguments, "num_inference_steps": steps}
+        return torch.as_tensor(subject.pipe(**call, generator=torch.Generator().manual_seed(0))[0])
+
+    with subject.around():
+        solver = Solver(subject.pipe, [subject.arguments], [0])
+        predictor = solver.predictor((0, 3, 5), solver.gaps((0, 3, 5)).reuse())
+        wanted = draw(5)
+        with accelerate(subject.pipe, predictor, fallback="full") as run:
+            fitting = draw(6)
+            assert torch.equal(draw(5), wanted) and run.summary().fallbacks == 1
+            monkeypatch.setattr("lesa.host.data._known", {})
+            monkeypatch.setattr("lesa.rows.levels.of", unknown)
+            assert not torch.equal(draw(6), fitting) and run.summary().fallbacks == 2
+
+
 def test_rows_of_the_data_are_for_no_other_forecast(tiny_flux):
     predictor = Solved(origin(transformer=type(tiny_flux.transformer).__name__), of="data")
     with pytest.raises(ValueError, match="leave of= out"):
