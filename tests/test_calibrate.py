@@ -229,6 +229,10 @@ def test_what_cannot_be_calibrated(pipe, shelf, named, message):
         calibrate(pipe, PROMPTS, None, FAST, shelf=shelf, **named)
     with pytest.raises(ValueError, match="needs prompts, or calls, got none"):
         calibrate(pipe, [], None, FAST, shelf=shelf)
+    for one, kind in ((PROMPTS[0], "str"), (dict(prompt=PROMPTS[0]), "dict")):
+        for work in (calibrate, lesa.collect, lambda pipe, calls, _folder: lesa.plan(pipe, [3], calls)):
+            with pytest.raises(ValueError, match=f"a list of prompts .*, got a {kind}; list it"):
+                work(pipe, one, shelf.folder)
     with pytest.raises(ValueError, match="most= is at least 1"):
         CalibrateOptions(most=0)
 

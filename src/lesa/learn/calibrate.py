@@ -22,7 +22,7 @@ from lesa.host.facts import Facts, listen
 from lesa.host.pipelines import arguments_of
 from lesa.host.runtime import denoisers_of
 from lesa.learn import said
-from lesa.learn.calls import Call, plain
+from lesa.learn.calls import Call, plain_calls
 from lesa.learn.checks import Checks
 from lesa.learn.collecting import TRAINING_SEED, VALIDATION_SEED
 from lesa.learn.journal import Journal
@@ -226,7 +226,7 @@ class _Plan:
         """Raise ValueError if there are no calls, or too few."""
         if not len(calls):
             raise ValueError("a calibration needs prompts, or calls, got none; four to twelve are enough.")
-        solved_on, checked_on = split([plain(one) for one in calls], options)
+        solved_on, checked_on = split(plain_calls(calls), options)
         weights = fingerprint({name: getattr(pipe, name) for name in denoisers_of(pipe)})
         known = shelf.calibrations(weights) if near else []
         what = dict(

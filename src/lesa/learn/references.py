@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lesa.host.pipelines import for_each, pictures_of
 from lesa.host.runtime import Run, accelerate
-from lesa.learn.calls import Call, arguments, plain, seeded, takes
+from lesa.learn.calls import Call, arguments, plain_calls, seeded, takes
 from lesa.learn.counted import Recorder, Recording
 from lesa.learn.drawn import arrays
 from lesa.rows.forecasters import Forecaster
@@ -242,7 +242,7 @@ def _has_pictures(result: Any) -> bool:
 
 def _batches(calls: Sequence[Call], seeds: Sequence[int], size: int) -> Iterator[tuple[list[Call], list[int]]]:
     """Yield the calls that go in one call of the pipeline, with their seeds."""
-    calls = [plain(one) for one in calls]
+    calls = plain_calls(calls)
     together = size if all(isinstance(one, str) for one in calls) else 1
     for start in range(0, len(calls), together):
         yield calls[start : start + together], list(seeds[start : start + together])
