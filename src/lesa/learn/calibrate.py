@@ -108,9 +108,9 @@ def calibrate(
     arguments of calls by name; other arguments go to all of them (`num_inference_steps=28, height=768`).
 
     A `budget` is a number of full steps; several `budgets` are calibrated from high to low. A `target` such as
-    'psnr:40', 'ssim:0.97' or 'drift:-45' is kept on the mean of the checked calls by the smallest budget that does, of
-    those named or of all. Without any of them the budget is a sixth of the run's steps, two at least, and as many as
-    have to be full.
+    'psnr:40', 'ssim:0.97', 'lpips:0.1' or 'drift:-45' is kept on the mean of the checked calls by the smallest budget
+    that does, of those named or of all. Without any of them the budget is a sixth of the run's steps, two at least, and
+    as many as have to be full.
 
     With `near` it begins with a calibration on the shelf that differs in its times alone, the one of the nearest number
     of steps: of budgets whose rows can be carried no schedule is tried, as their algebra on the reference runs here

@@ -29,7 +29,7 @@ class Quality(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Quality:
-        """Read 'psnr:40', 'ssim:0.97' or 'drift:-45'.
+        """Read 'psnr:40', 'ssim:0.97', 'lpips:0.1' or 'drift:-45'.
 
         Raises: ValueError if the text is none of these.
         """
