@@ -717,6 +717,13 @@ def test_calls_and_seeds_pair_up(tiny_flux):
         solve(tiny_flux, PROMPTS, [3], budget=3, **CALL)
 
 
+def test_an_accelerated_pipeline_makes_no_reference_runs(tiny_flux):
+    done: list[int] = []
+    with accelerate(tiny_flux, Reuse(), schedule=SCHEDULE), pytest.raises(ValueError, match="accelerated once"):
+        References(tiny_flux, PROMPTS, [3, 4], CALL, on_run=done.append)
+    assert not done
+
+
 def test_a_budget_beyond_the_run_is_refused(tiny_flux):
     with pytest.raises(ValueError, match="from 1 to 8"):
         solve(tiny_flux, PROMPTS[:1], [3], budget=9, **CALL)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lesa.host.pipelines import for_each, pictures_of
-from lesa.host.runtime import Run, accelerate
+from lesa.host.runtime import Run, accelerate, check_free, denoisers_of
 from lesa.learn.calls import Call, arguments, plain_calls, seeded, takes
 from lesa.learn.counted import Recorder, Recording
 from lesa.learn.drawn import arrays
@@ -80,7 +80,8 @@ class References:
 
     Of a run its last latents are kept, float32 in the CPU's memory.
 
-    Raises: ValueError if calls and seeds do not pair up, or runs of a batch cannot be told apart.
+    Raises: ValueError if calls and seeds do not pair up, the pipeline is accelerated, or runs of a batch cannot be told
+        apart.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class References:
             raise ValueError(f"each call needs one seed, got {len(calls)} calls and {len(seeds)} seeds.")
         if batch_size < 1:
             raise ValueError(f"a batch has a call or more, got batch_size={batch_size}; raise it.")
+        check_free(pipe, denoisers_of(pipe))  # or the reference runs were accelerated
         self.pipe, self.counts, self.done, self._progress = pipe, Counts(), 0, self
         self._on_run, self._pictures = on_run or (lambda _done: None), pictures
         self._call, self._batches = dict(call or {}), list(_batches(calls, seeds, batch_size))
