@@ -189,6 +189,7 @@ def test_rows_without_training_are_kept_where_they_are_better(pipe, shelf, monke
     (point,) = predictor.curve.points
     assert not point.is_solved and point.kept.schedule == str(predictor.schedule)
     assert f"| {point.kept.rows} |" in predictor.curve.table()
+    assert predictor.origin.training["drift"] == pytest.approx(point.kept.score("drift").mean)
     forecaster = {repr(one): one for one in UNTRAINED}[point.kept.rows]
     with lesa.accelerate(pipe, forecaster, schedule=predictor.schedule):
         wanted = draw(pipe)

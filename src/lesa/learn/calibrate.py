@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from lesa.host.facts import Facts, listen
 from lesa.host.pipelines import arguments_of
 from lesa.host.runtime import denoisers_of
 from lesa.learn import said
+from lesa.learn.beginning import remember
 from lesa.learn.calls import Call, plain_calls
 from lesa.learn.checks import Checks
 from lesa.learn.collecting import TRAINING_SEED, VALIDATION_SEED
@@ -340,6 +342,7 @@ class _Bench:
             except ValueError as error:  # such as a grid that this forecaster is not for
                 left_out = f"{left_out} {rival.forecaster!r}: {error}".strip()
                 continue
+            remember(rows, drift=fmean(one.drift))  # its own, not that of what was solved for
             tried[one] = rows
         point = Point(
             budget,
