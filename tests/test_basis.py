@@ -9,6 +9,7 @@ from test_solve import CALL, PROMPTS
 
 import lesa
 from lesa.host.facts import listen
+from lesa.learn import counted
 from lesa.learn.bases import basis_of
 from lesa.learn.calibrate import CalibrateOptions, calibrate
 from lesa.learn.solve import Solver
@@ -143,6 +144,15 @@ def test_on_their_own_grid_rows_are_those_that_were_solved(solver):
     rows, left = basis.solve(solver.response, full)
     torch.testing.assert_close(rows, found.rows, rtol=0, atol=1e-4)
     assert 10 * math.log10(left / float(solver.errors(found.recordings).mean())) == pytest.approx(0, abs=0.02)
+
+
+def test_of_large_latents_the_elements_that_are_kept_stand_for_all(tiny_flux, solver, monkeypatch):
+    """Else algebra on a part of them would be held against what whole runs leave, and thrown away."""
+    monkeypatch.setattr(counted, "ELEMENTS", 128)
+    part = Solver(tiny_flux, PROMPTS, range(2), CALL)
+    found, _ = part.rounds((0, 3, 5), 1)
+    torch.testing.assert_close(part.gram.diagonal(), solver.gram.diagonal(), rtol=0.3, atol=0)
+    assert part.reference[0].thinned == 2 and basis_of(part, found) is not None
 
 
 def test_a_predictor_keeps_what_it_is_carried_by(solver, tmp_path):

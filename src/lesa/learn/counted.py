@@ -94,6 +94,11 @@ class Recording:
         drawn = torch.randint(rows.shape[1], (ELEMENTS,), generator=torch.Generator().manual_seed(0))
         return rows[:, drawn]
 
+    @property
+    def thinned(self) -> float:
+        """How many elements of its latents stand behind each that is kept."""
+        return max(self.final.shape[1] / ELEMENTS, 1.0)
+
     def first(self, calls: int) -> Recording:
         """Return what passed of the first so many calls."""
         part = copy(self)

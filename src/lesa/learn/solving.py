@@ -187,10 +187,11 @@ class Problem(References):
         return (self.weights_of(run)[:, None, None] * products).sum(0)
 
     def weights_of(self, run: Recording) -> Tensor:
+        """Return what a recording's calls count by, (calls,), so that the elements kept stand for all."""
         place = 0
         for one in self.reference:
             if (one.batch, one.number) == (run.batch, run.number):
-                return self.weights[place : place + one.calls]
+                return self.weights[place : place + one.calls] * one.thinned
             place += one.calls
         raise AssertionError("each run has its reference run")
 
