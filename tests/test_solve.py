@@ -602,6 +602,17 @@ def test_any_pipeline_is_solved(name):
     assert report.rounds and mark_of(subject.pipe.scheduler) is None
 
 
+@pytest.mark.parametrize("name", [*ANY, "cogvideox_v2v_guided", "latent_consistency"])
+def test_what_is_solved_as_a_run_comes_to_it_is_what_the_run_goes_on_with(name):
+    """Also where a run is planned anew as its first step tells where it begins, or what its outputs say of the data."""
+    subject = ZOO[name]()
+    with subject.around():
+        solver = Solver(subject.pipe, [subject.arguments], [0])
+        full = tuple(sorted({*solver.begins, solver.ticks - 2, solver.ticks - 1}))
+        found = solver.lockstep(full, "rounds")
+        assert solver.run_rows(full, found.rows, of="rounds").drift == pytest.approx(found.drift, abs=0.01)
+
+
 @pytest.mark.parametrize("name", ["flux_img2img_guided", "wan_v2v_guided"])
 def test_rows_of_runs_from_mid_grid_are_for_no_other_runs(name):
     """Whether the sampler knows where it begins, or only its first step tells."""

@@ -244,9 +244,9 @@ class Problem(References):
         made: list[PlannedRow] = []
 
         def go_on(live: Run, run: Recording) -> None:
-            if run.ticks - 1 in full:
-                made.append(solve_gap(full.index(run.ticks - 1), run))
-            for row in made:  # of the data prediction there is no plan before the second step
+            if full[len(made) : len(made) + 1] == (run.ticks - 1,):
+                made.append(solve_gap(len(made), run))
+            for row in made:  # a run may be planned anew as its first step is done, or of data not before the second
                 set_row(live, row)
 
         def solve_gap(j: int, run: Recording) -> PlannedRow:
