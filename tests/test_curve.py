@@ -39,6 +39,12 @@ def test_a_target_that_nothing_keeps_or_that_was_not_measured():
         Curve(50, (blind,)).least(Quality.parse("psnr:40"))
 
 
+@pytest.mark.parametrize("text", ["psnr", "psnr:", "psnr:nan", "psnr:inf", "fid:3", "40"])
+def test_a_quality_is_a_measure_and_a_number(text):
+    with pytest.raises(ValueError, match=f"quality reads psnr:40, .* got '{text}'"):
+        Quality.parse(text)
+
+
 @pytest.mark.parametrize(
     ("target", "share"), [("psnr:48", 0), ("psnr:49", 0.5), ("psnr:50.5", 1), ("drift:-48", 0), ("drift:-49", 0.5)]
 )
