@@ -9,6 +9,7 @@ from test_solve import CALL, PROMPTS
 
 import lesa
 from lesa.host.facts import listen
+from lesa.learn import counted
 from lesa.learn.bases import basis_of
 from lesa.learn.calibrate import CalibrateOptions, calibrate
 from lesa.learn.solve import Solver
@@ -145,6 +146,15 @@ def test_on_their_own_grid_rows_are_those_that_were_solved(solver):
     assert 10 * math.log10(left / float(solver.errors(found.recordings).mean())) == pytest.approx(0, abs=0.02)
 
 
+def test_of_large_latents_the_elements_that_are_kept_stand_for_all(tiny_flux, solver, monkeypatch):
+    """Else algebra on a part of them would be held against what whole runs leave, and thrown away."""
+    monkeypatch.setattr(counted, "ELEMENTS", 128)
+    part = Solver(tiny_flux, PROMPTS, range(2), CALL)
+    found, _ = part.rounds((0, 3, 5), 1)
+    torch.testing.assert_close(part.gram.diagonal(), solver.gram.diagonal(), rtol=0.3, atol=0)
+    assert part.reference[0].thinned == 2 and basis_of(part, found) is not None
+
+
 def test_a_predictor_keeps_what_it_is_carried_by(solver, tmp_path):
     predictor, _ = solver.solve(schedule=Schedule.at([0, 3, 5]), refine=2)
     predictor.save_pretrained(tmp_path)
@@ -182,6 +192,13 @@ def test_rows_solved_near_those_of_another_grid_try_no_schedule(tiny_flux, solve
     assert found.full == known.search(there.response)
     assert report.tried == 0 and report.counts.search == 0 < report.counts.rounds
     assert report.drift == pytest.approx(there.rounds(found.full, 6)[0].drift)
+
+
+def test_where_rows_cannot_be_carried_a_schedule_is_searched_for(tiny_flux, solver):
+    there = Solver(tiny_flux, PROMPTS, range(2), dict(CALL, num_inference_steps=3))
+    first, _ = solver.solve(schedule=Schedule.at([0, 5]), refine=0)
+    found, report = there.solve(2, near=[first], refine=0, most=3)
+    assert len(found.full) == 2 and report.tried > 0
 
 
 def test_a_calibration_begins_near_another_of_the_same_weights(tiny_flux, tmp_path):

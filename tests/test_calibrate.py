@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny import TRAINED
+from zoo.pipelines import ZOO
 
 import lesa
 from lesa.cli import main
@@ -188,6 +189,7 @@ def test_rows_without_training_are_kept_where_they_are_better(pipe, shelf, monke
     (point,) = predictor.curve.points
     assert not point.is_solved and point.kept.schedule == str(predictor.schedule)
     assert f"| {point.kept.rows} |" in predictor.curve.table()
+    assert predictor.origin.training["drift"] == pytest.approx(point.kept.score("drift").mean)
     forecaster = {repr(one): one for one in UNTRAINED}[point.kept.rows]
     with lesa.accelerate(pipe, forecaster, schedule=predictor.schedule):
         wanted = draw(pipe)
@@ -228,8 +230,51 @@ def test_what_cannot_be_calibrated(pipe, shelf, named, message):
         calibrate(pipe, PROMPTS, None, FAST, shelf=shelf, **named)
     with pytest.raises(ValueError, match="needs prompts, or calls, got none"):
         calibrate(pipe, [], None, FAST, shelf=shelf)
+    for one, kind in ((PROMPTS[0], "str"), (dict(prompt=PROMPTS[0]), "dict")):
+        for work in (calibrate, lesa.collect, lambda pipe, calls, _folder: lesa.plan(pipe, [3], calls)):
+            with pytest.raises(ValueError, match=f"a list of prompts .*, got a {kind}; list it"):
+                work(pipe, one, shelf.folder)
     with pytest.raises(ValueError, match="most= is at least 1"):
         CalibrateOptions(most=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "usual", "least"),
+    [("wan22_guided", 6, 2, 2), ("modular_qwen_interval_guided", 6, 3, 3), ("flux_img2img_guided", 3, 2, 1)],
+)
+def test_budgets_are_of_the_steps_that_a_run_walks_and_that_have_to_be_full(shelf, name, steps, usual, least):
+    """Where a second denoiser takes over, guidance begins and ends, or a run begins in mid-grid."""
+    subject, done = ZOO[name](), []
+    call = subject.arguments | (dict(strength=0.4) if least == 1 else {})
+    options = CalibrateOptions(refine=0, most=1, pictures=False, rivals=False, progress=False)
+    how = dict(shelf=shelf, on_point=lambda point, _pictures: done.append(point.full_steps))
+    with subject.around():
+        found = calibrate(subject.pipe, [call], None, options, **how)
+        assert done == [usual] and f"| {usual} | {steps / usual:.2f} |" in found.curve.table()
+        found = calibrate(subject.pipe, [call], None, options, target="drift:200", **how)
+        assert len(found.full) == min(done) == least
+        if least == 1:
+            with pytest.raises(LookupError, match="keeps drift:-200"):
+                calibrate(subject.pipe, [call], None, options, target="drift:-200", **how)
+        wrong = least - 1 or steps + 1
+        done.clear()
+        with pytest.raises(ValueError, match=f"from {least} to {steps} full steps, got {wrong}"):
+            calibrate(subject.pipe, [call], None, options, budgets=(steps, wrong), **how)
+    assert not done, "said before any is calibrated"
+
+
+@pytest.mark.parametrize(("target", "pictures"), [("psnr:40", False), ("lpips:0.1", True)])
+def test_a_target_that_is_not_measured_is_refused_before_any_budget_is_calibrated(
+    pipe, shelf, target, pictures, monkeypatch
+):
+    monkeypatch.setattr("lesa.learn.perceptual.lacking", lambda: "AlexNet's weights")
+    monkeypatch.setattr(Solver, "solve", stop)
+    options = CalibrateOptions(pictures=pictures, progress=False)
+    reason = (
+        "LPIPS is left out: it needs AlexNet's weights" if pictures else "measured by drift, got the target psnr:40"
+    )
+    with pytest.raises(ValueError, match=reason):
+        calibrate(pipe, PROMPTS[:2], None, options, target=target, shelf=shelf)
 
 
 def test_a_call_and_a_command_calibrate_alike(pipe, tiny_flux, tmp_path, capsys):

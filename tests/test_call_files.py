@@ -77,3 +77,5 @@ def test_calls_of_prompts_alone_are_recorded_and_others_refused():
         prompts_of(["a", {"prompt": "b", "image": 1, "seed": 2}])
     with pytest.raises(ValueError, match="got call 1 with no prompt"):
         prompts_of([{}])
+    with pytest.raises(ValueError, match=r"a list of prompts .*, got a str; list it"):
+        prompts_of("a red apple")

@@ -35,8 +35,14 @@ def test_a_target_that_nothing_keeps_or_that_was_not_measured():
     with pytest.raises(LookupError, match=r"no budget that was calibrated keeps psnr:58 .*ask for less"):
         CURVE.least(Quality.parse("psnr:58"))
     blind = Point(3, -30, (Tried(SOLVED, "at:0,3", (-30.0,)),), {}, 1.0)
-    with pytest.raises(ValueError, match="measured by drift, got the target psnr:40"):
+    with pytest.raises(ValueError, match="are measured by drift, got the target psnr:40"):
         Curve(50, (blind,)).least(Quality.parse("psnr:40"))
+
+
+@pytest.mark.parametrize("text", ["psnr", "psnr:", "psnr:nan", "psnr:inf", "fid:3", "40"])
+def test_a_quality_is_a_measure_and_a_number(text):
+    with pytest.raises(ValueError, match=f"quality reads psnr:40, .* got '{text}'"):
+        Quality.parse(text)
 
 
 @pytest.mark.parametrize(

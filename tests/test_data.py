@@ -133,6 +133,7 @@ def test_a_run_is_what_the_oracle_says(name, forecaster, rows):
     summary = accelerated.summary()
     assert sum(done.skipped_steps for done in summary.values()) == expected.skipped > 0
     assert summary.data.skipped_steps == len(accelerated.plan("data").rows) > 0
+    assert summary.data.full_steps == run.ticks - summary.data.skipped_steps
     why = "as the sampler adds noise" if name in NOISY else "as asked for"
     assert f"forecast: the data prediction, {why}" in str(summary)
 
@@ -303,6 +304,7 @@ def test_a_run_begins_to_forecast_where_its_outputs_say_something(monkeypatch):
         assert all(x.isfinite().all() for x in outputs(name))
     assert run.plan("data").full == (1, 4) and run.plan().full == (0, 1, 4)
     assert run.summary()["cond"].skipped_steps == run.summary().data.skipped_steps == 3
+    assert run.summary()["cond"].full_steps == run.summary().data.full_steps == 3
 
 
 def test_a_sampler_is_looked_at_once_for_all_pipelines_that_use_it(monkeypatch):

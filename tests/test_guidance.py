@@ -1,12 +1,15 @@
 """How streams make one velocity is measured on what runs recorded."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 from test_training import BOTH, World, bending
 
 from lesa.learn.collect import record
+from lesa.learn.guidance import facts
 from lesa.rows.guidance import Guidance
 
 PROMPT = "small red apple on white, left"
@@ -34,6 +37,15 @@ def test_the_guidance_of_each_pipeline_is_found(tiny_flux, tiny_qwen):
         torch.testing.assert_close(
             run.latents.diff(dim=0), run.grid.diff().float()[:, None, None] * velocity, atol=1e-3, rtol=1e-2
         )
+
+
+def test_what_a_training_says_of_guidance_is_measured_under_the_sampler_of_its_runs(tiny_qwen):
+    pipe = copy.copy(tiny_qwen)
+    config = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipe.scheduler = UniPCMultistepScheduler(**config)
+    call = dict(CALL, negative_prompt="fish", true_cfg_scale=3.0)
+    runs = record(pipe, [PROMPT], [3], torch.arange(16), **call)
+    assert facts(pipe, [runs], call)["guidance"] == {"scale": pytest.approx(3, rel=1e-3), "rescaled": True}
 
 
 def test_one_stream_is_its_own_velocity():

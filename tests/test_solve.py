@@ -4,6 +4,7 @@ import copy
 import math
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from itertools import count, pairwise
 
 import numpy as np
@@ -508,6 +509,13 @@ def test_a_step_that_gains_on_its_own_calls_alone_is_known_as_such():
     assert _left_out(gram[:1], alone[:1], 1e-4) < 0, "one call has no other"
 
 
+def test_of_calls_that_draw_several_pictures_each_the_first_calls_have_all_of_theirs(tiny_flux):
+    solver = Solver(tiny_flux, PROMPTS, [3, 4], dict(CALL, num_images_per_prompt=2), batch_size=1, pictures=True)
+    first = solver.first(1)
+    assert len(solver.pictures) == 4 and len(first.pictures) == 2
+    assert first.run_rows((0, 3), first.gaps((0, 3)).reuse(), of="search", draw=True).psnr > 10
+
+
 def test_a_curve_begins_each_search_near_the_schedule_before(tiny_flux):
     solver = Solver(tiny_flux, PROMPTS, [3, 4], CALL)
     found = list(solver.curve([2, 4, 3], refine=0, most=10))
@@ -530,6 +538,31 @@ def test_other_forecasters_are_measured_on_the_same_calls_and_pictures_are_kept_
     assert found.drifts[0] == pytest.approx(drift(ended, last_latents(tiny_flux, 3)), abs=0.01)
     assert known.drift_of(Reuse(), Schedule.every(1)) == pytest.approx([-120.0] * 2), "every step is full"
     assert not any(run.velocities for run in known.reference), "to measure, the last latents are enough"
+
+
+def test_runs_that_no_scheduler_stepped_are_not_measured(tiny_flux, monkeypatch):
+    """Nor is a call of the denoiser after a run's end, be it after times that were set anew."""
+    call, known = type(tiny_flux).__call__, References(tiny_flux, PROMPTS[:1], [3], CALL)
+    given = {}
+
+    def heard(_module, _args, kwargs):
+        given.update(kwargs)
+
+    def probe(pipe, *_args, **_kwargs):
+        pipe.scheduler.set_timesteps(sigmas=[1.0, 0.5], mu=0.5)
+        pipe.transformer(**given)
+
+    def probed(pipe, *args, **kwargs):
+        call(pipe, *args, **kwargs)
+        probe(pipe)
+
+    with tiny_flux.transformer.register_forward_pre_hook(heard, with_kwargs=True):
+        monkeypatch.setattr(type(tiny_flux), "__call__", wraps(call)(probed))
+        (run,) = References(tiny_flux, PROMPTS[:1], [3], CALL).reference
+    assert run.ticks == 8 and torch.equal(run.final, known.reference[0].final)
+    monkeypatch.setattr(type(tiny_flux), "__call__", wraps(call)(probe))
+    with pytest.raises(ValueError, match="got a FluxPipeline that did not step one"):
+        References(tiny_flux, PROMPTS[:1], [3], CALL)
 
 
 def test_any_sampler_is_measured_one_that_adds_noise_too():
@@ -567,6 +600,17 @@ def test_any_pipeline_is_solved(name):
     ours, reuse = found.values()
     assert ours <= reuse + 0.01 and reuse == pytest.approx(report.reuse, abs=0.01)
     assert report.rounds and mark_of(subject.pipe.scheduler) is None
+
+
+@pytest.mark.parametrize("name", [*ANY, "cogvideox_v2v_guided", "latent_consistency"])
+def test_what_is_solved_as_a_run_comes_to_it_is_what_the_run_goes_on_with(name):
+    """Also where a run is planned anew as its first step tells where it begins, or what its outputs say of the data."""
+    subject = ZOO[name]()
+    with subject.around():
+        solver = Solver(subject.pipe, [subject.arguments], [0])
+        full = tuple(sorted({*solver.begins, solver.ticks - 2, solver.ticks - 1}))
+        found = solver.lockstep(full, "rounds")
+        assert solver.run_rows(full, found.rows, of="rounds").drift == pytest.approx(found.drift, abs=0.01)
 
 
 @pytest.mark.parametrize("name", ["flux_img2img_guided", "wan_v2v_guided"])
@@ -684,17 +728,27 @@ def test_calls_and_seeds_pair_up(tiny_flux):
         solve(tiny_flux, PROMPTS, [3], budget=3, **CALL)
 
 
+def test_an_accelerated_pipeline_makes_no_reference_runs(tiny_flux):
+    done: list[int] = []
+    with accelerate(tiny_flux, Reuse(), schedule=SCHEDULE), pytest.raises(ValueError, match="accelerated once"):
+        References(tiny_flux, PROMPTS, [3, 4], CALL, on_run=done.append)
+    assert not done
+
+
 def test_a_budget_beyond_the_run_is_refused(tiny_flux):
     with pytest.raises(ValueError, match="from 1 to 8"):
         solve(tiny_flux, PROMPTS[:1], [3], budget=9, **CALL)
 
 
 def test_a_schedule_without_a_step_at_which_streams_change_is_refused():
+    """To solve for, and to begin a search near."""
     subject = ZOO["wan22_guided"]()
     with subject.around():
         solver = Solver(subject.pipe, [subject.arguments], [0])
     with pytest.raises(ValueError, match="add 2 to them"):
         solver.solve(schedule=Schedule.at([0, 3, 4]))
+    with pytest.raises(ValueError, match="add 2 to them"):
+        solver.solve(budget=3, near=[Schedule.at([0, 1, 3])])
     with pytest.raises(ValueError, match="from 2 to 6"):
         solver.solve(budget=1)
 
@@ -723,6 +777,29 @@ def test_rows_of_the_data_are_solved_where_a_sampler_adds_noise(tmp_path, name):
     ours, reuse = drifts.values()
     assert ours == pytest.approx(solution.report.drift, abs=0.01) and reuse == pytest.approx(reused, abs=0.01)
     assert ours < reuse - 0.1
+
+
+def test_where_rows_of_the_data_do_not_fit_a_run_it_falls_back(monkeypatch):
+    """To a run of other steps, and under a sampler that does not say what outputs say of the data."""
+    subject = ZOO["stable_diffusion_euler_ancestral_guided"]()
+
+    def unknown(*_args, **_kwargs):
+        raise ValueError("noise levels are not known")
+
+    def draw(steps: int) -> torch.Tensor:
+        call = {**subject.arguments, "num_inference_steps": steps}
+        return torch.as_tensor(subject.pipe(**call, generator=torch.Generator().manual_seed(0))[0])
+
+    with subject.around():
+        solver = Solver(subject.pipe, [subject.arguments], [0])
+        predictor = solver.predictor((0, 3, 5), solver.gaps((0, 3, 5)).reuse())
+        wanted = draw(5)
+        with accelerate(subject.pipe, predictor, fallback="full") as run:
+            fitting = draw(6)
+            assert torch.equal(draw(5), wanted) and run.summary().fallbacks == 1
+            monkeypatch.setattr("lesa.host.data._known", {})
+            monkeypatch.setattr("lesa.rows.levels.of", unknown)
+            assert not torch.equal(draw(6), fitting) and run.summary().fallbacks == 2
 
 
 def test_rows_of_the_data_are_for_no_other_forecast(tiny_flux):

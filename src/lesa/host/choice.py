@@ -160,7 +160,10 @@ class FirstStep:
     def judge(self, chosen: Chosen) -> None:
         """Raise ValueError if the run does not fit what is chosen."""
         followed = [chosen.plan(name, self.start, self.start, self.times) for name in self._heard.outputs]
-        chosen.check(followed, self._heard, *self.step)
+        if chosen.data is None or not chosen.data.wanted(*self.step):
+            chosen.check(followed, self._heard, *self.step)
+        elif any(plan.rows for plan in followed):
+            chosen.data.levels(*self.step)  # an error now rather than as it steps
         self.judged = chosen
 
 
@@ -199,8 +202,7 @@ class NamedOrElse(Named):
     def decide(self, first: FirstStep) -> Chosen:
         """Choose what is named if it fits the run."""
         try:
-            if self._chosen.data is None or not self._chosen.data.wanted(*first.step):
-                first.judge(self._chosen)
+            first.judge(self._chosen)
             return self._chosen
         except ValueError:
             assert self._instead is not None

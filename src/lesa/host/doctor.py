@@ -191,8 +191,7 @@ class _Look(Found):
             chosen = super().decide(first)
             plan = chosen.plan(first.facts.streams[0], first.start, first.start, first.times)
             of_data = bool(plan.rows) and chosen.data is not None and chosen.data.wanted(*first.step)
-            if not of_data:
-                first.judge(chosen)
+            first.judge(chosen)
         except NoneFits as error:  # the lines before say why
             yield Finding("accelerate", "no", f"nothing that is there fits such a call. {error.advice}")
             return

@@ -332,6 +332,8 @@ class Executor:
             run.add(tick, self.chosen.data.levels(scheduler, args, kwargs))
         latents, output = (argument(scheduler, name, args, kwargs) for name in ("sample", "model_output"))
         known, step = run.known(part, tick), moment.start + tick
+        if part == 0 and self.data is not None:
+            self.data.full_steps += run.stream_run is None or step not in run.stream_run.plan.rows
         if run.stream_run is None:  # the first tick: what is skipped is not known yet
             if part == 0:
                 self._at_sampler.begin(latents)

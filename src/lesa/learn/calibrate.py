@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ from lesa.host.facts import Facts, listen
 from lesa.host.pipelines import arguments_of
 from lesa.host.runtime import denoisers_of
 from lesa.learn import said
-from lesa.learn.calls import Call, plain
+from lesa.learn.beginning import remember
+from lesa.learn.calls import Call, plain_calls
 from lesa.learn.checks import Checks
 from lesa.learn.collecting import TRAINING_SEED, VALIDATION_SEED
 from lesa.learn.journal import Journal
@@ -109,7 +111,8 @@ def calibrate(
 
     A `budget` is a number of full steps; several `budgets` are calibrated from high to low. A `target` such as
     'psnr:40', 'ssim:0.97', 'lpips:0.1' or 'drift:-45' is kept on the mean of the checked calls by the smallest budget
-    that does, of those named or of all. Without any of them the budget is a sixth of the steps, and two at least.
+    that does, of those named or of all. Without any of them the budget is a sixth of the run's steps, two at least, and
+    as many as have to be full.
 
     With `near` it begins with a calibration on the shelf that differs in its times alone, the one of the nearest number
     of steps: of budgets whose rows can be carried no schedule is tried, as their algebra on the reference runs here
@@ -161,6 +164,7 @@ class _Wanted:
         Raises: LookupError if none keeps the target.
         """
         points: dict[int, Point] = {}
+        bench.check(self)
 
         def found(budget: int) -> Point:
             if budget not in points:
@@ -169,10 +173,10 @@ class _Wanted:
             return points[budget]
 
         if self.budgets or self.target is None:
-            for one in self.budgets or (usual_budget(bench.steps),):
+            for one in self.budgets or (bench.usual_budget,):
                 found(one)
         else:
-            _walk(found, self.target, bench.steps)
+            _walk(found, self.target, bench.usual_budget, bench.least_budget, bench.steps)
         ordered = sorted(points.values(), key=lambda point: -point.full_steps)
         curve = Curve(bench.steps, tuple(ordered), bench.left_out)
         return curve, curve.least(self.target) if self.target else ordered[0]
@@ -183,11 +187,11 @@ def usual_budget(steps: int) -> int:
     return max(round(steps / FIRST_SHARE), min(2, steps))
 
 
-def _walk(found: Callable[[int], Point], target: Quality, steps: int) -> None:
-    """Look for the fewest full steps that keep a target: down while it is kept, or up until it is."""
-    budget = usual_budget(steps)
+def _walk(found: Callable[[int], Point], target: Quality, budget: int, least: int, steps: int) -> None:
+    """Look for the fewest full steps, `least` or more, that keep a target: from a budget down while it is kept, or up
+    until it is."""
     if found(budget).kept.keeps(target):
-        while budget > 1 and found(budget - 1).kept.keeps(target):
+        while budget > least and found(budget - 1).kept.keeps(target):
             budget -= 1
         return
     while budget < steps - 1:
@@ -224,7 +228,7 @@ class _Plan:
         """Raise ValueError if there are no calls, or too few."""
         if not len(calls):
             raise ValueError("a calibration needs prompts, or calls, got none; four to twelve are enough.")
-        solved_on, checked_on = split([plain(one) for one in calls], options)
+        solved_on, checked_on = split(plain_calls(calls), options)
         weights = fingerprint({name: getattr(pipe, name) for name in denoisers_of(pipe)})
         known = shelf.calibrations(weights) if near else []
         what = dict(
@@ -280,7 +284,25 @@ class _Bench:
 
     @property
     def steps(self) -> int:
-        return self._solver.steps
+        """How many steps a run walks."""
+        return self._solver.ticks
+
+    @property
+    def least_budget(self) -> int:
+        """How many steps have to be full."""
+        return len(self._solver.begins)
+
+    @property
+    def usual_budget(self) -> int:
+        return max(usual_budget(self.steps), self.least_budget)
+
+    def check(self, wanted: _Wanted) -> None:
+        """Raise ValueError if the runs have fewer steps than a budget, or more that have to be full, or if what is
+        checked is not measured by what the target is of."""
+        for budget in wanted.budgets:
+            self._solver.check_budget(budget)
+        if wanted.target is not None:
+            self._checks.check(wanted.target)
 
     @property
     def left_out(self) -> str:
@@ -320,6 +342,7 @@ class _Bench:
             except ValueError as error:  # such as a grid that this forecaster is not for
                 left_out = f"{left_out} {rival.forecaster!r}: {error}".strip()
                 continue
+            remember(rows, drift=fmean(one.drift))  # its own, not that of what was solved for
             tried[one] = rows
         point = Point(
             budget,
@@ -348,7 +371,7 @@ class _Bench:
                 "near= begins with a calibration of the same weights and calls at other times, got none on the shelf; "
                 "calibrate with more steps first, or leave it out."
             )
-        return min(found, key=lambda one: abs(math.log(one.facts.steps / self.steps)))
+        return min(found, key=lambda one: abs(math.log(one.facts.steps / self._facts.steps)))
 
     def _elsewhere(self, budget: int) -> list[Solved]:
         """Return the predictor of a budget that was calibrated at other times, if one is to begin near."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from lesa.learn.calls import Call
+from lesa.learn.calls import Call, plain_calls
 from lesa.predictors.disk import DAMAGED
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -83,7 +83,7 @@ def prompts_of(runs: Sequence[Call]) -> list[str]:
     Raises: ValueError if a call has other arguments: what is drawn side by side takes prompts alone.
     """
     found = []
-    for number, run in enumerate(runs, start=1):
+    for number, run in enumerate(plain_calls(runs), start=1):
         arguments = {"prompt": run} if isinstance(run, str) else dict(run)
         prompt = arguments.pop("prompt", None)
         if arguments or not isinstance(prompt, str):

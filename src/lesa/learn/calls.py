@@ -31,9 +31,19 @@ def plain(call: Call) -> Call:
     return prompt if set(call) == {"prompt"} and isinstance(prompt, str) else call
 
 
+def plain_calls(calls: Sequence[Call]) -> list[Call]:
+    """Return calls in order, those that have a prompt and nothing else as the prompt.
+
+    Raises: ValueError if it is one call alone: its letters, or its arguments' names, are no prompts.
+    """
+    if isinstance(calls, (str, Mapping)):
+        raise ValueError(f"calls are a list of prompts or of arguments by name, got a {type(calls).__name__}; list it.")
+    return [plain(one) for one in calls]
+
+
 def listed(calls: Calls, count: int) -> list[Call]:
     """Return the calls in order; a function is asked for `count` of them."""
-    return [plain(calls(number)) for number in range(count)] if callable(calls) else [plain(one) for one in calls]
+    return [plain(calls(number)) for number in range(count)] if callable(calls) else plain_calls(calls)
 
 
 def label(call: Call) -> str:

@@ -14,7 +14,8 @@ from lesa.learn import metrics, perceptual
 from lesa.learn.calls import Call
 from lesa.learn.counted import Recording
 from lesa.learn.references import References
-from lesa.predictors.curve import Tried
+from lesa.predictors.calibration import Quality
+from lesa.predictors.curve import Tried, check_measured
 from lesa.rows.forecasters import Forecaster
 from lesa.rows.schedule import Schedule
 
@@ -59,6 +60,13 @@ class Checks:
                 yield f"{name} is left out: it needs {without}."
             else:
                 self._metrics[measure] = metric()
+
+    def check(self, target: Quality) -> None:
+        """Raise ValueError, with the reason, if the calls are not measured by what a target is of."""
+        try:
+            check_measured(target, [*(self._metrics if self._wanted else ()), "drift"])
+        except ValueError as error:
+            raise ValueError(f"{error} {self.left_out}".strip()) from None
 
     def run(self, rows: str, forecaster: Forecaster, schedule: Schedule) -> Tried:
         """Run all calls with a forecaster, named `rows`, on a schedule, and say what that gave.

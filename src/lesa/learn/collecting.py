@@ -13,7 +13,7 @@ from lesa.host.pipelines import source_of, steps_of
 from lesa.host.tap import tap_of
 from lesa.learn import collect as collector
 from lesa.learn import said
-from lesa.learn.calls import Call, plain
+from lesa.learn.calls import Call, plain_calls
 from lesa.learn.ranks import ALONE, Ranks
 from lesa.learn.trajectory import Store
 from lesa.rows.tap import Tap
@@ -63,7 +63,8 @@ def collect(
 
     Raises: as `lesa.learn.collect.collect` does.
     """
-    pairs = [(one, seed) for k, one in enumerate(map(plain, prompts)) for seed in seeds or [TRAINING_SEED + k]]
+    calls = plain_calls(prompts)
+    pairs = [(one, seed) for k, one in enumerate(calls) for seed in seeds or [TRAINING_SEED + k]]
     steps = steps_of(pipe)
     return collector.collect(
         pipe,
@@ -73,7 +74,7 @@ def collect(
         model=source_of(pipe).name,
         tokens=options.tokens,
         batch_size=options.batch_size,
-        tap=tap_for(pipe, [plain(one) for one in prompts], options.tap),
+        tap=tap_for(pipe, calls, options.tap),
         at=at,
         **{**({"num_inference_steps": steps} if steps else {}), **options.call},
     )

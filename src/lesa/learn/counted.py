@@ -94,6 +94,11 @@ class Recording:
         drawn = torch.randint(rows.shape[1], (ELEMENTS,), generator=torch.Generator().manual_seed(0))
         return rows[:, drawn]
 
+    @property
+    def thinned(self) -> float:
+        """How many elements of its latents stand behind each that is kept."""
+        return max(self.final.shape[1] / ELEMENTS, 1.0)
+
     def first(self, calls: int) -> Recording:
         """Return what passed of the first so many calls."""
         part = copy(self)
@@ -135,8 +140,9 @@ class Recorder(PipelineClock):
     """Records the runs of one call of a pipeline at its sampler, accelerated or not, and counts transformer runs.
 
     Of each run the ticks to `keep` are recorded, or all of them (None). `on_record` is called with the recording before
-    each tick. Where its numbers are wanted, a sampler that has none is refused at its first step. Of one that adds
-    noise the `levels` are known too, and what is recorded in the place of velocities is what they say of the data.
+    each tick, and after it. Where its numbers are wanted, a sampler that has none is refused at its first step. Of one
+    that adds noise the `levels` are known too, and what is recorded in the place of velocities is what they say of the
+    data.
     """
 
     def __init__(self, pipe: Any, calls: int, keep: Collection[int] | None = None):
@@ -164,6 +170,7 @@ class Recorder(PipelineClock):
 
         Raises: ValueError if there is none.
         """
+        self.runs = [run for run in self.runs if run.ticks]
         if not self.runs:
             raise ValueError(
                 f"runs are measured where their scheduler steps, got a {type(self._pipe).__name__} that did not step "
@@ -212,6 +219,7 @@ class Recorder(PipelineClock):
         self.on_record(run)
         result = super()._step(go_on, scheduler, *args, **kwargs)
         run.end(result[0] if isinstance(result, tuple) else result.prev_sample)
+        self.on_record(run)
         return result
 
 

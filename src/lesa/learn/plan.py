@@ -11,7 +11,7 @@ from lesa.host.pipelines import source_of
 from lesa.host.tap import OUTPUT, PAPER, PLACES, place_of, tap_of
 from lesa.learn import said
 from lesa.learn.call_files import read_prompts
-from lesa.learn.calls import Call, plain
+from lesa.learn.calls import Call, plain_calls
 from lesa.learn.collect import record
 from lesa.learn.collecting import TRAINING_SEED, opened, recorded, tap_for
 from lesa.learn.planning import PLANNED_ON, Planner
@@ -106,7 +106,7 @@ def planner_of(pipe: Any, store: Store | None, place: str, prompts: Sequence[Cal
         sampled = bool(first) and first[0].at_sampler
         tap = Tap() if sampled else recorded(store, tap_of(pipe.transformer, place))
         return Planner.of(pipe, first, tap, prompts or (), **store.collection.call)
-    calls = [plain(one) for one in (shipped_prompts(pipe) if prompts is None else prompts)][:PLANNED_ON]
+    calls = plain_calls(shipped_prompts(pipe) if prompts is None else prompts)[:PLANNED_ON]
     seeds, tap = range(TRAINING_SEED, TRAINING_SEED + len(calls)), tap_for(pipe, calls, place)
     return Planner.of(pipe, record(pipe, calls, seeds, None, tap), tap, calls)
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lesa.host.pipelines import for_each, pictures_of
-from lesa.host.runtime import Run, accelerate
-from lesa.learn.calls import Call, arguments, plain, seeded, takes
+from lesa.host.runtime import Run, accelerate, check_free, denoisers_of
+from lesa.learn.calls import Call, arguments, plain_calls, seeded, takes
 from lesa.learn.counted import Recorder, Recording
 from lesa.learn.drawn import arrays
 from lesa.rows.forecasters import Forecaster
@@ -80,7 +80,8 @@ class References:
 
     Of a run its last latents are kept, float32 in the CPU's memory.
 
-    Raises: ValueError if calls and seeds do not pair up, or runs of a batch cannot be told apart.
+    Raises: ValueError if calls and seeds do not pair up, the pipeline is accelerated, or runs of a batch cannot be told
+        apart.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class References:
             raise ValueError(f"each call needs one seed, got {len(calls)} calls and {len(seeds)} seeds.")
         if batch_size < 1:
             raise ValueError(f"a batch has a call or more, got batch_size={batch_size}; raise it.")
+        check_free(pipe, denoisers_of(pipe))  # or the reference runs were accelerated
         self.pipe, self.counts, self.done, self._progress = pipe, Counts(), 0, self
         self._on_run, self._pictures = on_run or (lambda _done: None), pictures
         self._call, self._batches = dict(call or {}), list(_batches(calls, seeds, batch_size))
@@ -125,7 +127,8 @@ class References:
             left -= len(some)
         sizes = [len(some) for some, _ in part._batches]
         part.reference = [run.first(sizes[run.batch]) for run in self.reference if run.batch < len(sizes)]
-        part._progress, part.pictures = self, self.pictures[:calls]
+        each = len(self.pictures) // self.calls  # a call may draw several
+        part._progress, part.pictures = self, self.pictures[: calls * each]
         part._weigh()
         return part
 
@@ -241,7 +244,7 @@ def _has_pictures(result: Any) -> bool:
 
 def _batches(calls: Sequence[Call], seeds: Sequence[int], size: int) -> Iterator[tuple[list[Call], list[int]]]:
     """Yield the calls that go in one call of the pipeline, with their seeds."""
-    calls = [plain(one) for one in calls]
+    calls = plain_calls(calls)
     together = size if all(isinstance(one, str) for one in calls) else 1
     for start in range(0, len(calls), together):
         yield calls[start : start + together], list(seeds[start : start + together])

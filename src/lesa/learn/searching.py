@@ -78,9 +78,7 @@ class Search:
 
         Raises: ValueError if there are fewer steps, or more that have to be full.
         """
-        ticks, begins = self.problem.ticks, self.problem.begins
-        if not len(begins) <= budget <= ticks:
-            raise ValueError(f"a budget is from {len(begins)} to {ticks} full steps, got {budget}; change it.")
+        self.problem.check_budget(budget)
         before, usual = len(self.known), TOGETHER if self._few.goes_together else APART
         most, self._runs = usual if most is None else most, {}
         room = most - most // OTHERWISE

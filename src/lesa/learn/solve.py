@@ -168,16 +168,22 @@ class Solver(Problem):
 
     def _elsewhere(self, budget: int, near: Sequence[Solved | Schedule]) -> Full | None:
         """Return the full steps that the algebra of a predictor for other times says are the best here, if there is one
-        of so many."""
+        of so many whose rows may be carried here."""
         for one in near:
             if isinstance(one, Solved) and one.basis and len(one.full) == budget and not matches(one.grid, self.times):
-                return one.basis.at(self.times.double(), self.gram / len(self.weights)).search(self.response)
+                try:
+                    basis = one.basis.at(self.times.double(), self.gram / len(self.weights))
+                except ValueError:
+                    continue
+                return basis.search(self.response)
         return None
 
     def _starts(self, budget: int, near: Sequence[Solved | Schedule]) -> list[Full]:
         """Return schedules of so many full steps: those that are near, or what they leave without some of their own."""
         here = [one for one in near if not isinstance(one, Solved) or matches(one.grid, self.times)]
         known = {self._of(one.schedule if isinstance(one, Solved) else one) for one in here}
+        for full in known:
+            self.check_full(full)
         while known and len(next(iter(known))) > budget:
             known = {full for one in known for full in without_one(one, self.begins)}
             known = set(sorted(known, key=self._search.algebra.cost)[:4])

@@ -125,6 +125,12 @@ class Problem(References):
                 f"step skipped; run this {type(self.pipe).__name__} in bfloat16 or float32."
             )
 
+    def check_budget(self, budget: int) -> None:
+        """Raise ValueError if there are fewer steps, or more that have to be full."""
+        least, most = len(self.begins), self.ticks
+        if not least <= budget <= most:
+            raise ValueError(f"a budget is from {least} to {most} full steps, got {budget}; change it.")
+
     def check_full(self, full: Sequence[int]) -> None:
         """Raise ValueError unless all is full at which streams begin or end."""
         if missing := sorted(set(self.begins) - set(full)):
@@ -181,10 +187,11 @@ class Problem(References):
         return (self.weights_of(run)[:, None, None] * products).sum(0)
 
     def weights_of(self, run: Recording) -> Tensor:
+        """Return what a recording's calls count by, (calls,), so that the elements kept stand for all."""
         place = 0
         for one in self.reference:
             if (one.batch, one.number) == (run.batch, run.number):
-                return self.weights[place : place + one.calls]
+                return self.weights[place : place + one.calls] * one.thinned
             place += one.calls
         raise AssertionError("each run has its reference run")
 
@@ -237,9 +244,9 @@ class Problem(References):
         made: list[PlannedRow] = []
 
         def go_on(live: Run, run: Recording) -> None:
-            if run.ticks - 1 in full:
-                made.append(solve_gap(full.index(run.ticks - 1), run))
-            for row in made:  # of the data prediction there is no plan before the second step
+            if full[len(made) : len(made) + 1] == (run.ticks - 1,):
+                made.append(solve_gap(len(made), run))
+            for row in made:  # a run may be planned anew as its first step is done, or of data not before the second
                 set_row(live, row)
 
         def solve_gap(j: int, run: Recording) -> PlannedRow:

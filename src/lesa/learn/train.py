@@ -19,7 +19,7 @@ from lesa.host.tap import tap_of
 from lesa.learn import said, training
 from lesa.learn.alone import alone_in
 from lesa.learn.beginning import Say, quiet, remember, staged, untrained
-from lesa.learn.calls import Call, plain
+from lesa.learn.calls import Call, plain_calls
 from lesa.learn.collecting import opened
 from lesa.learn.kept import begun
 from lesa.learn.lessons import Curve, Lesson, Result
@@ -92,7 +92,7 @@ def _train(
     if options.predictor is not None:
         options.predictor.check_model(denoiser, tap)
     resumed = (folder / ROUNDS).exists()
-    reruns = Reruns(pipe, tap, [plain(one) for one in prompts], folder / ROUNDS / RECORDED, options.batch_size)
+    reruns = Reruns(pipe, tap, plain_calls(prompts), folder / ROUNDS / RECORDED, options.batch_size)
     with _frozen(denoiser):
         lessons = _lessons(pipe, stores, reruns, options, say)
         start = untrained(pipe, stores, lessons, options)

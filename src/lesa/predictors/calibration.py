@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,8 +36,8 @@ class Quality(NamedTuple):
         """
         measure, _, limit = text.partition(":")
         try:
-            if measure in UNITS:
-                return cls(measure, float(limit))
+            if measure in UNITS and math.isfinite(number := float(limit)):
+                return cls(measure, number)
         except ValueError:
             pass
         raise ValueError(f"quality reads psnr:40, ssim:0.97, lpips:0.1 or drift:-45, got {text!r}; write one of these.")

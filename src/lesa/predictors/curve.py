@@ -52,11 +52,15 @@ class Tried:
         return sum(not quality.is_kept_by(value) for value in values) / len(values)
 
     def _measured(self, quality: Quality) -> tuple[float, ...]:
-        values = getattr(self, quality.measure, ())
-        if not values:
-            known = " and ".join(name for name in MEASURES if self.score(name))
-            raise ValueError(f"checked calls were measured by {known}, got the target {quality}; take one of these.")
-        return values
+        check_measured(quality, [name for name in MEASURES if self.score(name)])
+        return getattr(self, quality.measure)
+
+
+def check_measured(quality: Quality, known: Sequence[str]) -> None:
+    """Raise ValueError unless checked calls are measured, by what is known, as a quality is."""
+    if quality.measure not in known:
+        measures = " and ".join(known)
+        raise ValueError(f"checked calls are measured by {measures}, got the target {quality}; take one of these.")
 
 
 @dataclass(frozen=True)

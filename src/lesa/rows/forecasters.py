@@ -89,12 +89,7 @@ class Taylor(Forecaster):
         return _together(self._weights, pasts)
 
     def _weights(self, steps: Sequence[int], past: tuple[int, ...]) -> Tensor:
-        differences: list[Tensor] = []
-        for k, feature in enumerate(torch.eye(len(past), dtype=torch.float64)):
-            newer = [feature]
-            for previous in differences[: self.order]:
-                newer.append((newer[-1] - previous) / (past[k] - past[k - 1]))
-            differences = newer
+        differences = backward_differences(past, self.order)
         ahead = [step - past[-1] for step in steps]
         terms = [[far**j / math.factorial(j) for j in range(len(differences))] for far in ahead]
         return torch.tensor(terms, dtype=torch.float64) @ torch.stack(differences)
