@@ -144,6 +144,12 @@ def test_without_the_answers_the_drift_is_another(planner, reference):
     assert abs(deaf.drift(Reuse(), SCHEDULES[0]) - planner.drift(Reuse(), SCHEDULES[0])) > 0.5
 
 
+def test_an_autocast_of_the_callers_changes_nothing(reference):
+    deaf, full = Planner(reference, head), [0, 3, 7, 9]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Planner(reference, head).drift(Taylor(1), full) == deaf.drift(Taylor(1), full)
+
+
 def test_how_full_steps_answer_a_drift_is_measured(reference):
     disturbed = plain_world(answering).runs(range(6), Forecast(Reuse(), disturbance(STEPS)))
     found, rest, _ = responses(disturbed, reference)

@@ -17,6 +17,7 @@ NOTHING = 1e-8
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)  # of the caller's: what is projected on directions has to be as exact as they are
 def sketched(runs: Runs, outputs_of: Head, guidance: Guidance, size: int) -> tuple[Tensor, Tensor]:
     """Return the errors E_ks as numbers whose squares add up to theirs, (S, S, P, numbers), 0 unless k < s; and in the
     same numbers what velocities grow by as features do, G_s (S, P, numbers).
