@@ -510,10 +510,15 @@ def test_a_step_that_gains_on_its_own_calls_alone_is_known_as_such():
 
 
 def test_of_calls_that_draw_several_pictures_each_the_first_calls_have_all_of_theirs(tiny_flux):
-    solver = Solver(tiny_flux, PROMPTS, [3, 4], dict(CALL, num_images_per_prompt=2), batch_size=1, pictures=True)
+    solver = Solver(tiny_flux, PROMPTS, [3, 4], dict(CALL, num_images_per_prompt=2), batch_size=2, pictures=True)
     first = solver.first(1)
     assert len(solver.pictures) == 4 and len(first.pictures) == 2
     assert first.run_rows((0, 3), first.gaps((0, 3)).reuse(), of="search", draw=True).psnr > 10
+
+
+def test_of_a_call_that_wants_a_tuple_pictures_are_seen_too(tiny_flux):
+    solver = Solver(tiny_flux, PROMPTS[:1], [3], dict(CALL, return_dict=False), pictures=True)
+    assert len(solver.pictures) == 1
 
 
 def test_a_curve_begins_each_search_near_the_schedule_before(tiny_flux):

@@ -102,7 +102,8 @@ class References:
         check_free(pipe, denoisers_of(pipe))  # or the reference runs were accelerated
         self.pipe, self.counts, self.done, self._progress = pipe, Counts(), 0, self
         self._on_run, self._pictures = on_run or (lambda _done: None), pictures
-        self._call, self._batches = dict(call or {}), list(_batches(calls, seeds, batch_size))
+        self._call = dict(call or {})
+        self._batches = list(_batches(calls, seeds, 1 if _draws_several(self._call) else batch_size))
         self.pictures: list[np.ndarray] = []
         """Of the reference runs, as `arrays` has them; empty without, or where what is drawn is no picture."""
         self.numbers: Sampler | None = None
@@ -230,9 +231,10 @@ class References:
     def _arguments(self, calls: Sequence[Call], seeds: Sequence[int], draw: bool) -> dict[str, Any]:
         usual = inspect.signature(type(self.pipe).__call__).parameters.get("output_type")
         decoded = {"output_type": usual.default} if draw and usual is not None else {}
-        common = decoded | self._call
+        named = {"return_dict": True} if takes(self.pipe, "return_dict") else {}  # it is told what is a picture
+        common = decoded | self._call | named
         if len(calls) == 1:
-            return arguments(self.pipe, calls[0], seeds[0], common)
+            return arguments(self.pipe, calls[0], seeds[0], common) | named
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         given = for_each(calls, common) | {"prompt": list(calls), "generator": generators}
         return ({"output_type": "latent"} if takes(self.pipe, "output_type") else {}) | given
@@ -240,6 +242,11 @@ class References:
 
 def _has_pictures(result: Any) -> bool:
     return hasattr(result, "frames") or hasattr(result, "images")
+
+
+def _draws_several(call: Mapping[str, Any]) -> bool:
+    """Tell whether a call draws several pictures of each prompt (num_images_per_prompt and its like)."""
+    return any(name.endswith("_per_prompt") and value not in (None, 1) for name, value in call.items())
 
 
 def _batches(calls: Sequence[Call], seeds: Sequence[int], size: int) -> Iterator[tuple[list[Call], list[int]]]:
