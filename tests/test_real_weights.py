@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel, QwenImageTransformer2DModel
+from faults.kills import AUTOGRAD_FORKS
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tiny import TRAINED
@@ -24,6 +25,7 @@ from lesa.learn.trajectory import Store, Trajectory
 from lesa.predictors import Predictor
 
 FORK = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="a warm process must be forked")
+FORKED_TRAINING = pytest.mark.skipif(not AUTOGRAD_FORKS, reason="a torch built for CUDA does not train in a forked one")
 CONFIGS = {model.name: dict(model.config) for model in models.MODELS}
 STEPS, PROMPTS = (
     6,
@@ -135,6 +137,7 @@ def test_runs_are_recorded_as_if_nothing_had_happened(real, runs):
 
 
 @FORK
+@FORKED_TRAINING
 def test_training_goes_on_where_it_was_killed_and_its_predictor_draws(real, runs, tmp_path, monkeypatch, capsys):
     folder, options = real
     loaded = options[: options.index("--call")]

@@ -16,6 +16,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
+
 import lesa
 from lesa.bench import records
 from lesa.bench.methods import fewer_steps, forecast
@@ -28,6 +30,8 @@ CALL = dict(height=32, width=32, num_inference_steps=4, max_sequence_length=16)
 PROMPTS = ["small red apple on white, left", "large blue fish on grey, right", "small green pear on grey, left"]
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate")
 DEATH = -signal.SIGKILL
+AUTOGRAD_FORKS = not torch.backends.cuda.is_built()
+"""Whether a process that is forked from one that trained can train: with a torch built for CUDA it cannot."""
 
 _armed: list[int] = []
 _count: list[int] = []
@@ -82,6 +86,7 @@ WORKS: dict[str, list[Work]] = {
     "bench, two processes": [partial(bench, at=at) for at in TWO],
 }
 """Works, each by what its processes do at once."""
+NOT_FORKED = () if AUTOGRAD_FORKS else ("train",)
 
 
 def results(folder: Path) -> dict[str, Any]:

@@ -262,6 +262,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{name: found for name in PACKAGES if (found := _version(name))},
+        "torch": torch.__version__,  # says for which device it was built, which its package's version may not
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -65,6 +65,7 @@ def loaded(options: LoadOptions) -> Any:
     import torch
     from transformers.utils import logging
 
+    _check_device(own_device(options.device or CPU))
     logging.disable_progress_bar()  # of the weights of each component; that of the components stays on a terminal
     if not sys.stderr.isatty():
         diffusers.utils.logging.disable_progress_bar()
@@ -75,7 +76,7 @@ def loaded(options: LoadOptions) -> Any:
         pipe.scheduler = type(pipe.scheduler).from_config({**pipe.scheduler.config, **options.scheduler})
     if options.vae_tiling:
         pipe.vae.enable_tiling()
-    _place(pipe, options)
+    offload.place(pipe, own_device(options.device or CPU), options.offload)
     pipe.set_progress_bar_config(disable=True)
     setattr(pipe, SOURCE, replace(source_of(pipe), scheduler=options.scheduler, device=options.device or CPU))
     steps = call_of(options.model, options.lora).get("num_inference_steps", STEPS)
@@ -89,11 +90,15 @@ def _dtype_name() -> str:
     return "dtype" if Version(diffusers.__version__) >= Version(DTYPE_SINCE) else "torch_dtype"
 
 
-def _place(pipe: Any, options: LoadOptions) -> None:
+def _check_device(device: str) -> None:
+    """Raise ValueError if there is no such device, before any weights are read for it."""
+    import torch
+
     try:
-        offload.place(pipe, own_device(options.device or CPU), options.offload)
-    except AssertionError as error:  # what torch raises for a device that it was not built for
-        raise ValueError(f"the device {options.device!r} cannot be used here: {error}") from error
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:  # not built for it, no driver, no such number
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the device {device!r} cannot be used here: {reason}; name another, such as cpu.") from error
 
 
 def own_device(name: str) -> str:
