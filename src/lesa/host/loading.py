@@ -15,7 +15,7 @@ from lesa.host.pipelines import SOURCE, call_of, load, source_of, with_call
 
 CPU, STEPS = "cpu", 50
 """The device and the number of steps where neither the model nor its caller names one."""
-DTYPE_SINCE = "0.42"
+DTYPE_SINCE = "0.40"
 """The release of diffusers that warns of `torch_dtype`."""
 
 
