@@ -53,6 +53,13 @@ def test_calls_that_are_checked_are_not_solved_on():
         assert held == 0 or not set(solved_on[0]) & set(checked_on[0])
     with pytest.raises(ValueError, match=r"of 2 calls, 2 cannot be held out"):
         split(["a", "b"], CalibrateOptions(checked=2))
+    for calls, held, checked in ((1, 0, 4), (3, 0, 6), (4, 2, 2), (5, 2, 2), (12, 6, 6)):
+        names = [str(k) for k in range(calls)]
+        solved_on, checked_on = split(names, CalibrateOptions(), promising=True)
+        assert len(solved_on[0]) == calls - held and len(checked_on[0]) == len(set(checked_on[1])) == checked
+        assert not set(solved_on[1]) & set(checked_on[1])
+    with pytest.raises(ValueError, match=r"two checked calls or more, .* got 1"):
+        split(["a", "b"], CalibrateOptions(checked=1), promising=True)
     again = split(["a", "b"], CalibrateOptions(seed=1))
     assert not set(again[0][1]) & set(split(["a", "b"], CalibrateOptions())[0][1])
 
@@ -77,7 +84,7 @@ def test_a_calibration_is_kept_and_found_and_says_what_it_promises(pipe, shelf):
         assert point.transformer_runs["reference"] == 2 * 18 and point.transformer_runs["checks"] > 0
     (kept,) = shelf.all()
     assert kept.budgets == (2, 3) and kept.chosen == 3
-    assert kept.mean(2, "drift") == pytest.approx(curve.at(2).kept.score("drift").mean)
+    assert kept.checked(2)["drift"].mean == pytest.approx(curve.at(2).kept.score("drift").mean)
     assert rows_of(kept.predictor(3)) == rows_of(predictor)
     with lesa.accelerate(pipe, kept.predictor(2)) as run:
         draw(pipe)
@@ -198,11 +205,12 @@ def test_rows_without_training_are_kept_where_they_are_better(pipe, shelf, monke
 
 
 def test_a_target_is_kept_by_the_fewest_full_steps_of_those_named(pipe, shelf):
-    curve = calibrate(pipe, PROMPTS, None, FAST, budgets=(2, 3, 4), shelf=shelf).curve
-    middle = curve.at(3).kept.score("drift").mean
-    predictor = calibrate(pipe, PROMPTS, None, FAST, budgets=(2, 3, 4), target=f"drift:{middle + 1e-3}", shelf=shelf)
-    least = min(point.full_steps for point in curve.points if point.kept.score("drift").mean <= middle + 1e-3)
+    curve = calibrate(pipe, PROMPTS, None, FAST, budgets=(2, 3, 4), target="drift:100", shelf=shelf).curve
+    middle = curve.at(3).kept.score("drift").bound + 1e-3
+    predictor = calibrate(pipe, PROMPTS, None, FAST, budgets=(2, 3, 4), target=f"drift:{middle}", shelf=shelf)
+    least = min(point.full_steps for point in curve.points if point.kept.score("drift").bound <= middle)
     assert len(predictor.full) == least == shelf.all()[0].chosen
+    assert shelf.all()[0].budget_for(quality=f"drift:{middle}") == least
     with pytest.raises(LookupError, match="keeps drift:-119"):
         calibrate(pipe, PROMPTS, None, FAST, budgets=(2,), target="drift:-119", shelf=shelf)
 

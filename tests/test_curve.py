@@ -3,9 +3,10 @@
 import json
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 
-from lesa.predictors.calibration import Quality
+from lesa.predictors.calibration import SURE, Quality, Score, student
 from lesa.predictors.curve import SOLVED, Curve, Point, Tried
 
 
@@ -25,10 +26,32 @@ def test_what_ends_nearest_on_the_mean_is_kept():
 
 
 @pytest.mark.parametrize(
-    ("target", "budget"), [("psnr:44", 5), ("psnr:44.01", 8), ("ssim:0.98", 3), ("drift:-28", 3), ("drift:-39.5", 8)]
+    ("target", "budget"), [("psnr:41", 5), ("psnr:41.2", 8), ("ssim:0.95", 3), ("drift:-25.5", 3), ("drift:-36.2", 8)]
 )
-def test_the_fewest_full_steps_that_keep_a_target_on_the_mean(target, budget):
+def test_the_fewest_full_steps_whose_promise_keeps_a_target(target, budget):
+    """Of PSNR 45 and 43, whose mean is 44, 41.04 is promised; of what is better the lower it is, more."""
     assert CURVE.least(Quality.parse(target)).full_steps == budget
+
+
+def test_what_checked_calls_promise_of_others():
+    """The bound of the mean at 90 %, by the quantiles of Student's t as tables have them."""
+    for freedom, quantile in {1: 3.0777, 2: 1.8856, 3: 1.6377, 4: 1.5332, 5: 1.4759, 11: 1.3634, 99: 1.2902}.items():
+        assert student(freedom) == pytest.approx(quantile, rel=0.04 if freedom == 1 else 0.004)
+    values = (40.0, 44.0, 45.0, 47.0)
+    assert Score.of("psnr", values).bound == pytest.approx(44 - 1.638 * (26 / 3) ** 0.5 / 2, abs=1e-2)
+    for measure, sign in (("psnr", 1), ("ssim", 1), ("drift", -1), ("lpips", -1)):
+        score = Score.of(measure, values)
+        assert score.worst == (40 if sign == 1 else 47) and sign * score.promised < sign * score.mean == sign * 44
+        alone = Score.of(measure, [44.0])
+        assert alone.bound is None and alone.promised == 44
+
+
+@pytest.mark.parametrize("calls", [2, 4, 12])
+def test_nine_of_ten_promises_are_kept(calls):
+    """Means of normal values lie beyond their bound as often as it says."""
+    values = np.random.default_rng(0).normal(40, 3, (4000, calls))
+    kept = [Score.of("psnr", some).bound <= 40 for some in values.tolist()]
+    assert np.mean(kept) == pytest.approx(SURE, abs=0.02)
 
 
 def test_a_target_that_nothing_keeps_or_that_was_not_measured():
@@ -52,9 +75,14 @@ def test_the_share_of_calls_that_miss_a_target(target, share):
     assert CURVE.at(8).kept.share_missing(Quality.parse(target)) == share
 
 
-def test_a_promise_says_mean_and_worst():
-    pictures = "PSNR 49.00 dB (worst 48.00 dB), SSIM 0.9800 (worst 0.9700)"
-    assert CURVE.at(8).promise == f"{pictures}, drift -49.00 dB (worst -48.00 dB) on 2 checked calls"
+def test_a_promise_says_mean_and_bound_and_worst():
+    wide, narrow = student(1), student(1) / 100
+    promised = [
+        f"PSNR 49.00 dB (at least {49 - wide:.2f} of others at 90%, worst 48.00)",
+        f"SSIM 0.9800 (at least {0.98 - narrow:.4f} of others at 90%, worst 0.9700)",
+        f"drift -49.00 dB (at most {wide - 49:.2f} of others at 90%, worst -48.00)",
+    ]
+    assert CURVE.at(8).promise == f"{', '.join(promised)} on 2 checked calls"
     with pytest.raises(LookupError, match="of 8, 5, 3 full steps, got 4"):
         CURVE.at(4)
 

@@ -129,6 +129,18 @@ def change(folder: Path, **entries) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
 
 
+def test_a_quality_is_kept_by_what_is_promised_of_other_calls():
+    """That is less than the mean over those checked, where a calibration says how much less."""
+    checked = {"psnr": {"mean": 50.0, "worst": 44.0, "bound": 48.5}, "drift": {"mean": -46.0, "bound": -44.0}}
+    found = replace(Calibration.read(put(Shelf())), table={"chosen": 2, "checked": {"2": checked}})
+    assert found.budget_for(quality="psnr:48.5") == found.budget_for(quality="drift:-44") == 2
+    for quality in ("psnr:48.6", "drift:-44.1"):
+        with pytest.raises(ValueError, match=r"(48\.5|-44) at best"):
+            found.budget_for(quality=quality)
+    words = "psnr 50 dB (at least 48.5 of others at 90%, worst 44), drift -46 dB (at most -44 of others at 90%)"
+    assert found.promise(2).endswith(words)
+
+
 def test_a_budget_or_a_quality_chooses():
     found = Calibration.read(put(Shelf()))
     assert [found.budget_for(), found.budget_for(1), found.budget_for(2)] == [2, 1, 2]

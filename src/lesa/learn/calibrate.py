@@ -52,19 +52,21 @@ UNDER_WAY = ".under-way"
 """Where a shelf keeps what a calibration has done so far."""
 FIRST_SHARE = 6
 """A target is looked for from a full step in so many on."""
+FEWEST = 4
+"""Of fewer calls none is held out."""
 
 
 @dataclass(frozen=True)
 class CalibrateOptions:
     """How a pipeline is calibrated.
 
-    `checked` of the calls are held out to check on, the last ones: by default a third of them, where there are four or
-    more; of fewer all are solved on, and checked with other seeds. All noise depends on `seed`. Rows are refined on
-    the end of runs by at most `refine` steps, and at most `most` schedules are run for each budget: 60, or 12 where
-    calls are run one by one. `batch_size` prompts go in one call of the pipeline: 16, or one where a denoiser has more
-    than 5e8 parameters. With `pictures` what checked runs draw is decoded and measured, by PSNR, and by SSIM and LPIPS
-    where all that these need is on this machine. `rivals` are rows without training that solved ones are held against.
-    `progress` shows a bar.
+    `checked` of the calls are held out to check on, the last ones: by default a third of them, with a target a half,
+    where there are four or more; of fewer all are solved on, and checked with other seeds. All noise depends on `seed`.
+    Rows are refined on the end of runs by at most `refine` steps, and at most `most` schedules are run for each budget:
+    60, or 12 where calls are run one by one. `batch_size` prompts go in one call of the pipeline: 16, or one where a
+    denoiser has more than 5e8 parameters. With `pictures` what checked runs draw is decoded and measured, by PSNR, and
+    by SSIM and LPIPS where all that these need is on this machine. `rivals` are rows without training that solved ones
+    are held against. `progress` shows a bar.
 
     Raises: ValueError if a number is out of range.
     """
@@ -110,9 +112,9 @@ def calibrate(
     arguments of calls by name; other arguments go to all of them (`num_inference_steps=28, height=768`).
 
     A `budget` is a number of full steps; several `budgets` are calibrated from high to low. A `target` such as
-    'psnr:40', 'ssim:0.97', 'lpips:0.1' or 'drift:-45' is kept on the mean of the checked calls by the smallest budget
-    that does, of those named or of all. Without any of them the budget is a sixth of the run's steps, two at least, and
-    as many as have to be full.
+    'psnr:40', 'ssim:0.97', 'lpips:0.1' or 'drift:-45' is for the mean over other calls, and the smallest budget is
+    taken, of those named or of all, of which the checked calls say with 90 % confidence that it is kept. Without any of
+    them the budget is a sixth of the run's steps, two at least, and as many as have to be full.
 
     With `near` it begins with a calibration on the shelf that differs in its times alone, the one of the nearest number
     of steps: of budgets whose rows can be carried no schedule is tried, as their algebra on the reference runs here
@@ -131,7 +133,7 @@ def calibrate(
     wanted = _Wanted.of(budget, budgets, target)
     if folder is not None:
         check_place(folder)
-    plan = _Plan.of(pipe, calls, options, call, shelf or Shelf(), near)
+    plan = _Plan.of(pipe, calls, options, call, shelf or Shelf(), near, target is not None)
     with plan.journal.alone(), Progress(options.progress) as progress:
         bench = _Bench(plan, progress, near)
         curve, chosen = wanted.find(bench, on_point or (lambda _point, _pictures: None))
@@ -224,11 +226,12 @@ class _Plan:
         call: dict[str, Any],
         shelf: Shelf,
         near: bool,
+        promising: bool,
     ) -> _Plan:
         """Raise ValueError if there are no calls, or too few."""
         if not len(calls):
             raise ValueError("a calibration needs prompts, or calls, got none; four to twelve are enough.")
-        solved_on, checked_on = split(plain_calls(calls), options)
+        solved_on, checked_on = split(plain_calls(calls), options, promising)
         weights = fingerprint({name: getattr(pipe, name) for name in denoisers_of(pipe)})
         known = shelf.calibrations(weights) if near else []
         what = dict(
@@ -394,15 +397,21 @@ class _Bench:
         self._journal.clear()
 
 
-def split(calls: Sequence[Call], options: CalibrateOptions) -> tuple[Pairs, Pairs]:
+def split(calls: Sequence[Call], options: CalibrateOptions, promising: bool = False) -> tuple[Pairs, Pairs]:
     """Say which calls are solved on and which are checked, each with its seeds.
 
-    Raises: ValueError if none is left to solve on.
+    For a target more are checked: a half of them, and of fewer than four each as often as four are.
+
+    Raises: ValueError if none is left to solve on, or if a target is to be kept on one call.
     """
-    held = options.checked if options.checked is not None else (len(calls) // 3 if len(calls) > 3 else 0)
+    usual = len(calls) // (2 if promising else 3) if len(calls) >= FEWEST else 0
+    held = options.checked if options.checked is not None else usual
     if held >= len(calls):
         raise ValueError(f"of {len(calls)} calls, {held} cannot be held out to check on; pass more, or checked= fewer.")
-    solved_on, checked_on = list(calls[: len(calls) - held]), list(calls[len(calls) - held :]) or list(calls)
+    if promising and held == 1:
+        raise ValueError("a target needs two checked calls or more, as one does not say how far others differ, got 1.")
+    solved_on, checked_on = list(calls[: len(calls) - held]), list(calls[len(calls) - held :])
+    checked_on = checked_on or list(calls) * (-(-FEWEST // len(calls)) if promising else 1)
     shift = options.seed * APART
     return _seeded(solved_on, TRAINING_SEED + shift), _seeded(checked_on, VALIDATION_SEED + shift)
 

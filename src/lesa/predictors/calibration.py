@@ -6,9 +6,10 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import NormalDist, fmean, stdev
 from typing import Any, NamedTuple
 
 from lesa.predictors.base import Predictor
@@ -22,8 +23,56 @@ LOWER = ("drift", "lpips")
 """The measures that are better the lower they are."""
 
 
+SURE = 0.9
+"""How sure a bound of a mean is: what of checked calls is promised of others."""
+
+
+class Score(NamedTuple):
+    """A mean over checked calls, the worst of them, and the bound that the mean over other calls like them keeps with
+    90 % confidence; None of what is not known, as the bound of one call."""
+
+    mean: float
+    worst: float | None = None
+    bound: float | None = None
+
+    @classmethod
+    def of(cls, measure: str, values: Sequence[float]) -> Score:
+        sign = -1 if measure in LOWER else 1
+        mean, worst = fmean(values), sign * min(sign * value for value in values)
+        if len(values) < 2:
+            return cls(mean, worst)
+        return cls(mean, worst, mean - sign * student(len(values) - 1) * stdev(values) / math.sqrt(len(values)))
+
+    @property
+    def promised(self) -> float:
+        """What is promised of other calls: the bound or, where it is not known, the mean."""
+        return self.mean if self.bound is None else self.bound
+
+    def told(self, measure: str, form: str) -> str:
+        """Say it in words, numbers in such a format."""
+        most = "at most" if measure in LOWER else "at least"
+        beside = [f"{most} {self.bound:{form}} of others at {SURE:.0%}"] if self.bound is not None else []
+        beside += [f"worst {self.worst:{form}}"] if self.worst is not None else []
+        return f"{self.mean:{form}}{UNITS[measure]}" + (f" ({', '.join(beside)})" if beside else "")
+
+
+def student(freedom: int) -> float:
+    """Return the quantile of Student's t of `SURE`, for so many degrees of freedom, by its expansion about the normal
+    distribution's: to 0.4 % from two degrees on, 4 % too little at one. Source: Abramowitz and Stegun, Handbook of
+    Mathematical Functions, 26.7.5.
+    """
+    z = NormalDist().inv_cdf(SURE)
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return sum(term / freedom**k for k, term in enumerate(terms))
+
+
 class Quality(NamedTuple):
-    """What a run is to keep: a measure, as the mean over the prompts checked, at least (or at most) so high."""
+    """What runs are to keep: a measure, as the mean over calls, at least (or at most) so high."""
 
     measure: str
     limit: float
@@ -42,8 +91,8 @@ class Quality(NamedTuple):
             pass
         raise ValueError(f"quality reads psnr:40, ssim:0.97, lpips:0.1 or drift:-45, got {text!r}; write one of these.")
 
-    def is_kept_by(self, mean: float) -> bool:
-        return mean <= self.limit if self.measure in LOWER else mean >= self.limit
+    def is_kept_by(self, value: float) -> bool:
+        return value <= self.limit if self.measure in LOWER else value >= self.limit
 
     def __str__(self) -> str:
         return f"{self.measure}:{self.limit:g}"
@@ -55,8 +104,8 @@ class Calibration:
 
     `table` is what was measured: `chosen` is the budget that is taken where none is named (the largest, if it is
     missing), and `checked` has for each budget (as JSON has keys, a text) the measures 'psnr', 'ssim', 'lpips' and
-    'drift', whichever are known, each with its `mean` and `worst` over the prompts that nothing was solved on. More may
-    stand in it. `digests` are those of the predictors: no other one is loaded in their place.
+    'drift', whichever are known, each as a `Score` of the prompts that nothing was solved on. More may stand in it.
+    `digests` are those of the predictors: no other one is loaded in their place.
     """
 
     folder: Path
@@ -137,16 +186,20 @@ class Calibration:
         return self.chosen if quality is None else self._that_keeps(Quality.parse(quality))
 
     def _that_keeps(self, quality: Quality) -> int:
-        means = {budget: mean for budget in self.budgets if (mean := self.mean(budget, quality.measure)) is not None}
-        if not means:
-            known = sorted({measure for budget in self.budgets for measure, _, _ in self.checked(budget)})
+        promised = {
+            budget: known[quality.measure].promised
+            for budget in self.budgets
+            if quality.measure in (known := self.checked(budget))
+        }
+        if not promised:
+            known = sorted({measure for budget in self.budgets for measure in self.checked(budget)})
             raise ValueError(
                 f"of {self.name} {' and '.join(known) or 'nothing'} was checked, got quality {str(quality)!r}; name "
                 "one that was, or a budget."
             )
-        kept = [budget for budget, mean in means.items() if quality.is_kept_by(mean)]
+        kept = [budget for budget, value in promised.items() if quality.is_kept_by(value)]
         if not kept:
-            best = (min if quality.measure in LOWER else max)(means.items(), key=lambda one: one[1])
+            best = (min if quality.measure in LOWER else max)(promised.items(), key=lambda one: one[1])
             raise ValueError(
                 f"of {self.name} {quality.measure} is {best[1]:g} at best, with {best[0]} full steps, got quality "
                 f"{str(quality)!r}; ask for less, or calibrate more full steps: lesa.calibrate(pipe, prompts, "
@@ -154,24 +207,19 @@ class Calibration:
             )
         return min(kept)
 
-    def checked(self, budget: int) -> Iterator[tuple[str, float, float | None]]:
-        """Yield the measures that are known of a budget, each with its mean and its worst."""
+    def checked(self, budget: int) -> dict[str, Score]:
+        """Return what is known of a budget, by measure."""
         known = self.table.get("checked", {})
         row = known.get(str(budget), known.get(budget, {}))
-        for measure in UNITS:
-            if measure in row:
-                yield measure, float(row[measure]["mean"]), row[measure].get("worst")
-
-    def mean(self, budget: int, measure: str) -> float | None:
-        """Return the mean of a measure over the prompts that were checked, if it is known."""
-        return next((mean for name, mean, _ in self.checked(budget) if name == measure), None)
+        return {
+            measure: Score(float(row[measure]["mean"]), row[measure].get("worst"), row[measure].get("bound"))
+            for measure in UNITS
+            if measure in row
+        }
 
     def promise(self, budget: int) -> str:
         """Say what was measured of a budget, on prompts that nothing was solved on."""
-        said = [
-            f"{measure} {mean:.4g}{UNITS[measure]}" + ("" if worst is None else f" (worst {worst:.4g})")
-            for measure, mean, worst in self.checked(budget)
-        ]
+        said = [f"{measure} {score.told(measure, '.4g')}" for measure, score in self.checked(budget).items()]
         steps = f"{budget} full of {self.facts.steps - self.facts.start} steps"
         return f"{steps}: {', '.join(said) or 'nothing was checked'}"
 

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
-from lesa.predictors.calibration import UNITS, Quality
+from lesa.predictors.calibration import UNITS, Quality, Score
 
-MEASURES: dict[str, Callable] = {"psnr": min, "ssim": min, "lpips": max, "drift": max}
-"""What a call's run is measured by against its reference run, and which of several is the worst."""
+MEASURES = ("psnr", "ssim", "lpips", "drift")
+"""What a call's run is measured by against its reference run."""
 SOLVED = "solved"
-
-
-class Score(NamedTuple):
-    """A mean over checked calls, and the worst of them."""
-
-    mean: float
-    worst: float
 
 
 @dataclass(frozen=True)
@@ -34,14 +27,14 @@ class Tried:
 
     def score(self, measure: str) -> Score | None:
         values = getattr(self, measure, ())
-        return Score(fmean(values), MEASURES[measure](values)) if values else None
+        return Score.of(measure, values) if values else None
 
     def keeps(self, quality: Quality) -> bool:
-        """Tell whether the mean over the checked calls keeps a quality.
+        """Tell whether what is promised of the mean over other calls keeps a quality.
 
-        Raises: ValueError if they were not measured so.
+        Raises: ValueError if the checked calls were not measured so.
         """
-        return quality.is_kept_by(fmean(self._measured(quality)))
+        return quality.is_kept_by(Score.of(quality.measure, self._measured(quality)).promised)
 
     def share_missing(self, quality: Quality) -> float:
         """Return the share of the checked calls that do not keep a quality, from 0 to 1.
@@ -92,17 +85,11 @@ class Point:
         """Say in words what was seen on the checked calls."""
         calls = len(self.kept.drift)
         found = [(name, self.kept.score(name)) for name in MEASURES]
-        parts = [
-            f"{_NAMES[name]} {_shown(name, one.mean)} (worst {_shown(name, one.worst)})" for name, one in found if one
-        ]
+        parts = [f"{_NAMES[name]} {one.told(name, _form(name))}" for name, one in found if one]
         return f"{', '.join(parts)} on {calls} checked call{'s' * (calls > 1)}"
 
 
 _NAMES = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "drift": "drift"}
-
-
-def _shown(measure: str, value: float) -> str:
-    return f"{value:{_form(measure)}}{UNITS[measure]}"
 
 
 def _form(measure: str) -> str:
