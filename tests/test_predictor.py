@@ -25,6 +25,7 @@ from lesa.rows.tap import Tap
 STEPS = 50
 BOUNDS = (0.9, 0.5)
 TAP = Tap(("transformer_blocks", "single_transformer_blocks"), "norm_out")
+ROOT = Path(__file__).parents[1]
 FILES = ["README.md", "config.json", "model.safetensors"]
 
 
@@ -320,6 +321,22 @@ def test_the_json_says_what_the_predictor_fits(tmp_path):
     assert entries["versions"] == {"torch": "2"} and len(entries["sha256"]) == 64
     card = (tmp_path / "README.md").read_text()
     assert "models/tiny" in card and "50 steps" in card and "`paper:7`" in card and "More Information" not in card
+
+
+def test_the_card_is_written_anew_unless_somebody_changed_it(tmp_path):
+    card = tmp_path / "README.md"
+    for schedule in ("paper:7", "at:0,9"):
+        LESA(origin(schedule=schedule)).save_pretrained(tmp_path)
+        assert f"on the schedule `{schedule}`" in card.read_text()
+    card.write_text("mine")
+    LESA(origin()).save_pretrained(tmp_path)
+    assert card.read_text() == "mine"
+
+
+@pytest.mark.parametrize("folder", sorted({one.parent for one in (ROOT / "models").glob("*/**/lesa/**/config.json")}))
+def test_the_card_of_a_shipped_predictor_is_of_it(folder):
+    predictor = Predictor.from_pretrained(folder)
+    assert (folder / "README.md").read_text() == str(predictor.generate_model_card())
 
 
 def test_weights_take_16_bits_where_nothing_is_lost(tmp_path):

@@ -99,6 +99,8 @@ def _new(origin: Origin, options: TrainOptions) -> Predictor:
         return LESA.paper(origin)
     remembers_forecasts = options.history == "all"
     if options.method == "l2p":
+        if options.memories:
+            return L2P(origin, memory=options.memories[0], remembers_forecasts=remembers_forecasts)
         return L2P(origin, remembers_forecasts=remembers_forecasts)
     if options.memories:
         return LESA(origin, memories=options.memories, remembers_forecasts=remembers_forecasts)

@@ -19,8 +19,8 @@ class TrainOptions:
     """What is trained, on which schedules, and how.
 
     `method` is one of `METHODS`; its `history` is of full steps, or of forecasts too ('all'); `memories` are how many
-    past features each stage of a LESA combines, and `stages` how many it has, with bounds learned from the runs, the
-    bounds as falling times, or 'learned' for their number too.
+    past features each stage of a LESA combines, or the one of L2P (4 where nothing is said), and `stages` how many a
+    LESA has, with bounds learned from the runs, the bounds as falling times, or 'learned' for their number too.
 
     `schedule` says which steps are full; by default it is the paper's, or of few steps that at 2x. `budgets` plan one
     for each number of full steps instead, for `forecaster`. `tap` is the place of forecasts ('feature').
@@ -59,9 +59,12 @@ class TrainOptions:
         if self.predictor is not None:
             self._begin_with(self.predictor)
         self._check_names()
-        for name in ("stages", "memories"):
-            if getattr(self, name) and self.method != "lesa":
-                raise ValueError(f"{name}= are those of LESA: they need method='lesa'.")
+        if self.stages and self.method != "lesa":
+            raise ValueError("stages= are those of LESA: they need method='lesa'.")
+        if self.memories and self.method == CONTINUOUS:
+            raise ValueError("memories= are those of LESA and L2P: they need method='lesa' or 'l2p'.")
+        if self.memories and self.method == "l2p" and len(self.memories) > 1:
+            raise ValueError(f"L2P has one stage, got memories={tuple(self.memories)}; name one number.")
         if self.stages and self.memories:
             raise ValueError("memories= are for the stages of the default bounds; pass them without stages=.")
         if self.loss == "steps" and self.method != "l2p":

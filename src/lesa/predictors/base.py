@@ -273,6 +273,8 @@ class Predictor(
         Raises: ValueError if the folder holds another model's configuration, which would be lost.
         """
         check_place(save_directory, begun=True)
+        if _describes_what_is_there(folder := Path(save_directory)):
+            (folder / CARD_FILE).unlink()  # written anew, for this one; nobody has changed it
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -284,8 +286,17 @@ class Predictor(
         write_atomically(save_directory / CONFIG_FILE, config)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """Describe the predictor for people; `save_pretrained` writes it where there is no README.md yet."""
+        """Describe the predictor for people; `save_pretrained` writes it where there is no README.md that somebody
+        changed."""
         return super().generate_model_card(*args, predictor=self, **kwargs)
+
+
+def _describes_what_is_there(folder: Path) -> bool:
+    """Tell whether a folder's card is the one that was written with the predictor in it."""
+    try:
+        return (folder / CARD_FILE).read_text() == str(Predictor.from_pretrained(folder).generate_model_card())
+    except (OSError, *DAMAGED):
+        return False
 
 
 class _Stream(Forecaster):

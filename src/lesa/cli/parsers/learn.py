@@ -121,7 +121,7 @@ def _add_train_method(parser: ArgumentParser) -> None:
     parser.add_argument("--tap", choices=PLACES, help="what is forecast (feature, or as --predictor)")
     parser.add_argument("--method", choices=METHODS, default="lesa")
     parser.add_argument("--history", choices=HISTORIES, default="full", help="of full steps, or of forecasts too")
-    words = "of LESA: how many past features each stage combines (4,8,8)"
+    words = "how many past features each stage of a LESA combines (4,8,8), or L2P (4)"
     parser.add_argument("--memories", type=options.read_counts, help=words)
     parser.add_argument(
         "--paper",
