@@ -229,6 +229,9 @@ def test_a_target_without_budgets_is_looked_for(pipe, shelf):
     [
         (dict(budget=2, budgets=(3,)), "not both"),
         (dict(budget=0), "a full step or more"),
+        (dict(budget=2.0), r"a whole number of full steps, got 2\.0"),
+        (dict(budgets=(2, "3")), "a whole number of full steps, got 2, '3'"),
+        (dict(target="psnr:61"), "PSNR is at most 60 dB"),
         (dict(target="psnr"), "psnr:40"),
         (dict(budget=99), "from 1 to 6"),
     ],

@@ -52,7 +52,10 @@ class Accelerate:
                 ),
                 "quality": (
                     "STRING",
-                    {"default": "", "tooltip": "psnr:40, ssim:0.97 or drift:-45 in place of a budget, if calibrated."},
+                    {
+                        "default": "",
+                        "tooltip": "psnr:40, ssim:0.97, lpips:0.1 or drift:-45 in place of a budget, if calibrated.",
+                    },
                 ),
                 "otherwise": (list(OTHERWISE), {"tooltip": "What becomes of a sampling that no predictor fits."}),
             },

@@ -14,7 +14,7 @@ def listed(_given: Namespace) -> None:
     shelf = Shelf()
     kept = shelf.all()
     for one in kept:
-        say(f"{one.name}  {', '.join(map(str, one.budgets))} full of {one.facts.steps} steps  {one.when[:10]}")
+        say(f"{one.name}  {', '.join(map(str, one.budgets))} full of {one.steps} steps  {one.when[:10]}")
     if kept:
         say_next("shelf", "show", kept[0].name)
     else:

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -155,7 +156,11 @@ class _Wanted:
     def of(cls, budget: int | None, budgets: Sequence[int] | None, target: str | None) -> _Wanted:
         if budget is not None and budgets is not None:
             raise ValueError("name one number of full steps, budget=8, or several, budgets=(4, 6, 8), not both.")
-        named = (budget,) if budget is not None else tuple(sorted(set(budgets or ()), reverse=True))
+        asked = (budget,) if budget is not None else tuple(budgets or ())
+        try:
+            named = tuple(sorted(set(map(index, asked)), reverse=True))
+        except TypeError:
+            raise ValueError(f"a budget is a whole number of full steps, got {', '.join(map(repr, asked))}.") from None
         if any(one < 1 for one in named):
             raise ValueError(f"a run has a full step or more, got the budgets {named}; raise them.")
         return cls(named, Quality.parse(target) if target is not None else None)

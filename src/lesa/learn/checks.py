@@ -62,11 +62,14 @@ class Checks:
                 self._metrics[measure] = metric()
 
     def check(self, target: Quality) -> None:
-        """Raise ValueError, with the reason, if the calls are not measured by what a target is of."""
+        """Raise ValueError with the reason if calls are not measured by what a target is of, or none can keep it."""
         try:
             check_measured(target, [*(self._metrics if self._wanted else ()), "drift"])
         except ValueError as error:
             raise ValueError(f"{error} {self.left_out}".strip()) from None
+        if target.measure == "psnr" and target.limit > metrics.MOST_PSNR:
+            most = f"{metrics.MOST_PSNR:g} dB, which identical pictures have"
+            raise ValueError(f"PSNR is at most {most}, got the target {target}; ask for less, or for a drift.")
 
     def run(self, rows: str, forecaster: Forecaster, schedule: Schedule) -> Tried:
         """Run all calls with a forecaster, named `rows`, on a schedule, and say what that gave.

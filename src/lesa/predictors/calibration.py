@@ -130,6 +130,11 @@ class Calibration:
         return self.folder.name
 
     @property
+    def steps(self) -> int:
+        """How many steps a run walks."""
+        return self.facts.steps - self.facts.start
+
+    @property
     def chosen(self) -> int:
         """The budget that is taken where none is named."""
         return int(self.table.get("chosen", max(self.budgets)))
@@ -220,7 +225,7 @@ class Calibration:
     def promise(self, budget: int) -> str:
         """Say what was measured of a budget, on prompts that nothing was solved on."""
         said = [f"{measure} {score.told(measure, '.4g')}" for measure, score in self.checked(budget).items()]
-        steps = f"{budget} full of {self.facts.steps - self.facts.start} steps"
+        steps = f"{budget} full of {self.steps} steps"
         return f"{steps}: {', '.join(said) or 'nothing was checked'}"
 
     def write(self, folder: Path) -> None:
