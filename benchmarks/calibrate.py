@@ -178,13 +178,15 @@ def measured(options: argparse.Namespace, pipe: Any, ours: Calibrated, points: S
     return everything
 
 
-def promise(target: Quality, kept: Tried, full_steps: int) -> str:
-    """Say what held-out prompts keep of a target: on the mean, the worst of them, and the share that misses it."""
-    score, calls = kept.score(target.measure), len(kept.drift)
-    assert score is not None
+def promise(target: Quality, point: Point, held: Tried) -> str:
+    """Say what checked prompts promise of a target, and what held-out ones keep of it: on the mean, the worst of them,
+    and the share that misses it."""
+    promised, score = point.kept.score(target.measure), held.score(target.measure)
+    assert promised is not None and score is not None
     return (
-        f"the target {target} is kept by {full_steps} full steps; of {calls} held-out prompts the mean is "
-        f"{score.mean:.4g}, the worst {score.worst:.4g}, and {kept.share_missing(target):.0%} miss it"
+        f"{point.full_steps} full steps are to keep {target}, as {len(point.kept.drift)} checked prompts have "
+        f"{promised.told(target.measure, '.4g')}; of {len(held.drift)} held-out ones the mean is {score.mean:.4g}, the "
+        f"worst {score.worst:.4g}, and {held.share_missing(target):.0%} miss it"
     )
 
 
@@ -224,7 +226,7 @@ def main() -> None:
     rows = [row for point, found in zip(points, everything, strict=True) for row in lines(point, found)]
     print(f"\n{markdown(HEADS, rows, text=3)}")
     if options.target:
-        print(f"\n{promise(Quality.parse(options.target), everything[0][0], ours.chosen)}")
+        print(f"\n{promise(Quality.parse(options.target), points[0], everything[0][0])}")
 
 
 def parsed() -> argparse.Namespace:
