@@ -1,16 +1,18 @@
-"""Rows of their own for the streams of guidance, ridges and weights: what they would gain beside calibrated rows.
+"""Rows of their own for the streams of guidance, noise by token, ridges and weights: what they would gain beside
+calibrated rows.
 
     python benchmarks/stream_rows.py
     python benchmarks/stream_rows.py --guidance 5
+    python benchmarks/stream_rows.py --only "noise by token"
 
 Of a pipeline such as emoji-qwen's, which calls its transformer twice a step (`cond`, `uncond`), rows are solved gap by
 gap in one run of a few prompts of train.txt, as `lesa.calibrate` solves them before it refines, and run on prompts of
 validation.txt in the same batch: those of calibrations, over the guided velocities v of full steps and the first
 latents, and variants of them. Rows per stream are over the difference d of the streams besides: with the norms that
 guidance rescales, v = r (u + g d), each token's r taken from the full step, they span what rows of each stream's own
-give. A ridge of 'LOPO' is chosen for each gap by leave-one-prompt-out. Printed is the drift of the last latents in dB,
-on prompts solved on and on validation prompts, and how much less that is than with the shared row, with its bootstrap
-95 % interval.
+give. Noise by token is over the first latents of each token besides. A ridge of 'LOPO' is chosen for each gap by
+leave-one-prompt-out. Printed is the drift of the last latents in dB, on prompts solved on and on validation prompts,
+and how much less that is than with the shared row, with its bootstrap 95 % interval.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from lesa.learn.gaps import RIDGE
 from torch import Tensor
 
 import lesa
@@ -34,6 +35,7 @@ from lesa.host.pipelines import arguments_of, for_each
 from lesa.learn.call_files import read_prompts
 from lesa.learn.collecting import TRAINING_SEED, VALIDATION_SEED
 from lesa.learn.metrics import interval, paired_interval
+from lesa.rows.gaps import RIDGE
 from lesa.rows.schedule import Schedule
 
 HEADS = ("schedule", "rows", "drift solved on, dB", "drift on validation, dB [95 %]", "less than the shared row's, dB")
@@ -44,9 +46,11 @@ RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1e6)
 
 @dataclass
 class Walk:
-    """What passed in a run of a batch so far: of full steps velocities and the differences of streams, and the latents
-    before every step and at the end, (prompts, elements) each, float64; the noise levels of the steps and the end."""
+    """What passed in a run of a batch so far: how many tokens a picture has; the noise levels of the steps and the end;
+    of full steps velocities and the differences of streams, and the latents before every step and at the end,
+    (prompts, elements) each, float64."""
 
+    tokens: int = 0
     levels: list[float] = field(default_factory=list)
     velocities: dict[int, Tensor] = field(default_factory=dict)
     differences: dict[int, Tensor] = field(default_factory=dict)
@@ -75,7 +79,7 @@ def walk(
         return streams[stream]
 
     def stepped(velocity: Tensor, time: Any, latents: Tensor, **kwargs: Any) -> Any:
-        tick, run.levels = len(run.latents), pipe.scheduler.sigmas.tolist()
+        tick, run.levels, run.tokens = len(run.latents), pipe.scheduler.sigmas.tolist(), latents.shape[1]
         run.latents.append(_flat(latents))
         if full is None or tick in full:
             run.velocities[tick] = _flat(velocity)
@@ -98,26 +102,38 @@ def _difference(velocity: Tensor, cond: Tensor, uncond: Tensor, guidance: float)
     return difference * velocity.norm(dim=-1, keepdim=True) / norms
 
 
+def _by_token(noise: Tensor, tokens: int) -> list[Tensor]:
+    """Return a column for each token: the noise there, and nothing elsewhere."""
+    columns = torch.zeros(tokens, len(noise), tokens, noise.shape[1] // tokens, dtype=noise.dtype)
+    each = torch.arange(tokens)
+    columns[each, :, each] = noise.unflatten(1, (tokens, -1)).movedim(1, 0)
+    return list(columns.flatten(2))
+
+
 def _flat(x: Tensor) -> Tensor:
     return x.detach().double().flatten(1)
 
 
 class Variant(NamedTuple):
-    """How rows are solved: the ridges that each gap's is chosen among, of the shared columns and of those of streams,
-    if there are any, and whether prompts count by what the shared rows left of them rather than alike."""
+    """How rows are solved: the ridges that each gap's is chosen among, of the shared columns and of those of streams or
+    of tokens, if there are any, and whether prompts count by what the shared rows left of them rather than alike."""
 
     name: str
     shared: Sequence[float] = (RIDGE,)
     streams: Sequence[float] = ()
+    tokens: Sequence[float] = ()
     by_error: bool = False
 
 
+SHARED = Variant("one row for all streams")
 VARIANTS = (
-    Variant("one row for all streams"),
+    SHARED,
     Variant("ridge: LOPO", RIDGES),
     Variant("prompts weighed by their error", by_error=True),
     *(Variant(f"rows per stream, ridge {ridge:g}", streams=(ridge,)) for ridge in (1e-5, 1e-3, 1e-1)),
     Variant("rows per stream, ridge: LOPO", streams=RIDGES),
+    *(Variant(f"noise by token, ridge {ridge:g}", tokens=(ridge,)) for ridge in (1e-3, 1e-1)),
+    Variant("noise by token, ridge: LOPO", tokens=RIDGES),
 )
 
 
@@ -141,23 +157,25 @@ class Solving:
         return run.velocities[newest] + torch.einsum("k,pkn->pn", self._row, columns)
 
     def _columns(self, run: Walk) -> tuple[Tensor, int]:
-        """Return what a row combines, (prompts, columns, elements), and how many of these are shared by streams."""
+        """Return what a row combines, (prompts, columns, elements), and how many of these are the shared ones."""
         shared = [*run.velocities.values(), run.latents[0]]
         apart = list(run.differences.values()) if self._variant.streams else []
+        apart += _by_token(run.latents[0], run.tokens) if self._variant.tokens else []
         return torch.stack([*shared, *apart], 1), len(shared)
 
     def _solved(self, columns: Tensor, target: Tensor, shared: int) -> Tensor:
         weighed = columns * self._weights[:, None, None]
         grams, targets = weighed @ columns.mT, torch.einsum("pkn,pn->pk", weighed, target)
-        ridges = [(one, other) for one in self._variant.shared for other in self._variant.streams or (0.0,)]
+        apart = self._variant.streams or self._variant.tokens or (0.0,)
+        ridges = [(one, other) for one in self._variant.shared for other in apart]
         best = min(ridges, key=lambda ridge: _left_out(grams, targets, shared, ridge)) if len(ridges) > 1 else ridges[0]
         self.chosen.append("/".join(f"{one:.0e}" for one in best))
         return _ridged(grams.sum(0), targets.sum(0), shared, best)
 
 
 def _ridged(gram: Tensor, target: Tensor, shared: int, ridge: tuple[float, float]) -> Tensor:
-    squares = gram.diagonal()
-    held = [share * part.mean().expand(len(part)) for share, part in zip(ridge, squares.split(shared), strict=False)]
+    parts = gram.diagonal().tensor_split([shared])
+    held = [share * part.mean().expand(len(part)) for share, part in zip(ridge, parts, strict=True) if len(part)]
     return torch.linalg.lstsq(gram + torch.diag(torch.cat(held)), target, driver="gelsd").solution
 
 
@@ -177,15 +195,21 @@ def drifts(run: Walk, reference: Walk) -> list[float]:
 
 
 def compared(
-    pipe: Any, call: Mapping[str, Any], seeds: Sequence[int], known: int, schedules: Sequence[str]
+    pipe: Any,
+    call: Mapping[str, Any],
+    seeds: Sequence[int],
+    known: int,
+    schedules: Sequence[str],
+    variants: Sequence[Variant] = VARIANTS,
 ) -> Iterator[tuple[str, ...]]:
-    """Run every variant on every schedule, solved on the first `known` prompts of the batch; yields a table's lines."""
+    """Run variants, the shared one first, on every schedule, solved on the first `known` prompts of the batch; yields
+    the lines of a table."""
     reference = walk(pipe, call, seeds)
     size = reference.latents[-1][:known].square().sum(1)
     for schedule in schedules:
         full = Schedule.parse(schedule).full_steps(len(reference.latents) - 1)
         best, error = list[float](), size
-        for variant in VARIANTS:
+        for variant in variants:
             solving = Solving(reference, full, variant, 1 / (error if variant.by_error else size))
             found = drifts(walk(pipe, call, seeds, full, solving), reference)
             if not best:
@@ -202,6 +226,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--prompts", type=int, default=12, help="how many to solve on (12)")
     parser.add_argument("--checks", type=int, default=12, help="how many of validation.txt (12)")
+    parser.add_argument("--only", default="", help="the variants whose names begin so, beside the shared row")
     options = parser.parse_args()
     pipe = lesa.load(options.model)
     pipe.set_progress_bar_config(disable=True)
@@ -212,7 +237,8 @@ def main() -> None:
         seeds += range(seed, seed + many)
     call = dict(arguments_of(pipe), true_cfg_scale=options.guidance, output_type="latent")
     batch = dict(for_each(prompts, call), prompt=prompts)
-    rows = list(compared(pipe, batch, seeds, options.prompts, options.schedules))
+    variants = [SHARED, *(one for one in VARIANTS if one.name.startswith(options.only) and one is not SHARED)]
+    rows = list(compared(pipe, batch, seeds, options.prompts, options.schedules, variants))
     print(f"\n{options.model}, guidance {options.guidance:g}, {options.prompts} prompts solved on\n")
     print(markdown(HEADS, rows, text=2))
 

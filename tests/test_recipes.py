@@ -1,5 +1,6 @@
 """Every script of models/recipes and benchmarks runs through, and every command in it is one that there is."""
 
+import importlib.util
 import json
 import os
 import re
@@ -54,6 +55,17 @@ def test_a_script_calls_what_there_is(script, tmp_path):
         elif not program.endswith("lesa"):
             continue
         assert callable(parser().parse_args(words).command)
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "models"])
+def test_what_a_program_imports_is_there(folder, monkeypatch):
+    """Also of those that no other test runs."""
+    monkeypatch.syspath_prepend(ROOT / folder)
+    for path in sorted((ROOT / folder).glob("*.py")):
+        spec = importlib.util.spec_from_file_location(f"_imported_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
 
 
 def test_a_training_that_fails_ends_its_script(tmp_path):

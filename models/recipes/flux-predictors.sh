@@ -21,8 +21,7 @@ done
 for n in 10:2 8:2 6:3 5:3 4:3; do # full steps : degree of the Lagrange rows that the schedule is planned for
     train --budgets ${n%:*} --forecaster lagrange:${n#*:} --rounds 3 --out $out/lesa-planned${n%:*}
 done
-for n in 10 8 6; do # free rows on the same schedules, with as many past features
-    schedule=$(grep -oP '"schedule": "\K[^"]+' $out/lesa-planned$n/config.json)
-    train --schedule "$schedule" --method l2p --memories 8 --rounds 3 --out $out/l2p-planned$n
+for n in 10:2 8:2 6:3; do # free rows on the same schedules, of as many past features
+    train --budgets ${n%:*} --forecaster lagrange:${n#*:} --method l2p --memories 8 --rounds 3 --out $out/l2p-planned${n%:*}
 done
 train --budgets 6 --forecaster lagrange:3 --rounds 3 --tap output --out $out/lesa-planned6/at-output
