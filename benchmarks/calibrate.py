@@ -138,7 +138,8 @@ def calibrated(options: argparse.Namespace, pipe: Any, seed: int) -> Calibrated:
     print(f"calibrated in {time.perf_counter() - began:.1f} s on {options.prompts} prompts, seed {seed}\n")
     print(f"{chosen.curve.table()}\n")
     for point in chosen.curve.points:
-        print(f"{point.full_steps} full steps: {point.seconds:.1f} s, transformer runs {dict(point.transformer_runs)}")
+        print(f"{point.full_steps} full steps: {point.promise}")
+        print(f"{point.seconds:.1f} s, transformer runs {dict(point.transformer_runs)}")
     return Calibrated(chosen.curve, found, len(chosen.full))
 
 
