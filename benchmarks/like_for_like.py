@@ -2,10 +2,10 @@
 
     python benchmarks/like_for_like.py
 
-Reads docs/bench.md, what `lesa report` printed. Every other method stands beside the best LESA that takes no more
-FLOPs: LESA is above, level or below by the interval of PSNR pair by pair, and has so many dB less drift than the
-nearest of its kind. Beside it stands how many of the same lines reuse at the output passes by drift, on the schedules
-planned for it, with no more FLOPs either: what planning alone does.
+Reads docs/bench.md, what `lesa report --differences calibrated` printed. Every other method stands beside the best
+calibrated rows that take no more FLOPs: these are above, level or below by the interval of float PSNR pair by pair, and
+have so many dB less drift than the nearest of its kind. Beside it stands how many of the same lines reuse at the output
+passes by drift, on the schedules planned for it, with no more FLOPs either: what planning alone does.
 """
 
 from __future__ import annotations
@@ -20,19 +20,24 @@ PAGE = Path(__file__).parents[1] / "docs" / "bench.md"
 EQUAL = 0.005
 """By how much the printed FLOP ratios of two methods may differ and still be the same."""
 KINDS = (
-    "without training, planned",
-    "without training, the paper's schedules",
-    "trained, the paper's schedules",
-    "samplers with fewer steps",
-    "other projects' caches, settings of their own",
-    "a run of 500 steps",
+    (ROWS := "without training, planned"),
+    (TRAINED := "trained, planned"),
+    (SAMPLERS := "samplers at planned times"),
+    (PEERS := "other projects' caches on plans"),
+    (PAPER := "without training, the paper's schedules"),
+    (PAPER_TRAINED := "trained, the paper's schedules"),
+    (FEWER := "samplers with fewer steps"),
+    (CACHES := "other projects' caches, settings of their own"),
+    (MORE := "a run of 500 steps"),
 )
-HEADS = ("beside LESA, planned", "lines", "above", "level", "below", "less drift at least, dB", "planned reuse passes")
+OURS = " at no more FLOPs"
+"""What the head of the column ends with that names ours."""
+HEADS = ("beside calibrated rows", "lines", "above", "level", "below", "less drift at least, dB", "planned reuse passes")
 Row = Mapping[str, str]
 
 
 class Compared(NamedTuple):
-    """A method beside the LESA that takes no more FLOPs: its kind, the verdict, drifts in dB, and its FLOP ratio."""
+    """A method beside that of ours that takes no more FLOPs: its kind, the verdict, drifts in dB, and its FLOP ratio."""
 
     kind: str
     verdict: str
@@ -58,21 +63,28 @@ def _cells(line: str) -> list[str]:
 def kind_of(method: str, schedule: str) -> str:
     trained = method.startswith(("LESA", "L2P"))
     if method.startswith(("fewer steps", "more steps")):
-        return KINDS[3 if method.startswith("fewer") else 5]
+        return FEWER if method.startswith("fewer") else MORE
+    if "at planned times" in method:
+        return SAMPLERS
+    if "@plan" in method:
+        return PEERS
     if schedule.startswith("paper"):
-        return KINDS[2 if trained else 1]
-    return KINDS[0 if schedule.startswith("at:") else 4]
+        return PAPER_TRAINED if trained else PAPER
+    if schedule.startswith("at:"):
+        return TRAINED if trained else ROWS
+    return CACHES
 
 
 def compared(results: Sequence[Row], at_equal_cost: Sequence[Row]) -> list[Compared]:
     """Return every line of the table of equal FLOPs, its last column the verdict, with the drifts of the results."""
+    (ours,) = [head for head in at_equal_cost[0] if head.endswith(OURS)]
     drifts = {(one["method"], one["schedule"]): float(one["drift"]) for one in results}
     return [
         Compared(
             kind_of(one["method"], one["schedule"]),
             one[""],
             drifts[one["method"], one["schedule"]],
-            drifts[one["LESA at no more FLOPs"], one["its schedule"]],
+            drifts[one[ours], one["its schedule"]],
             float(one["FLOP ratio"]),
         )
         for one in at_equal_cost

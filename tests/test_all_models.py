@@ -178,23 +178,29 @@ def test_what_is_planned_is_held_apart_from_what_is_not(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     page = importlib.import_module("like_for_like")
     methods = [
-        ("LESA (output tap)", "at:0,9", "5.00", -50.0),
+        ("calibrated", "at:0,9", "5.00", -50.0),
         ("reuse (output tap)", "at:0,8", "5.00", -40.0),
         ("Lagrange-1", "at:0,7", "5.00", -47.0),
         ("cache", "threshold 1", "4.00", -45.0),
         ("fewer steps, UniPC", "10 steps", "5.00", -20.0),
+        ("L2P", "at:0,7", "5.00", -49.0),
+        ("UniPC-2 at planned times", "at:0,6", "5.00", -41.0),
+        ("cache@plan", "at:0,5", "5.00", -42.0),
     ]
     results = ["| method | schedule | step ratio | drift |", "| --- | --- | --- | --- |"]
     results += [f"| {name} | {on} | {ratio} | {drift:.3f} |" for name, on, ratio, drift in methods]
-    heads = ["method", "schedule", "FLOP ratio", "LESA at no more FLOPs", "its schedule", ""]
+    heads = ["method", "schedule", "FLOP ratio", "calibrated at no more FLOPs", "its schedule", ""]
     equal = [f"| {' | '.join(heads)} |", "| --- | --- | --- | --- | --- | --- |"]
-    verdicts = ["level", "level", "above", "above"]
+    verdicts = ["level", "level", "above", "above", "level", "above", "below"]
     for (name, on, ratio, _), word in zip(methods[1:], verdicts, strict=True):
-        equal.append(f"| {name} | {on} | {ratio} | LESA (output tap) | at:0,9 | {word} |")
+        equal.append(f"| {name} | {on} | {ratio} | calibrated | at:0,9 | {word} |")
     empty = ["| cost |", "| --- |", "", "| differences |", "| --- |", ""]
     found = page.table("\n".join(["# A page", "", *results, "", *empty, *equal])).splitlines()[2:]
     cells = {row[0]: row[1:] for row in ([cell.strip() for cell in line.strip("|").split("|")] for line in found)}
     assert cells["without training, planned"] == ["2", "0", "2", "0", "3.0", "0"]
     assert cells["other projects' caches, settings of their own"] == ["1", "1", "0", "0", "5.0", "0"]
     assert cells["samplers with fewer steps"] == ["1", "1", "0", "0", "30.0", "1"]
+    assert cells["trained, planned"] == ["1", "0", "1", "0", "1.0", "0"]
+    assert cells["samplers at planned times"] == ["1", "1", "0", "0", "9.0", "0"]
+    assert cells["other projects' caches on plans"] == ["1", "0", "0", "1", "8.0", "0"]
     assert cells["a run of 500 steps"] == ["0", "0", "0", "0", "", "0"]
