@@ -5,7 +5,8 @@
 A grid is a size in pixels and a number of steps. On the first one rows are solved for, with a search by real runs. On
 each other one there are
 
-- carried: the first one's rows, carried by algebra alone: no run on that grid;
+- carried: the first one's rows, carried by algebra and what the denoiser makes of times: no run on that grid; without
+  the latter with --times-alone;
 - begun near: rows solved for on the reference runs there, with the full steps that the first one's algebra says, so
   that no schedule is tried;
 - solved there: rows solved for with a search by real runs, as a calibration made there would.
@@ -25,7 +26,9 @@ from typing import Any
 from calibrate import calls_of
 
 from lesa.bench.report import markdown
+from lesa.host.embedding import embedding_of
 from lesa.host.loading import LoadOptions, loaded
+from lesa.host.runtime import denoisers_of
 from lesa.learn.collecting import TRAINING_SEED, VALIDATION_SEED
 from lesa.learn.metrics import paired_interval
 from lesa.learn.references import References
@@ -52,12 +55,18 @@ class Grid:
         self.name = f"{size} x {size}, {steps} steps"
         prompts = calls_of(options.model, "train", options.prompts)
         held = calls_of(options.model, "validation", options.pairs)
-        self._options = options
+        self._options, self._pipe = options, pipe
         self.solver = Solver(pipe, prompts, range(TRAINING_SEED, TRAINING_SEED + len(prompts)), self.call)
         self._held = References(pipe, held, range(VALIDATION_SEED, VALIDATION_SEED + len(held)), self.call)
 
     def solve(self, budget: int, near: Sequence[Solved] = ()) -> Solution:
         return self.solver.solve(budget, refine=self._options.refine, most=self._options.most, near=near)
+
+    def carried(self, known: Solved) -> Solved:
+        """Carry rows here, as a run of the pipeline at its first step would."""
+        solver, denoisers = self.solver, [getattr(self._pipe, name) for name in denoisers_of(self._pipe)]
+        embed = embedding_of(denoisers, self._pipe.scheduler, solver.times.tolist())
+        return known.carried(solver.times, solver.response, None if self._options.times_alone else embed)
 
     def line(self, rows: str, predictor: Solved, runs: int, best: Sequence[float] = ()) -> tuple[list[float], tuple]:
         """Return the drifts of a predictor, and its line of the table."""
@@ -71,7 +80,7 @@ class Grid:
 
 def compared(there: Grid, budget: int, first: Solved, *, search: bool) -> list[tuple]:
     """Return the lines of a grid that rows are carried to."""
-    solver, found = there.solver, []
+    found = []
     if search:
         report = there.solve(budget)
         best, line = there.line("solved there", report.predictor, report.report.transformer_runs)
@@ -79,9 +88,8 @@ def compared(there: Grid, budget: int, first: Solved, *, search: bool) -> list[t
     else:
         best = []
     near = there.solve(budget, near=[first])
-    carried = first.carried(solver.times, solver.response)
     found.append(there.line("begun near", near.predictor, near.report.transformer_runs, best)[1])
-    found.append(there.line("carried", carried, 0, best)[1])
+    found.append(there.line("carried", there.carried(first), 0, best)[1])
     return found
 
 
@@ -97,6 +105,7 @@ def main() -> None:
     parser.add_argument("--refine", type=int, default=0, help="steps of refinement on the end of the run (0)")
     parser.add_argument("--most", type=int, default=60, help="how many schedules a search tries (60)")
     parser.add_argument("--no-search", action="store_true", help="leave out the rows solved there")
+    parser.add_argument("--times-alone", action="store_true", help="carry by what is known of t alone")
     options = parser.parse_args()
 
     pipe = loaded(LoadOptions(options.model))

@@ -26,6 +26,7 @@ from lesa.host.choice import (
     without_stop,
 )
 from lesa.host.denoiser import compiled_from
+from lesa.host.embedding import embedding_of
 from lesa.host.tap import tap_of
 from lesa.predictors import Predictor
 from lesa.predictors.calibration import Calibration, Quality, folder_of
@@ -217,7 +218,9 @@ class Found:
         if key not in self._kept and (predictor := self._loaded(calibration, budget, reasons)) is not None:
             if not isinstance(predictor, Solved):
                 raise ValueError(f"rows that were solved for are carried, got {predictor!r}")
-            made, (known, here) = predictor.carried(first.times, first.response), (calibration.facts.steps, first.steps)
+            embed = embedding_of(self._denoisers().values(), first.step[0], first.times)
+            made = predictor.carried(first.times, first.response, embed)
+            known, here = calibration.facts.steps, first.steps
             to = f"{here}" if here != known else f"{here} at other times"
             self._keep(key, made, f"calibrated: {calibration.name}, rows carried from {known} steps to {to}", reasons)
             if key in self._kept:

@@ -27,6 +27,8 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from lesa.host.embedding import embedding_of
+from lesa.host.runtime import denoisers_of
 from lesa.learn.bases import basis_of
 from lesa.learn.calls import Call
 from lesa.learn.references import BATCH, Counts, OnRun
@@ -172,11 +174,22 @@ class Solver(Problem):
         for one in near:
             if isinstance(one, Solved) and one.basis and len(one.full) == budget and not matches(one.grid, self.times):
                 try:
-                    basis = one.basis.at(self.times.double(), self.gram / len(self.weights))
+                    return self._best_by(one)
                 except ValueError:
                     continue
-                return basis.search(self.response)
         return None
+
+    def _best_by(self, one: Solved) -> Full:
+        """Return the full steps that the algebra of a predictor for other times says are the best here, near those of
+        its own or near what it would have said without reference runs.
+
+        Raises: ValueError if its rows may not be carried here.
+        """
+        denoisers = [getattr(self.pipe, name) for name in denoisers_of(self.pipe)]
+        embed = embedding_of(denoisers, getattr(self.pipe, "scheduler", None), self.times.tolist())
+        without = one.basis_at(self.times, embed=embed).search(self.response)
+        known = one.basis_at(self.times, self.gram / len(self.weights), embed)
+        return known.search(self.response, starts=[without])
 
     def _starts(self, budget: int, near: Sequence[Solved | Schedule]) -> list[Full]:
         """Return schedules of so many full steps: those that are near, or what they leave without some of their own."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,8 @@ from lesa.rows.schedule import Schedule
 from lesa.rows.tap import Tap
 
 STREAMS = ("all",)
+BASIS = ("gram", "answers", "products", "drifts")
+"""What is kept of a basis; the rest a predictor knows."""
 
 
 class Solved(Predictor):
@@ -109,7 +111,7 @@ class Solved(Predictor):
         """Return what its rows were solved on; None if that was not kept."""
         if not self.has_basis:
             return None
-        kept = {name: self.get_buffer(name) for name in ("gram", "answers", "shares", "sizes")}
+        kept = {name: self.get_buffer(name) for name in BASIS}
         return Basis(self.grid, self.grid[list(self.full)], latents=self.latents is not None, **kept)
 
     def keep_basis(self, basis: Basis, response: Tensor) -> None:
@@ -118,22 +120,42 @@ class Solved(Predictor):
         `further` is by how much more rows that were refined since then move the latents at the end of each gap.
         """
         solved, moves = basis.solve(response, self.full).rows, _moves(response, self.full, basis.latents)
-        kept = {name: getattr(basis, name) for name in ("gram", "answers", "shares", "sizes")}
+        kept = {name: getattr(basis, name) for name in BASIS}
         for name, numbers in {**kept, "further": (self.gaps - solved) * moves[:, None]}.items():
             self.get_buffer(name).copy_(numbers)
 
-    def carried(self, times: Sequence[float] | Tensor, response: Tensor) -> Solved:
+    def basis_at(
+        self,
+        times: Sequence[float] | Tensor,
+        known: Tensor | None = None,
+        embed: Callable[[Tensor], Tensor] | None = None,
+    ) -> Basis:
+        """Return what its rows were solved on, for another grid, as `Basis.at` does.
+
+        `embed` says what the denoiser makes of times, (n,) to (n, numbers), where that is known
+        (`lesa.host.embedding`): what outputs are between those recorded goes with it.
+
+        Raises: ValueError, with the reason, if there is nothing, or it does not say what runs there are made of.
+        """
+        if self.basis is None:
+            raise ValueError("of these rows nothing was kept to carry them to other times by; calibrate there.")
+        there = times_in_order(times)
+        embedded = None if embed is None else embed(torch.cat([self.grid[:-1], there[:-1]]))
+        return self.basis.at(there, known, embedded)
+
+    def carried(
+        self, times: Sequence[float] | Tensor, response: Tensor, embed: Callable[[Tensor], Tensor] | None = None
+    ) -> Solved:
         """Return a predictor for another grid, whose sampler has this response: full steps and rows by algebra alone.
 
-        Its origin's training says from how many steps it was carried, and the drift in dB that algebra has it end with.
+        `embed` is as in `basis_at`. Its origin's training says from how many steps it was carried, and the drift in dB
+        that algebra has it end with.
 
         Raises: ValueError, with the reason, if its rows cannot be carried there.
         """
         if matches(times_in_order(times), self.grid):
             return self
-        if self.basis is None:
-            raise ValueError("of these rows nothing was kept to carry them to other times by; calibrate there.")
-        basis = self.basis.at(times_in_order(times))
+        basis = self.basis_at(times, embed=embed)
         full = basis.search(response)
         rows, moves = basis.solve(response, full).rows, _moves(response, full, basis.latents)
         rows = rows + torch.where(moves.abs() > TINY, 1 / moves, 0.0)[:, None] * self.get_buffer("further")
@@ -228,8 +250,8 @@ def _shapes(steps: int, count: int) -> dict[str, tuple[int, ...]]:
     return {
         "gram": (vectors, vectors),
         "answers": (count,),
-        "shares": (count, vectors),
-        "sizes": (count,),
+        "products": (count, vectors),
+        "drifts": (count, count),
         "further": (count, count + 1),
     }
 

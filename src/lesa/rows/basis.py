@@ -8,28 +8,29 @@ left, and it answers
 
 with a_f the multiple of d that explains most, and u_f what is left of the answer. All d are sums of the reference run's
 outputs, of x_0 and of the u before them, so inner products of these vectors say what rows are the best in closed loop,
-and how far off they end, without a run: on the grid of the runs recorded, exactly.
+and how far off they end, without a run: on the grid of the runs recorded with the rows recorded, exactly.
 
-On another grid the reference's outputs are interpolated in t. What is the k-th full step there answers like the k-th
-recorded one: by a multiple of d that goes with 1 / t (a velocity is (x - data) / t), by u_f as far as its own d is the
-recorded one, and by as much again in a direction of its own as far as it is not.
+With other rows, or on another grid, drifts are others. A denoiser answers any drift by a linear map of it, of which
+the recorded u_f are a few values: the map's other values are taken to be random, alike in size, so that answers have
+the angles of the drifts that they answer. What is known of such a map at some drifts says the expected answer to
+others, and how much of it is unknown (a Gaussian process over maps). From time to time the map changes: its covariance
+is `alike` there. The multiple a and the size of u in proportion to d go with 1 / t, as a velocity is (x - data) / t, by
+factors that are interpolated in t. The reference's outputs at other times are those of `lesa.rows.between`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lesa.rows.between import between, linear
 from lesa.rows.gaps import TINY, Full, Gaps, descend
 from lesa.rows.grid import in_words, times_in_order
 
-POINTS = 4
-"""Through how many recorded times next to it a polynomial gives the outputs at another time."""
 MARGIN = 1e-4
 """How far beyond the recorded times another may lie."""
 FEWEST = 0.4
@@ -37,6 +38,10 @@ FEWEST = 0.4
 
 NONE = 1e-24
 """A drift of this mean square is none."""
+SINGULAR = 1e-10
+"""What share of the largest an eigenvalue of the recorded drifts' inner products is no direction of its own."""
+FORGETS = 0.25
+"""By what power of the ratio of two times a denoiser's answers to one drift are alike."""
 
 
 class Outcome(NamedTuple):
@@ -61,10 +66,10 @@ class Basis:
     """(N, N), relative to the size of the last latents."""
     answers: Tensor
     """(J,): a_f."""
-    shares: Tensor
-    """(J, N): of each vector the part that is like the recorded drift before a full step, which has itself once."""
-    sizes: Tensor
-    """(J,): the mean squares of these drifts."""
+    products: Tensor
+    """(J, N): of the recorded drifts before full steps with the vectors."""
+    drifts: Tensor
+    """(J, J): of these drifts."""
     latents: bool
 
     @classmethod
@@ -72,9 +77,7 @@ class Basis:
         """Make a basis of the inner products of reference runs and of runs with these rows, (J, J + 1)."""
         drifts = _drifts(gaps, rows, answers)
         products = drifts @ gram
-        sizes = (products * drifts).sum(1)
-        shares = torch.where(sizes[:, None] > NONE, products / sizes.clamp_min(NONE)[:, None], 0.0)
-        return cls(times, times[list(gaps.full)], gram, answers, shares, sizes, gaps.latents)
+        return cls(times, times[list(gaps.full)], gram, answers, products, products @ drifts.T, gaps.latents)
 
     @property
     def steps(self) -> int:
@@ -89,11 +92,12 @@ class Basis:
             full.append(min(max(step, full[-1] + 1), self.steps - count + k))
         return tuple(full)
 
-    def at(self, times: Tensor, known: Tensor | None = None) -> Basis:
+    def at(self, times: Tensor, known: Tensor | None = None, embedded: Tensor | None = None) -> Basis:
         """Return the basis of runs on another grid, (S' + 1,).
 
         What is `known` there are inner products of reference runs' outputs and their first latents, (S' + 1, S' + 1),
-        means over calls: outputs have a part that changes from time to time, and is not between those recorded.
+        means over calls. Else it helps to know what the denoiser makes of the steps' times, here and there, its
+        `embedded` (S + S', numbers): outputs have a part that is rough in t, and not between those recorded.
 
         Raises: ValueError, with the reason, if what was recorded does not say what runs there are made of.
         """
@@ -103,12 +107,14 @@ class Basis:
                 f"rows of {len(self.full_times)} full steps are carried to runs of as many steps or more, got "
                 f"{len(times) - 1}; calibrate fewer full steps for them."
             )
-        others = torch.eye(1 + len(self.answers), dtype=torch.float64)
-        ways = torch.block_diag(interpolation(self.times[:-1], times[:-1]), others)
+        steps, others = len(times) - 1, torch.eye(1 + len(self.answers), dtype=torch.float64)
+        ways, rest = between(self.gram[: self.steps, : self.steps], self.times[:-1], times[:-1], embedded)
+        ways = torch.block_diag(ways, others)
         gram = ways @ self.gram @ ways.T
+        gram[:steps, :steps] += rest
         if known is not None:
-            gram[: len(times), : len(times)] = known
-        return replace(self, times=times, gram=gram, shares=self.shares @ ways.T)
+            gram[: steps + 1, : steps + 1] = known
+        return replace(self, times=times, gram=gram, products=self.products @ ways.T)
 
     def solve(self, response: Tensor, full: Full) -> Outcome:
         """Solve for the rows of these full steps, J of them, as a run of a sampler with this response comes to them."""
@@ -118,17 +124,57 @@ class Basis:
         """Return what these rows leave instead, as `Outcome` has it."""
         return _Walk(self, response, full).end(rows).left
 
-    def search(self, response: Tensor, allowed: Callable[[Full], bool] | None = None) -> Full:
-        """Return the full steps, as many as were recorded, whose rows leave the least, near those recorded; on the way
-        there all schedules are `allowed`."""
-        return descend(self.nearest, lambda full: self.solve(response, full).left, self.steps, allowed=allowed)
+    def search(
+        self, response: Tensor, allowed: Callable[[Full], bool] | None = None, starts: Sequence[Full] = ()
+    ) -> Full:
+        """Return the full steps, as many as were recorded, whose rows leave the least, near those recorded or near
+        other `starts`; on the way there all schedules are `allowed`."""
+
+        def left(full: Full) -> float:
+            return self.solve(response, full).left
+
+        ends = {descend(full, left, self.steps, allowed=allowed) for full in (self.nearest, *starts)}
+        return min(sorted(ends), key=left)
+
+
+class _Answers:
+    """What the full steps of a run answer to drifts, given what recorded ones did: by `multiples` of the drift, (J,),
+    and by a random linear map of it, whose values are `sizes` as large, (J,)."""
+
+    def __init__(self, basis: Basis, full: Full):
+        recorded, times = basis.full_times.clamp_min(TINY), basis.times[list(full)].clamp_min(TINY)
+        squares, unlike = basis.drifts.diagonal(), basis.gram.diagonal()[basis.steps + 1 :]
+        self._known = squares > NONE
+        sizes = torch.where(self._known, unlike / squares.clamp_min(NONE), 0.0).clamp_min(0).sqrt()
+        self._values = torch.where(sizes > 0, 1 / sizes.clamp_min(NONE), 0.0)
+        self.multiples, self.sizes = torch.zeros_like(times), torch.zeros_like(times)
+        if self._known.any():
+            at, rates = recorded[self._known], (torch.stack([basis.answers, sizes]) * recorded)[:, self._known]
+            self.multiples, self.sizes = (linear(times, at, rate) / times for rate in rates)
+        known = (self._known[:, None] & self._known) * alike(recorded, recorded) * basis.drifts
+        self._inverse = torch.linalg.pinv(known, rtol=SINGULAR, hermitian=True)
+        self._then, self._alike = alike(times, recorded), alike(times, times)
+        self._seen = torch.zeros_like(self._then)
+
+    def of(self, j: int, products: Tensor, drifts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the map's value at the drift before the j-th full step: how much of each recorded u it has, and inner
+        products of what is unknown of it with that of the values so far, (j + 1,).
+
+        `products` are those of the drift with the recorded ones, (J,), and `drifts` with those so far, (j + 1,).
+        """
+        self._seen[j] = self._then[j] * products * self._known
+        parts = self._inverse @ self._seen[j]
+        unknown = self._alike[j, : j + 1] * drifts - self._seen[: j + 1] @ parts
+        unknown[j].clamp_(min=0)
+        return parts * self._values, unknown
 
 
 class _Walk:
-    """A run that comes to its full steps one by one, each a sum of a basis's vectors, and of J of its own."""
+    """A run that comes to its full steps one by one, each a sum of a basis's vectors, and of J of its own: of what is
+    unknown of each full step's answer."""
 
     def __init__(self, basis: Basis, response: Tensor, full: Full):
-        self._basis, self._full = basis, full
+        self._basis, self._full, self._answers = basis, full, _Answers(basis, full)
         self._gaps = Gaps(response, full, latents=basis.latents)
         vectors, count = len(basis.gram), len(full)
         self._gram = torch.block_diag(basis.gram, basis.gram.new_zeros(count, count))
@@ -136,6 +182,7 @@ class _Walk:
         self._wanted[:, : response.shape[1]] = response
         self._columns = response.new_zeros(vectors + count, count + 1)
         self._columns[basis.steps, count] = 1.0
+        self._drifts = response.new_zeros(count, vectors + count)
 
     def end(self, rows: Tensor | None = None) -> Outcome:
         """Go with these rows to the end, or with those that are the best at each full step."""
@@ -149,21 +196,25 @@ class _Walk:
                 products = self._gram @ self._columns
                 target = self._wanted[gaps.ends[j]] @ products
                 rows[j] = gaps.solve_row(rows, j, self._columns.T @ products, target)
-        return Outcome(rows, self._size(self._columns @ gaps.way(rows, len(rows) - 1) - self._wanted[-1]))
+        drift = self._columns @ gaps.way(rows, len(rows) - 1) - self._wanted[-1]
+        return Outcome(rows, max(float(drift @ self._gram @ drift), 0.0))
 
     def _answer(self, j: int, drift: Tensor) -> None:
         """Add to the output of a full step what it answers to a drift."""
-        basis, (unlike, own) = self._basis, (self._basis.steps + 1 + j, len(self._basis.gram) + j)
-        nearer = float(basis.full_times[j] / basis.times[self._full[j]].clamp_min(TINY))
-        share, size = float(basis.shares[j] @ drift[: len(basis.gram)]), float(basis.sizes[j])
-        rest = max(self._size(drift) - share**2 * size, 0.0)
-        self._columns[:, j] += nearer * basis.answers[j] * drift
-        self._columns[unlike, j] += nearer * share
-        self._columns[own, j] = nearer * math.sqrt(rest / size) if size > NONE else 0.0
-        self._gram[own, own] = basis.gram[unlike, unlike]
+        answers, vectors = self._answers, len(self._basis.gram)
+        self._drifts[j] = drift
+        so_far = self._drifts[: j + 1] @ (self._gram @ drift)
+        parts, unknown = answers.of(j, self._basis.products @ drift[:vectors], so_far)
+        own = vectors + j
+        self._gram[own, vectors : own + 1] = self._gram[vectors : own + 1, own] = unknown
+        self._columns[:, j] += answers.multiples[j] * drift
+        self._columns[self._basis.steps + 1 : vectors, j] += answers.sizes[j] * parts
+        self._columns[own, j] = answers.sizes[j]
 
-    def _size(self, drift: Tensor) -> float:
-        return max(float(drift @ self._gram @ drift), 0.0)
+
+def alike(times: Tensor, others: Tensor) -> Tensor:
+    """Return how much alike a denoiser's answers to one drift are at positive times and at others, (times, others)."""
+    return (torch.minimum(times[:, None], others) / torch.maximum(times[:, None], others)) ** FORGETS
 
 
 def _drifts(gaps: Gaps, rows: Tensor, answers: Tensor) -> Tensor:
@@ -197,15 +248,3 @@ def check_reach(recorded: Tensor, times: Tensor) -> None:
             f"rows of {len(recorded) - 1} steps are carried to {FEWEST:.0%} of these or more, got {len(times) - 1}; "
             "calibrate with as many."
         )
-
-
-def interpolation(known: Tensor, times: Tensor) -> Tensor:
-    """Return the weights of what is known at falling times for other times, (other, known): a polynomial each, through
-    the nearest `POINTS` of them."""
-    weights = known.new_zeros(len(times), len(known))
-    for row, time in zip(weights, times, strict=True):
-        near = (known - time).abs().argsort(stable=True)[:POINTS].sort().values
-        for k in near:
-            others = known[near[near != k]]
-            row[k] = ((time - others) / (known[k] - others)).prod()
-    return weights
