@@ -46,6 +46,23 @@ def test_what_checked_calls_promise_of_others():
         assert alone.bound is None and alone.promised == 44
 
 
+def test_pictures_of_one_call_say_nothing_of_other_calls():
+    """Eight pictures of two calls leave the mean as open as their two means do."""
+    tried = Tried(SOLVED, "at:0", (-40.0, -44.0), psnr=(40.0, 42.0, 41.0, 41.0, 45.0, 45.0, 44.0, 46.0))
+    score = tried.score("psnr")
+    assert score.bound == pytest.approx(Score.of("psnr", (41.0, 45.0)).bound) and score[:2] == (43, 40)
+    uneven = Tried(SOLVED, "at:0", (-40.0, -44.0), psnr=(40.0, 42.0, 45.0))
+    assert uneven.score("psnr") == Score.of("psnr", uneven.psnr)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_run_that_is_no_number_promises_nothing(bad):
+    """Such a run has a drift of infinity."""
+    tried = Tried(SOLVED, "at:0", (-40.0, bad), psnr=(44.0, 5.0))
+    assert tried.score("drift").bound is None and not tried.keeps(Quality.parse("drift:100"))
+    assert "drift" in Point(1, -40.0, (tried,), {}, 1.0).promise
+
+
 @pytest.mark.parametrize("calls", [2, 4, 12])
 def test_nine_of_ten_promises_are_kept(calls):
     """Means of normal values lie beyond their bound as often as it says."""

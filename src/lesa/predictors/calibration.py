@@ -36,12 +36,17 @@ class Score(NamedTuple):
     bound: float | None = None
 
     @classmethod
-    def of(cls, measure: str, values: Sequence[float]) -> Score:
+    def of(cls, measure: str, values: Sequence[float], each: int = 1) -> Score:
+        """Return the score of calls that gave so many values `each`, one call after the other.
+
+        What one call draws is alike, so the bound is of the means of calls. Where these are not finite there is none.
+        """
         sign = -1 if measure in LOWER else 1
         mean, worst = fmean(values), sign * min(sign * value for value in values)
-        if len(values) < 2:
+        calls = [fmean(values[first : first + each]) for first in range(0, len(values), each)]
+        if len(calls) < 2 or not math.isfinite(mean):
             return cls(mean, worst)
-        return cls(mean, worst, mean - sign * student(len(values) - 1) * stdev(values) / math.sqrt(len(values)))
+        return cls(mean, worst, mean - sign * student(len(calls) - 1) * stdev(calls) / math.sqrt(len(calls)))
 
     @property
     def promised(self) -> float:

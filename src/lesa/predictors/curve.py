@@ -27,14 +27,17 @@ class Tried:
 
     def score(self, measure: str) -> Score | None:
         values = getattr(self, measure, ())
-        return Score.of(measure, values) if values else None
+        each, odd = divmod(len(values), len(self.drift))  # a call may draw several pictures
+        return Score.of(measure, values, 1 if odd else each) if values else None
 
     def keeps(self, quality: Quality) -> bool:
         """Tell whether what is promised of the mean over other calls keeps a quality.
 
         Raises: ValueError if the checked calls were not measured so.
         """
-        return quality.is_kept_by(Score.of(quality.measure, self._measured(quality)).promised)
+        self._measured(quality)
+        score = self.score(quality.measure)
+        return score is not None and quality.is_kept_by(score.promised)
 
     def share_missing(self, quality: Quality) -> float:
         """Return the share of the checked calls that do not keep a quality, from 0 to 1.
