@@ -85,7 +85,7 @@ class Point:
 
     @property
     def promise(self) -> str:
-        """Say in words what was seen on the checked calls."""
+        """Say in words what was seen on the checked calls, and what they promise of the mean of others."""
         calls = len(self.kept.drift)
         found = [(name, self.kept.score(name)) for name in MEASURES]
         parts = [f"{_NAMES[name]} {one.told(name, _form(name))}" for name, one in found if one]
@@ -130,7 +130,8 @@ class Curve:
         if not kept:
             best = ", ".join(f"{point.full_steps}: {point.promise}" for point in self.points)
             raise LookupError(
-                f"no budget that was calibrated keeps {target} ({best}); ask for less, or calibrate more."
+                f"no budget that was calibrated keeps {target} ({best}); ask for less, or calibrate more "
+                "full steps, or on more calls."
             )
         return min(kept, key=lambda point: point.full_steps)
 
