@@ -13,7 +13,8 @@ one, and the same sampler with fewer steps. All act on the same held-out prompts
 step full: PSNR of 8-bit pictures, at most 60 dB, and the drift of the last latents, with bootstrap 95 % intervals.
 With a target, these are measured for the number of full steps that the calibration chose, and the share of held-out
 prompts that miss the target is printed. Seconds and transformer runs (of one picture and stream) are the calibration's
-own. Calibrated are prompts of train.txt, a third of them checked; held out are those of heldout.txt.
+own. Calibrated are prompts of train.txt, a third of them checked, for a target a half; held out are those of
+heldout.txt.
 
 With several seeds the calibration alone is repeated, each time on other prompts of train.txt with other noise, and the
 table is of what these gave on the held-out prompts: mean, standard deviation, least and most over the seeds.

@@ -32,12 +32,20 @@ KINDS = (
 )
 OURS = " at no more FLOPs"
 """What the head of the column ends with that names ours."""
-HEADS = ("beside calibrated rows", "lines", "above", "level", "below", "less drift at least, dB", "planned reuse passes")
+HEADS = (
+    "beside calibrated rows",
+    "lines",
+    "above",
+    "level",
+    "below",
+    "less drift at least, dB",
+    "planned reuse passes",
+)
 Row = Mapping[str, str]
 
 
 class Compared(NamedTuple):
-    """A method beside that of ours that takes no more FLOPs: its kind, the verdict, drifts in dB, and its FLOP ratio."""
+    """A method beside ours that takes no more FLOPs: its kind, the verdict, drifts in dB, and its FLOP ratio."""
 
     kind: str
     verdict: str

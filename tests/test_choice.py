@@ -255,7 +255,7 @@ def test_a_damaged_predictor_is_named_and_not_run(pipe):
     ("asked", "words"),
     [
         (dict(budget=4), "calibrated for the budgets 3, 5, got 4"),
-        (dict(quality="psnr:60"), "psnr is 50 at best, with 5 full steps"),
+        (dict(quality="psnr:60"), "promises psnr 50 at best, with 5 full steps"),
     ],
 )
 def test_a_budget_that_was_not_calibrated_is_refused(pipe, asked, words):

@@ -46,6 +46,23 @@ def test_what_checked_calls_promise_of_others():
         assert alone.bound is None and alone.promised == 44
 
 
+def test_pictures_of_one_call_say_nothing_of_other_calls():
+    """Eight pictures of two calls leave the mean as open as their two means do."""
+    tried = Tried(SOLVED, "at:0", (-40.0, -44.0), psnr=(40.0, 42.0, 41.0, 41.0, 45.0, 45.0, 44.0, 46.0))
+    score = tried.score("psnr")
+    assert score.bound == pytest.approx(Score.of("psnr", (41.0, 45.0)).bound) and score[:2] == (43, 40)
+    uneven = Tried(SOLVED, "at:0", (-40.0, -44.0), psnr=(40.0, 42.0, 45.0))
+    assert uneven.score("psnr") == Score.of("psnr", uneven.psnr)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_run_that_is_no_number_promises_nothing(bad):
+    """Such a run has a drift of infinity."""
+    tried = Tried(SOLVED, "at:0", (-40.0, bad), psnr=(44.0, 5.0))
+    assert tried.score("drift").bound is None and not tried.keeps(Quality.parse("drift:100"))
+    assert "drift" in Point(1, -40.0, (tried,), {}, 1.0).promise
+
+
 @pytest.mark.parametrize("calls", [2, 4, 12])
 def test_nine_of_ten_promises_are_kept(calls):
     """Means of normal values lie beyond their bound as often as it says."""
@@ -55,7 +72,7 @@ def test_nine_of_ten_promises_are_kept(calls):
 
 
 def test_a_target_that_nothing_keeps_or_that_was_not_measured():
-    with pytest.raises(LookupError, match=r"no budget that was calibrated keeps psnr:58 .*ask for less"):
+    with pytest.raises(LookupError, match=r"no budget that was calibrated keeps psnr:58 .*ask for less.*more calls"):
         CURVE.least(Quality.parse("psnr:58"))
     blind = Point(3, -30, (Tried(SOLVED, "at:0,3", (-30.0,)),), {}, 1.0)
     with pytest.raises(ValueError, match="are measured by drift, got the target psnr:40"):
@@ -78,9 +95,9 @@ def test_the_share_of_calls_that_miss_a_target(target, share):
 def test_a_promise_says_mean_and_bound_and_worst():
     wide, narrow = student(1), student(1) / 100
     promised = [
-        f"PSNR 49.00 dB (at least {49 - wide:.2f} of others at 90%, worst 48.00)",
-        f"SSIM 0.9800 (at least {0.98 - narrow:.4f} of others at 90%, worst 0.9700)",
-        f"drift -49.00 dB (at most {wide - 49:.2f} of others at 90%, worst -48.00)",
+        f"PSNR 49.00 dB (others' mean at least {49 - wide:.2f} at 90%, worst 48.00)",
+        f"SSIM 0.9800 (others' mean at least {0.98 - narrow:.4f} at 90%, worst 0.9700)",
+        f"drift -49.00 dB (others' mean at most {wide - 49:.2f} at 90%, worst -48.00)",
     ]
     assert CURVE.at(8).promise == f"{', '.join(promised)} on 2 checked calls"
     with pytest.raises(LookupError, match="of 8, 5, 3 full steps, got 4"):

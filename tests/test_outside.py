@@ -124,7 +124,7 @@ def test_what_was_calibrated_for_weights_and_runs_is_taken(tmp_path: Path):
     chosen = choose(FACTS, "f" * 64, Asked(shelf=shelf))
     assert isinstance(chosen.forecaster, Solved) and "psnr 41" in chosen.promise
     assert choose(FACTS, "f" * 64, Asked(shelf=shelf, quality="psnr:40")).promise == chosen.promise
-    with pytest.raises(ValueError, match="psnr is 41 at best"):
+    with pytest.raises(ValueError, match="promises psnr 41 at best"):
         choose(FACTS, "f" * 64, Asked(shelf=shelf, quality="psnr:45"))
     with pytest.warns(UserWarning, match="no predictor was made"):
         assert isinstance(choose(FACTS, "e" * 64, Asked(shelf=shelf)).forecaster, Default)

@@ -328,9 +328,10 @@ def test_the_card_is_written_anew_unless_somebody_changed_it(tmp_path):
     for schedule in ("paper:7", "at:0,9"):
         LESA(origin(schedule=schedule)).save_pretrained(tmp_path)
         assert f"on the schedule `{schedule}`" in card.read_text()
-    card.write_text("mine")
-    LESA(origin()).save_pretrained(tmp_path)
-    assert card.read_text() == "mine"
+    for mine in (b"mine", b"\xff\xfe"):
+        card.write_bytes(mine)
+        LESA(origin()).save_pretrained(tmp_path)
+        assert card.read_bytes() == mine
 
 
 @pytest.mark.parametrize("folder", sorted({one.parent for one in (ROOT / "models").glob("*/**/lesa/**/config.json")}))

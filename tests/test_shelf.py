@@ -137,19 +137,20 @@ def test_a_quality_is_kept_by_what_is_promised_of_other_calls():
     for quality in ("psnr:48.6", "drift:-44.1"):
         with pytest.raises(ValueError, match=r"(48\.5|-44) at best"):
             found.budget_for(quality=quality)
-    words = "psnr 50 dB (at least 48.5 of others at 90%, worst 44), drift -46 dB (at most -44 of others at 90%)"
+    words = "psnr 50 dB (others' mean at least 48.5 at 90%, worst 44), drift -46 dB (others' mean at most -44 at 90%)"
     assert found.promise(2).endswith(words)
 
 
 def test_a_budget_or_a_quality_chooses():
     found = Calibration.read(put(Shelf()))
     assert [found.budget_for(), found.budget_for(1), found.budget_for(2)] == [2, 1, 2]
+    assert isinstance(found.predictor(found.budget_for(2.0)), Solved)
     qualities = ("psnr:20", "psnr:41.5", "drift:-15", "drift:-45")
     assert [found.budget_for(quality=one) for one in qualities] == [1, 2, 1, 2]
     for wrong, words in (
         (dict(budget=3), r"calibrated for the budgets 1, 2, got 3; .*lesa\.calibrate\(pipe, prompts, budget=3\)"),
-        (dict(quality="psnr:50"), r"psnr is 41\.5 at best, with 2 full steps, got quality 'psnr:50'"),
-        (dict(quality="drift:-50"), r"drift is -46 at best"),
+        (dict(quality="psnr:50"), r"promises psnr 41\.5 at best, with 2 full steps, got quality 'psnr:50'"),
+        (dict(quality="drift:-50"), r"promises drift -46 at best"),
         (dict(quality="ssim:0.9"), r"drift and psnr was checked, got quality 'ssim:0\.9'"),
         (dict(quality="psnr"), r"quality reads psnr:40"),
         (dict(quality="beauty:3"), r"quality reads psnr:40"),

@@ -229,8 +229,8 @@ def accelerate(
     weights and such runs (`lesa.calibrate`, `lesa shelf`), else for others that differ in their times alone, whose rows
     are carried to these where they can be, else what is shipped beside the model, else what is in the
     repository `hub`; where nothing was made for these weights, a cautious default that needs no training, with a
-    warning. `budget`, a number of full steps, or `quality`, 'psnr:40', 'ssim:0.97', 'lpips:0.1' or 'drift:-45' as the
-    mean over the prompts checked, choose among the budgets that were calibrated.
+    warning. `budget`, a number of full steps, or `quality`, 'psnr:40', 'ssim:0.97', 'lpips:0.1' or 'drift:-45' as it is
+    promised of the mean over other calls, choose among the budgets that were calibrated.
 
     Where predictors are there, or one is named, and none fits a run (one of another number of steps, of another size,
     image to image, without guidance), that is an error unless `fallback` names what such runs do instead: 'full', every

@@ -26,7 +26,7 @@ from lesa.host.runtime import denoisers_of
 from lesa.learn import said
 from lesa.learn.beginning import remember
 from lesa.learn.calls import Call, plain_calls
-from lesa.learn.checks import Checks
+from lesa.learn.checks import Checks, check_possible
 from lesa.learn.collecting import TRAINING_SEED, VALIDATION_SEED
 from lesa.learn.journal import Journal
 from lesa.learn.kinds import check_one_kind
@@ -156,14 +156,19 @@ class _Wanted:
     def of(cls, budget: int | None, budgets: Sequence[int] | None, target: str | None) -> _Wanted:
         if budget is not None and budgets is not None:
             raise ValueError("name one number of full steps, budget=8, or several, budgets=(4, 6, 8), not both.")
-        asked = (budget,) if budget is not None else tuple(budgets or ())
+        asked: Any = (budget,) if budget is not None else () if budgets is None else budgets
         try:
             named = tuple(sorted(set(map(index, asked)), reverse=True))
         except TypeError:
-            raise ValueError(f"a budget is a whole number of full steps, got {', '.join(map(repr, asked))}.") from None
+            raise ValueError(
+                f"budgets are whole numbers of full steps, budget=8 or budgets=(4, 6, 8), got {asked!r}; name such."
+            ) from None
         if any(one < 1 for one in named):
             raise ValueError(f"a run has a full step or more, got the budgets {named}; raise them.")
-        return cls(named, Quality.parse(target) if target is not None else None)
+        quality = Quality.parse(target) if target is not None else None
+        if quality is not None:
+            check_possible(quality)
+        return cls(named, quality)
 
     def find(self, bench: _Bench, on_point: OnPoint) -> tuple[Curve, Point]:
         """Calibrate one budget after the other; returns all points, and the one taken.
@@ -405,7 +410,8 @@ class _Bench:
 def split(calls: Sequence[Call], options: CalibrateOptions, promising: bool = False) -> tuple[Pairs, Pairs]:
     """Say which calls are solved on and which are checked, each with its seeds.
 
-    For a target more are checked: a half of them, and of fewer than four each as often as four are.
+    For a target more are checked: a half of them; of fewer than four all, with so many seeds each that they are four or
+    more.
 
     Raises: ValueError if none is left to solve on, or if a target is to be kept on one call.
     """
@@ -414,9 +420,12 @@ def split(calls: Sequence[Call], options: CalibrateOptions, promising: bool = Fa
     if held >= len(calls):
         raise ValueError(f"of {len(calls)} calls, {held} cannot be held out to check on; pass more, or checked= fewer.")
     if promising and held == 1:
-        raise ValueError("a target needs two checked calls or more, as one does not say how far others differ, got 1.")
+        raise ValueError(
+            "a target needs two checked calls or more, as one does not say how far others differ, got 1; raise "
+            "checked=, or leave it out."
+        )
     solved_on, checked_on = list(calls[: len(calls) - held]), list(calls[len(calls) - held :])
-    checked_on = checked_on or list(calls) * (-(-FEWEST // len(calls)) if promising else 1)
+    checked_on = checked_on or list(calls) * (math.ceil(FEWEST / len(calls)) if promising else 1)
     shift = options.seed * APART
     return _seeded(solved_on, TRAINING_SEED + shift), _seeded(checked_on, VALIDATION_SEED + shift)
 

@@ -14,12 +14,24 @@ from lesa.learn import metrics, perceptual
 from lesa.learn.calls import Call
 from lesa.learn.counted import Recording
 from lesa.learn.references import References
-from lesa.predictors.calibration import Quality
+from lesa.predictors.calibration import UNITS, Quality
 from lesa.predictors.curve import Tried, check_measured
 from lesa.rows.forecasters import Forecaster
 from lesa.rows.schedule import Schedule
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
+BEST = dict(psnr=metrics.MOST_PSNR, ssim=1.0, lpips=0.0, drift=-metrics.MOST_DRIFT)
+"""What a run has that is its reference run."""
+
+
+def check_possible(target: Quality) -> None:
+    """Raise ValueError if no run can keep a target."""
+    best = BEST[target.measure]
+    if not target.is_kept_by(best):
+        unit = UNITS[target.measure]
+        raise ValueError(
+            f"{target.measure} is {best:g}{unit} where nothing differs, got the target {target}; ask for less."
+        )
 
 
 class Checks:
@@ -62,14 +74,11 @@ class Checks:
                 self._metrics[measure] = metric()
 
     def check(self, target: Quality) -> None:
-        """Raise ValueError with the reason if calls are not measured by what a target is of, or none can keep it."""
+        """Raise ValueError, with the reason, if the calls are not measured by what a target is of."""
         try:
             check_measured(target, [*(self._metrics if self._wanted else ()), "drift"])
         except ValueError as error:
             raise ValueError(f"{error} {self.left_out}".strip()) from None
-        if target.measure == "psnr" and target.limit > metrics.MOST_PSNR:
-            most = f"{metrics.MOST_PSNR:g} dB, which identical pictures have"
-            raise ValueError(f"PSNR is at most {most}, got the target {target}; ask for less, or for a drift.")
 
     def run(self, rows: str, forecaster: Forecaster, schedule: Schedule) -> Tried:
         """Run all calls with a forecaster, named `rows`, on a schedule, and say what that gave.

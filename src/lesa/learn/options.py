@@ -64,7 +64,7 @@ class TrainOptions:
         if self.memories and self.method == CONTINUOUS:
             raise ValueError("memories= are those of LESA and L2P: they need method='lesa' or 'l2p'.")
         if self.memories and self.method == "l2p" and len(self.memories) > 1:
-            raise ValueError(f"L2P has one stage, got memories={tuple(self.memories)}; name one number.")
+            raise ValueError(f"L2P has one stage, got memories={tuple(self.memories)}; name one, memories=(8,).")
         if self.stages and self.memories:
             raise ValueError("memories= are for the stages of the default bounds; pass them without stages=.")
         if self.loss == "steps" and self.method != "l2p":

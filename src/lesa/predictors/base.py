@@ -294,7 +294,8 @@ class Predictor(
 def _describes_what_is_there(folder: Path) -> bool:
     """Tell whether a folder's card is the one that was written with the predictor in it."""
     try:
-        return (folder / CARD_FILE).read_text() == str(Predictor.from_pretrained(folder).generate_model_card())
+        card = (folder / CARD_FILE).read_text(encoding="utf-8")
+        return card == str(Predictor.from_pretrained(folder).generate_model_card())
     except (OSError, *DAMAGED):
         return False
 

@@ -24,7 +24,7 @@ LOWER = ("drift", "lpips")
 
 
 SURE = 0.9
-"""How sure a bound of a mean is: what of checked calls is promised of others."""
+"""The confidence of a bound: of the mean over other calls, not of each of them."""
 
 
 class Score(NamedTuple):
@@ -36,12 +36,17 @@ class Score(NamedTuple):
     bound: float | None = None
 
     @classmethod
-    def of(cls, measure: str, values: Sequence[float]) -> Score:
+    def of(cls, measure: str, values: Sequence[float], each: int = 1) -> Score:
+        """Return the score of calls that gave so many values `each`, one call after the other.
+
+        What one call draws is alike, so the bound is of the means of calls. Where these are not finite there is none.
+        """
         sign = -1 if measure in LOWER else 1
         mean, worst = fmean(values), sign * min(sign * value for value in values)
-        if len(values) < 2:
+        calls = [fmean(values[first : first + each]) for first in range(0, len(values), each)]
+        if len(calls) < 2 or not math.isfinite(mean):
             return cls(mean, worst)
-        return cls(mean, worst, mean - sign * student(len(values) - 1) * stdev(values) / math.sqrt(len(values)))
+        return cls(mean, worst, mean - sign * student(len(calls) - 1) * stdev(calls) / math.sqrt(len(calls)))
 
     @property
     def promised(self) -> float:
@@ -49,9 +54,9 @@ class Score(NamedTuple):
         return self.mean if self.bound is None else self.bound
 
     def told(self, measure: str, form: str) -> str:
-        """Say it in words, numbers in such a format."""
+        """Say it in words, numbers in such a format; the bound is of the mean of others, with `SURE` as confidence."""
         most = "at most" if measure in LOWER else "at least"
-        beside = [f"{most} {self.bound:{form}} of others at {SURE:.0%}"] if self.bound is not None else []
+        beside = [f"others' mean {most} {self.bound:{form}} at {SURE:.0%}"] if self.bound is not None else []
         beside += [f"worst {self.worst:{form}}"] if self.worst is not None else []
         return f"{self.mean:{form}}{UNITS[measure]}" + (f" ({', '.join(beside)})" if beside else "")
 
@@ -182,7 +187,7 @@ class Calibration:
         """
         if budget is not None:
             if budget in self.budgets:
-                return budget
+                return int(budget)  # 8.0 is 8, and names no folder
             known = ", ".join(map(str, self.budgets))
             raise ValueError(
                 f"{self.name} was calibrated for the budgets {known}, got {budget}; take one of these, or calibrate "
@@ -206,9 +211,9 @@ class Calibration:
         if not kept:
             best = (min if quality.measure in LOWER else max)(promised.items(), key=lambda one: one[1])
             raise ValueError(
-                f"of {self.name} {quality.measure} is {best[1]:g} at best, with {best[0]} full steps, got quality "
-                f"{str(quality)!r}; ask for less, or calibrate more full steps: lesa.calibrate(pipe, prompts, "
-                f"target={str(quality)!r})."
+                f"{self.name} promises {quality.measure} {best[1]:g} at best, with {best[0]} full steps, got quality "
+                f"{str(quality)!r}; ask for less, or calibrate more full steps, or on more prompts: "
+                f"lesa.calibrate(pipe, prompts, target={str(quality)!r})."
             )
         return min(kept)
 

@@ -27,14 +27,17 @@ class Tried:
 
     def score(self, measure: str) -> Score | None:
         values = getattr(self, measure, ())
-        return Score.of(measure, values) if values else None
+        each, odd = divmod(len(values), len(self.drift))  # a call may draw several pictures
+        return Score.of(measure, values, 1 if odd else each) if values else None
 
     def keeps(self, quality: Quality) -> bool:
         """Tell whether what is promised of the mean over other calls keeps a quality.
 
         Raises: ValueError if the checked calls were not measured so.
         """
-        return quality.is_kept_by(Score.of(quality.measure, self._measured(quality)).promised)
+        self._measured(quality)
+        score = self.score(quality.measure)
+        return score is not None and quality.is_kept_by(score.promised)
 
     def share_missing(self, quality: Quality) -> float:
         """Return the share of the checked calls that do not keep a quality, from 0 to 1.
@@ -82,7 +85,7 @@ class Point:
 
     @property
     def promise(self) -> str:
-        """Say in words what was seen on the checked calls."""
+        """Say in words what was seen on the checked calls, and what they promise of the mean of others."""
         calls = len(self.kept.drift)
         found = [(name, self.kept.score(name)) for name in MEASURES]
         parts = [f"{_NAMES[name]} {one.told(name, _form(name))}" for name, one in found if one]
@@ -127,7 +130,8 @@ class Curve:
         if not kept:
             best = ", ".join(f"{point.full_steps}: {point.promise}" for point in self.points)
             raise LookupError(
-                f"no budget that was calibrated keeps {target} ({best}); ask for less, or calibrate more."
+                f"no budget that was calibrated keeps {target} ({best}); ask for less, or calibrate more "
+                "full steps, or on more calls."
             )
         return min(kept, key=lambda point: point.full_steps)
 

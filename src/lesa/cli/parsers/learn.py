@@ -90,11 +90,11 @@ def _add_calibrate(parser: ArgumentParser) -> None:
     budgets = parser.add_mutually_exclusive_group()
     budgets.add_argument("--budget", type=options.read_count, help="full steps; default: a sixth of all")
     budgets.add_argument("--budgets", type=options.read_counts, metavar="N,M", help="several numbers of full steps")
-    words = "what checked calls keep with the fewest full steps: psnr:40, ssim:0.97, lpips:0.1 or drift:-45"
+    words = "what checked calls promise of others, with the fewest full steps: psnr:40, ssim:0.97, lpips:0.1, drift:-45"
     parser.add_argument("--target", type=options.read_target, metavar="MEASURE:VALUE", help=words)
     words = "begin with a calibration on the shelf, of other times: its algebra says which steps are full"
     parser.add_argument("--near", action="store_true", help=words)
-    words = "how many of the prompts are checked on; default: a third, or of less than four the same with other seeds"
+    words = "how many of the prompts are checked on (a third, for --target a half; of fewer than four all, other seeds)"
     parser.add_argument("--checked", type=options.read_count, help=words)
     parser.add_argument("--refine", type=int, default=2, help="steps on the end of runs at most (2)")
     parser.add_argument("--seed", type=int, default=0, help="what all noise of the calibration depends on (0)")

@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--budget", type=options.read_count, help="full steps, of those calibrated or shipped")
-    words = "what was calibrated with the fewest full steps that keep it: psnr:40, ssim:0.97, lpips:0.1 or drift:-45"
+    words = "what was calibrated with the fewest full steps that promise it: psnr:40, ssim:0.97, lpips:0.1 or drift:-45"
     which.add_argument("--quality", type=options.read_target, metavar="MEASURE:VALUE", help=words)
     words = "where none fits: refuse (the default), draw with every step full, or with rows without training (default)"
     parser.add_argument("--fallback", choices=("refuse", "full", "default"), help=words)
