@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 recogniser.CODE = ROOT / "models"
 """What tells pictures is code of the checkout, which the tests are in; lesa may be a wheel, which has none."""
 
-EXTRAS = ("accelerate", "peft", "matplotlib", "skimage", "emoji", "imageio", "torchsde")
+EXTRAS = ("accelerate", "peft", "matplotlib", "skimage", "emoji", "espeakng_loader", "imageio", "torchsde")
 LACKING = [name for name in EXTRAS if not find_spec(name)]
 """What of the extras is not installed here, as where lesa's core is tested alone."""
 refused: list[str] = []

@@ -15,6 +15,7 @@ from lesa.cli.parser import parser
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([*ROOT.glob("models/recipes/*.sh"), *ROOT.glob("benchmarks/*.sh")])
+PROGRAMS = sorted([*ROOT.glob("models/*.py"), *ROOT.glob("benchmarks/*.py")])
 WRITES_DOWN = """#!{python}
 import json, sys
 from pathlib import Path
@@ -57,15 +58,14 @@ def test_a_script_calls_what_there_is(script, tmp_path):
         assert callable(parser().parse_args(words).command)
 
 
-@pytest.mark.parametrize("folder", ["benchmarks", "models"])
-def test_what_a_program_imports_is_there(folder, monkeypatch):
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_what_a_program_imports_is_there(path, monkeypatch):
     """Also of those that no other test runs."""
-    monkeypatch.syspath_prepend(ROOT / folder)
-    for path in sorted((ROOT / folder).glob("*.py")):
-        spec = importlib.util.spec_from_file_location(f"_imported_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+    monkeypatch.syspath_prepend(path.parent)
+    spec = importlib.util.spec_from_file_location(f"_imported_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
 
 
 def test_a_training_that_fails_ends_its_script(tmp_path):
