@@ -13,10 +13,11 @@ from zoo.pipelines import ZOO
 import lesa
 from lesa.cli import main
 from lesa.host.pipelines import with_call
-from lesa.learn.calibrate import CalibrateOptions, calibrate, split, usual_budget
+from lesa.learn.calibrate import CalibrateOptions, _walk, calibrate, split, usual_budget
 from lesa.learn.rivals import UNTRAINED
 from lesa.learn.solve import Solver
-from lesa.predictors.curve import SOLVED
+from lesa.predictors.calibration import Quality
+from lesa.predictors.curve import SOLVED, Point, Tried
 from lesa.predictors.shelf import Shelf
 
 CALL = dict(height=32, width=32, num_inference_steps=6, max_sequence_length=16)
@@ -222,6 +223,29 @@ def test_a_target_without_budgets_is_looked_for(pipe, shelf):
         pipe, PROMPTS, None, FAST, target=f"drift:{loose.curve.points[0].kept.score('drift').mean - 1}", shelf=shelf
     )
     assert len(strict.full) > 2
+
+
+@pytest.mark.parametrize(
+    ("enough", "tried"),
+    [
+        (8, [8, 7]),
+        (6, [8, 7, 6, 5]),
+        (9, [8, 10, 9]),
+        (12, [8, 10, 12, 11]),
+        (1, [8, 7, 6, 5, 4, 3, 2]),
+        (99, [8, 10, 12, 13]),
+    ],
+)
+def test_the_fewest_full_steps_that_are_enough_are_looked_for_up_and_down(enough, tried):
+    """From 8 on, of 14 steps, two of which have to be full."""
+    seen: list[int] = []
+
+    def found(budget):
+        seen.append(budget)
+        return Point(budget, -40, (Tried(SOLVED, "at:0", (-50.0 if budget >= enough else -10.0,)),), {}, 1.0)
+
+    _walk(found, Quality.parse("drift:-40"), 8, 2, 14)
+    assert seen == tried
 
 
 @pytest.mark.parametrize(

@@ -200,16 +200,13 @@ def usual_budget(steps: int) -> int:
 
 
 def _walk(found: Callable[[int], Point], target: Quality, budget: int, least: int, steps: int) -> None:
-    """Look for the fewest full steps, `least` or more, that keep a target: from a budget down while it is kept, or up
-    until it is."""
-    if found(budget).kept.keeps(target):
-        while budget > least and found(budget - 1).kept.keeps(target):
-            budget -= 1
-        return
-    while budget < steps - 1:
-        budget = min(budget + max(budget // 4, 1), steps - 1)
-        if found(budget).kept.keeps(target):
-            return
+    """Look for the fewest full steps, `least` or more, that keep a target: from a budget up until it is kept, by a
+    quarter of the budget at a time, and down from there while it is."""
+    missed = least - 1
+    while not (kept := found(budget).kept.keeps(target)) and budget < steps - 1:
+        missed, budget = budget, min(budget + max(budget // 4, 1), steps - 1)
+    while kept and budget - 1 > missed and found(budget - 1).kept.keeps(target):
+        budget -= 1
 
 
 @dataclass(frozen=True)
