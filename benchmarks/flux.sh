@@ -13,4 +13,4 @@ if ! compgen -G "$LESA_HOME/shelf/*/*" > /dev/null; then # once: a run that goes
     .venv/bin/lesa calibrate $model --prompts $model/prompts/train.txt --limit 12 --budgets 10,8,6,5,4 || test $? -eq 3
 fi
 .venv/bin/torchrun --nproc-per-node 2 -m lesa.cli bench $model --calibrated "$LESA_HOME"/shelf/*/* --pairs 100 \
-    --batch-size 25 --fine 500 --peers all --scores MS-SSIM,LPIPS,CLIP,ImageReward
+    --batch-size 25 --fine 500 --peers all --scores MS-SSIM,LPIPS,CLIP,ImageReward --differences calibrated
