@@ -122,7 +122,7 @@ def test_three_full_steps_where_they_matter_are_worth_ten_on_the_papers_schedule
 
 def test_every_shipped_predictor_loads_and_fits(pipe):
     folders = [file.parent for file in MODEL.glob("lesa/*/config.json")]
-    assert len(folders) == 10
+    assert len(folders) == 13
     for folder in folders:
         predictor = lesa.Predictor.from_pretrained(folder)
         with lesa.accelerate(pipe, predictor) as run:
